@@ -1,0 +1,54 @@
+"""SlimGPT: structured pruning of large language models.
+
+The public names are imported on first use, so that ``import slimgpt`` costs next to nothing.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from slimgpt.errors import SlimGPTError
+    from slimgpt.evaluation import EvalResult, evaluate
+    from slimgpt.inspection import ModelSummary, inspect
+    from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
+
+__version__ = version("slimgpt")
+__all__ = [
+    "EvalResult",
+    "ModelSummary",
+    "PrunePlan",
+    "PruneResult",
+    "SlimGPTError",
+    "evaluate",
+    "inspect",
+    "plan",
+    "prune",
+]
+
+_HOMES = {
+    "EvalResult": "evaluation",
+    "ModelSummary": "inspection",
+    "PrunePlan": "pruning",
+    "PruneResult": "pruning",
+    "SlimGPTError": "errors",
+    "evaluate": "evaluation",
+    "inspect": "inspection",
+    "plan": "pruning",
+    "prune": "pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+@wrapt.when_imported("transformers")
+def _register(_: Any) -> None:
+    from slimgpt.registry import register
+
+    register()

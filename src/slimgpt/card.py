@@ -1,0 +1,102 @@
+"""The model card of a pruned model: README.md, made from the report and the evaluations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+REPORT_FILE = "pruning_report.json"
+EVAL_DIRECTORY = "eval"
+CARD_FILE = "README.md"
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [slimgpt, pruned]
+---
+# {base_model}, pruned by {target_ratio:.0%}
+
+A smaller dense model, made from `{base_model}` by structured pruning with
+SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and the
+remaining weights are updated so that each layer's output changes as little as possible
+(method: [arXiv 2412.18110](https://arxiv.org/abs/2412.18110)).
+
+| | |
+|---|---|
+| Parameters | {params_before:,} → {params_after:,} |
+| Removed of the prunable block parameters, asked for | {target_ratio:.2%} |
+| Removed of the prunable block parameters, in fact | {block_ratio:.2%} |
+| Removed of all parameters, embeddings included | {total_ratio:.2%} |
+| Layer ratios | {schedule}, {first_ratio:.1%} in the first block to {last_ratio:.1%} in the last |
+| Calibration | {data}, {nsamples} × {seqlen} tokens, seed {seed} |
+| Method | channels {channel_selection}, head error {head_error}, damping {damping} {damping_mode} |
+
+## Use
+
+```python
+{imports}
+
+model = AutoModelForCausalLM.from_pretrained(path{trust})
+tokenizer = AutoTokenizer.from_pretrained(path)
+```
+{why}
+## Perplexity
+
+{perplexity}
+
+Kept indices, errors and versions: `{report_file}`.
+"""
+
+_WHY = """
+The layers differ in width, so a small modelling file comes with the checkpoint
+(`trust_remote_code=True`). After `import slimgpt` it is not needed.
+"""
+
+
+def write_card(directory: Path) -> None:
+    """Write ``README.md`` from ``pruning_report.json`` and ``eval/*.json``.
+
+    Parameters
+    ----------
+    directory : Path
+        Of a pruned model.
+    """
+    report = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+    config, calibration = report["config"], report["calibration"]
+    uniform = config["uniform"]
+    card = _CARD.format(
+        **{key: report[key] for key in ("base_model", "params_before", "params_after")},
+        **{key: report[key] for key in ("target_ratio", "block_ratio", "total_ratio")},
+        **{key: calibration[key] for key in ("data", "nsamples", "seqlen")},
+        **{key: config[key] for key in ("schedule", "seed", "damping", "damping_mode")},
+        **{key: config[key] for key in ("channel_selection", "head_error")},
+        version=report["versions"]["slimgpt"],
+        first_ratio=report["layer_ratios"][0],
+        last_ratio=report["layer_ratios"][-1],
+        imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
+        trust="" if uniform else ", trust_remote_code=True",
+        why="" if uniform else _WHY,
+        perplexity=_perplexity_table(directory / EVAL_DIRECTORY),
+        report_file=REPORT_FILE,
+    )
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _perplexity_table(directory: Path) -> str:
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(directory.glob("*"))]
+    if not results:
+        return "Not measured. `slimgpt eval` measures it and fills this section."
+    rows = [
+        "| Text | Window | Tokens | Base | This model | KL to base |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {r['data']} | {r['seqlen']} | {r['tokens']:,} | {_number(r['base_perplexity'])} "
+            f"| {_number(r['perplexity'])} | {_number(r['kl_divergence'])} |"
+            for r in results
+        ),
+    ]
+    protocol = "Windows do not overlap; every token but the first of a window is predicted."
+    return "\n".join([*rows, "", protocol])
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}"

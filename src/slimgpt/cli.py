@@ -1,0 +1,182 @@
+"""The command line: one verb per public function. Results on stdout, progress on stderr."""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import slimgpt
+from slimgpt.config import EvalConfig, PruneConfig, load_recipe
+from slimgpt.errors import ConfigError, SlimGPTError
+from slimgpt.flags import options_of
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Structured pruning of large language models: smaller dense checkpoints that load.",
+)
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+log = logging.getLogger("slimgpt")
+
+Model = Annotated[
+    str,
+    typer.Argument(help="Hub id, local directory, .gguf file, or smollm2-135m.", metavar="MODEL"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Recipe = Annotated[
+    Path | None, typer.Option(help="YAML file with any of these options; flags go first.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Handle the options that stand before the verb."""
+    if debug:
+        log.setLevel(logging.DEBUG)
+    if version:
+        stdout.print(slimgpt.__version__)
+        raise typer.Exit
+
+
+@app.command()
+@options_of(PruneConfig)
+def prune(
+    model: Model,
+    output: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
+    recipe: Recipe = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the planned widths; load no weights.")
+    ] = False,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Prune MODEL into a smaller dense model."""
+    values = _given(recipe, options)
+    if dry_run:
+        planned = slimgpt.plan(model, **values)
+        _emit(planned, _plan_table(planned), as_json)
+        return
+    if output is None:
+        raise ConfigError("--output is missing", hint="name a directory for the pruned model")
+    result = slimgpt.prune(model, output, **values)
+    if as_json:
+        _emit({"output": str(result.output), **result.report}, (), as_json=True)
+        return
+    _emit(result.plan, _ratio_lines(result.plan), as_json)
+    seconds = sum(result.report["seconds"].values())
+    peak = (result.report["peak_memory_bytes"] or 0) / 2**30
+    stdout.print(f"{seconds:.0f} s, peak memory {peak:.1f} GiB")
+    stdout.print(f"the pruned model is in {result.output}", soft_wrap=True)
+
+
+@app.command("eval")
+@options_of(EvalConfig)
+def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
+    """Measure the perplexity of MODEL, dense or pruned."""
+    results = slimgpt.evaluate(model, **_given(recipe, options))
+    table = Table("text", "window", "tokens", "perplexity", title=model)
+    if results[0].base:
+        table.add_column("base")
+        table.add_column("KL to base")
+    for result in results:
+        numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
+        table.add_row(
+            result.data,
+            str(result.seqlen),
+            f"{result.tokens:,}",
+            *(f"{number:.3f}" for number in numbers if number is not None),
+        )
+    protocol = "windows do not overlap; every token but the first of a window is predicted"
+    _emit(results, (table, protocol), as_json)
+
+
+@app.command("inspect")
+def inspect_model(model: Model, as_json: Json = False) -> None:
+    """Show the widths and parameters of MODEL, dense or pruned."""
+    summary = slimgpt.inspect(model)
+    table = Table("block", "heads", "kv heads", "channels", "attention params", "ffn params")
+    for index, block in enumerate(summary.blocks):
+        table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
+    header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
+    _emit(summary, (header, table, f"parameters: {kinds}"), as_json)
+
+
+def main() -> None:
+    """Run the command line; turn errors into one line, a hint and an exit code."""
+    log.setLevel(logging.INFO)
+    log.addHandler(_StderrHandler())
+    log.propagate = False
+    try:
+        app()
+    except SlimGPTError as err:
+        if log.isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        stderr.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        if err.hint:
+            stderr.print(f"\nhint: {err.hint}", markup=False, soft_wrap=True)
+        sys.exit(err.exit_code)
+    except Exception as err:
+        if log.isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        message = f"internal error: {type(err).__name__}: {err}"
+        stderr.print(message, style="red", markup=False, soft_wrap=True)
+        stderr.print("\nhint: this is a fault of slimgpt; --debug shows where", markup=False)
+        sys.exit(1)
+
+
+class _StderrHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        text = f"warning: {record.getMessage()}" if warning else record.getMessage()
+        stderr.print(text, style="yellow" if warning else None, markup=False, soft_wrap=True)
+
+
+def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user has set: those of the recipe, then those of the flags."""
+    flags = {name: value for name, value in options.items() if value is not None}
+    return (load_recipe(recipe) if recipe else {}) | flags
+
+
+def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
+    if as_json:
+        plain = [asdict(r) if is_dataclass(r) else r for r in result] if isinstance(
+            result, list
+        ) else (asdict(result) if is_dataclass(result) else result)
+        print(json.dumps(plain, indent=1))
+        return
+    for renderable in renderables:
+        stdout.print(renderable)
+
+
+def _ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
+    return (
+        f"parameters: {planned.params_before:,} → {planned.params_after:,} "
+        f"({planned.total_ratio:.2%} of all removed)",
+        f"block parameters removed: {planned.block_ratio:.2%}, asked for "
+        f"{planned.target_ratio:.2%}",
+    )
+
+
+def _plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
+    table = Table("block", "kv groups", "channels", "removed")
+    for index, (width, ratio) in enumerate(
+        zip(planned.widths, planned.layer_ratios, strict=True)
+    ):
+        table.add_row(str(index), str(width.num_groups), str(width.num_channels), f"{ratio:.1%}")
+    return table, *_ratio_lines(planned)

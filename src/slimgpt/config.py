@@ -1,0 +1,203 @@
+"""Options of every command, as frozen values that check themselves. No torch in here.
+
+The fields are the single source of the options: the command line makes its flags, their help and
+their defaults from them, recipes (YAML) and the Python API use the same names.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from slimgpt.errors import ConfigError
+
+Schedule = Literal["log", "linear", "uniform", "log_decrease", "linear_decrease"]
+ChannelSelection = Literal["greedy", "dynamic_group"]
+HeadError = Literal["exact", "diagonal"]
+DampingMode = Literal["relative", "mean"]
+Preset = Literal["default", "paper"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "schedule": "log",
+        "channel_selection": "dynamic_group",
+        "head_error": "diagonal",
+        "damping_mode": "mean",
+    },
+}
+
+
+def _underscored(value: Any) -> Any:
+    return value.replace("-", "_") if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+_Underscored = BeforeValidator(_underscored)
+_Listed = BeforeValidator(_listed)
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Say which of the known names was probably meant, and list them all."""
+    close = get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"available: {', '.join(known)}"
+
+
+class _Options(BaseModel):
+    """Frozen options; all problems of one set of values are reported together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def create(cls, **values: Any) -> Self:
+        """Validate values into options.
+
+        Raises
+        ------
+        ConfigError
+            With one line for each wrong value.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as err:
+            raise ConfigError("; ".join(map(cls._explain, err.errors()))) from None
+
+    @classmethod
+    def _explain(cls, problem: Mapping[str, Any]) -> str:
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden":
+            return f"unknown option {name!r}: {did_you_mean(name, list(cls.model_fields))}"
+        if problem["type"] == "literal_error":
+            known = [str(arg) for arg in get_args(cls.model_fields[name].annotation)]
+            return f"{name}={problem['input']!r}: {did_you_mean(str(problem['input']), known)}"
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{name}={problem['input']!r}: {message}" if name else message
+
+
+class _ModelOptions(_Options):
+    """Where and in what precision a model runs."""
+
+    text_field: str = Field("text", description="Field that holds the text in local data files.")
+    dtype: Annotated[DType, _Underscored] = Field(
+        "auto", description="Precision of the weights; auto keeps that of the checkpoint."
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N, mps."
+    )
+
+
+class PruneConfig(_ModelOptions):
+    """Options of ``slimgpt prune``."""
+
+    ratio: float = Field(
+        0.2, ge=0, lt=1, description="Fraction of the block parameters to remove."
+    )
+    schedule: Annotated[Schedule, _Underscored] = Field(
+        "log", description="How the layer ratios change with depth."
+    )
+    min_ratio: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Smallest layer ratio: the first layer's, or the last one's where ratios "
+        "decrease. Default: ratio / 8.",
+    )
+    calibration: str = Field(
+        "c4", description="Data set name, local .txt/.jsonl/.json/.parquet file, or self."
+    )
+    nsamples: int = Field(128, ge=1, description="Number of calibration samples.")
+    seqlen: int = Field(2048, ge=2, description="Tokens of each calibration sample.")
+    seed: int = Field(0, ge=0, description="Seed for the choice of the samples.")
+    damping: float = Field(
+        0.01, gt=0, le=0.1, description="Damping of the Hessian, relative to its diagonal."
+    )
+    damping_mode: Annotated[DampingMode, _Underscored] = Field(
+        "relative", description="Damp each channel by its own diagonal, or all by the mean."
+    )
+    channel_selection: Annotated[ChannelSelection, _Underscored] = Field(
+        "greedy", description="FFN channels one at a time, or in the paper's shrinking batches."
+    )
+    min_group_size: int = Field(64, ge=1, description="Smallest batch of dynamic-group.")
+    max_group_size: int = Field(1024, ge=1, description="Largest batch of dynamic-group.")
+    head_error: Annotated[HeadError, _Underscored] = Field(
+        "exact", description="Error of a head: exact, or the paper's diagonal approximation."
+    )
+    multiple_of: int = Field(8, ge=1, description="FFN widths are multiples of this.")
+    uniform: bool = Field(
+        False, description="Same width in every layer: a checkpoint of the stock class."
+    )
+    preset: Preset = Field("default", description="Defaults of the method; paper is as published.")
+    activation_memory: int = Field(
+        4 * 2**30,
+        ge=0,
+        description="Bytes of sublayer activations to keep; what is beyond is computed twice.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        defaults = dict(PRESETS.get(values.get("preset", "default"), {}))
+        if values.get("uniform"):
+            defaults["schedule"] = "uniform"
+        return defaults | values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.uniform and self.schedule != "uniform":
+            raise ValueError(
+                f"uniform=True gives every layer the same width, but schedule={self.schedule!r}"
+            )
+        if self.min_ratio is not None and self.min_ratio > self.ratio:
+            raise ValueError(f"min_ratio={self.min_ratio} is above ratio={self.ratio}")
+        if self.min_group_size > self.max_group_size:
+            raise ValueError(
+                f"min_group_size={self.min_group_size} is above "
+                f"max_group_size={self.max_group_size}"
+            )
+        return self
+
+
+class EvalConfig(_ModelOptions):
+    """Options of ``slimgpt eval``."""
+
+    data: Annotated[tuple[str, ...], _Listed] = Field(
+        ("wikitext2",), min_length=1, description="Data sets or local files, comma-separated."
+    )
+    seqlen: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _Listed] = Field(
+        (2048,), min_length=1, description="Window lengths in tokens, comma-separated."
+    )
+    max_tokens: int | None = Field(
+        None, ge=2, description="Stop after this many tokens. Default: the whole split."
+    )
+    against: str | None = Field(
+        None, description="Base model: its perplexity and the KL divergence to it are added."
+    )
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read the options of a recipe.
+
+    Parameters
+    ----------
+    path : Path
+        A YAML file whose top level maps option names to values.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or is not such a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise ConfigError(f"cannot read the recipe {path}: {err}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"the recipe {path} is not a mapping of options to values")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -1,0 +1,364 @@
+"""Text for calibration and evaluation, from data sets and local files to tokens."""
+
+import itertools
+import json
+import logging
+import platform
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.config import did_you_mean
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+
+log = logging.getLogger(__name__)
+
+Purpose = Literal["calibration", "evaluation"]
+
+SELF = "self"
+PYDOCS = "pydocs"
+PYDOCS_CALIBRATION = 0.8
+FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+LOCAL_HINT = "local alternatives: pydocs, self, or a file ending in " + ", ".join(FILE_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set on the Hugging Face hub.
+
+    Attributes
+    ----------
+    path : str
+        Its id.
+    splits : dict
+        The split for each purpose.
+    options : dict
+        Further arguments of ``datasets.load_dataset``.
+    text_field : str or None
+        Field of the text; None for instructions (see `format_instruction`).
+    evaluation_documents : int or None
+        Documents that count for evaluation, from the first; None is all.
+    """
+
+    path: str
+    splits: dict[Purpose, str]
+    options: dict[str, Any] = field(default_factory=dict)
+    text_field: str | None = "text"
+    evaluation_documents: int | None = None
+
+
+HUB_DATASETS = {
+    "c4": HubDataset(
+        "allenai/c4",
+        {"calibration": "train", "evaluation": "validation"},
+        {
+            "data_files": {
+                "train": "en/c4-train.00000-of-01024.json.gz",
+                "validation": "en/c4-validation.00000-of-00008.json.gz",
+            }
+        },
+        evaluation_documents=1100,
+    ),
+    "wikitext2": HubDataset(
+        "Salesforce/wikitext",
+        {"calibration": "train", "evaluation": "test"},
+        {"name": "wikitext-2-raw-v1"},
+    ),
+    "ptb": HubDataset(
+        "ptb-text-only/ptb_text_only",
+        {"calibration": "train", "evaluation": "test"},
+        {"revision": "refs/convert/parquet"},
+        text_field="sentence",
+    ),
+    "alpaca": HubDataset("yahma/alpaca-cleaned", {"calibration": "train"}, text_field=None),
+    "gpt4-alpaca": HubDataset("vicgalle/alpaca-gpt4", {"calibration": "train"}, text_field=None),
+}
+
+
+def check_dataset(name: str, purpose: Purpose) -> None:
+    """Check a data set's name before any work is done.
+
+    Parameters
+    ----------
+    name : str
+        ``pydocs``, ``self`` (calibration only), a key of `HUB_DATASETS` or a local file.
+    purpose : {"calibration", "evaluation"}
+        What it is for.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such data set or file.
+    MissingDependencyError
+        If reading it needs the package ``datasets`` and that is not installed.
+    """
+    path = Path(name)
+    hub_names = [key for key, dataset in HUB_DATASETS.items() if purpose in dataset.splits]
+    if path.suffix in FILE_SUFFIXES:
+        if not path.is_file():
+            raise ConfigError(f"no data file {name}")
+        needed = path.suffix == ".parquet"
+    else:
+        known = [PYDOCS, *hub_names] + ([SELF] if purpose == "calibration" else [])
+        if name not in known:
+            raise ConfigError(
+                f"unknown {purpose} data set {name!r}",
+                hint=f"{did_you_mean(name, known)}, or a local file {'/'.join(FILE_SUFFIXES)}",
+            )
+        needed = name in hub_names
+    if needed and find_spec("datasets") is None:
+        raise MissingDependencyError(
+            "datasets", f"the data set {name!r}", "pip install 'slimgpt[datasets]'"
+        )
+
+
+def describe_dataset(name: str, purpose: Purpose) -> str:
+    """Say in a few words what text a data set's name stands for, for reports."""
+    if name == PYDOCS:
+        part = "first 80 %" if purpose == "calibration" else "last 20 %"
+        return f"pydocs ({part}, Python {platform.python_version()})"
+    if name in HUB_DATASETS:
+        return f"{name} ({HUB_DATASETS[name].path}, {HUB_DATASETS[name].splits[purpose]})"
+    return name if name == SELF else Path(name).name
+
+
+def calibration_tokens(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+    text_field: str = "text",
+) -> Tensor:
+    """Draw calibration samples.
+
+    Documents are shuffled and joined until there are enough tokens; the text is cut into windows
+    that do not overlap, of which `nsamples` are chosen at random.
+
+    Parameters
+    ----------
+    name : str
+        See `check_dataset`; not ``self``.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    nsamples, seqlen : int
+        Number of samples and tokens of each.
+    seed : int
+        Seed of both random choices.
+    text_field : str
+        Field of the text in local data files.
+
+    Returns
+    -------
+    Tensor
+        int64, (nsamples, seqlen).
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read or has too few tokens.
+    """
+    tokens: list[int] = []
+    needed = nsamples * seqlen
+    for text in _shuffled(_documents(name, "calibration", text_field), seed):
+        tokens += _tokenize(text + "\n\n", tokenizer)
+        if len(tokens) >= needed:
+            break
+    num_windows = len(tokens) // seqlen
+    if num_windows < nsamples:
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, {num_windows} samples of {seqlen}, but "
+            f"{nsamples} samples need {needed} tokens",
+            hint="give a longer text, fewer --nsamples or a smaller --seqlen",
+        )
+    windows = torch.tensor(tokens[: num_windows * seqlen]).view(num_windows, seqlen)
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(num_windows, generator=generator)[:nsamples]]
+
+
+def evaluation_tokens(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    text_field: str = "text",
+) -> Tensor:
+    """Tokens of an evaluation text: all documents joined by blank lines, tokenised as one.
+
+    Parameters
+    ----------
+    name : str
+        See `check_dataset`.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    max_tokens : int, optional
+        Keep this many tokens from the start.
+    text_field : str
+        Field of the text in local data files.
+
+    Returns
+    -------
+    Tensor
+        int64, (tokens,).
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read.
+    """
+    text = "\n\n".join(_documents(name, "evaluation", text_field))
+    return torch.tensor(_tokenize(text, tokenizer)[:max_tokens], dtype=torch.long)
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+) -> Tensor:
+    """Let the dense model write its own calibration samples, at temperature 1.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The model and its tokenizer, which must name a token to begin with (BOS, else EOS).
+    nsamples, seqlen, seed : int
+        Number of samples, tokens of each, seed.
+
+    Returns
+    -------
+    Tensor
+        int64, (nsamples, seqlen), on the CPU.
+
+    Raises
+    ------
+    DataError
+        If the tokenizer has neither BOS nor EOS.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise DataError("the tokenizer has neither BOS nor EOS, so the model cannot start a text")
+    batch_size = 16
+    samples = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, nsamples, batch_size):
+            log.info("sampling from the model: %d of %d", start, nsamples)
+            prompt = torch.full((min(batch_size, nsamples - start), 1), first, device=model.device)
+            samples.append(
+                model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    top_k=0,
+                    top_p=1.0,
+                    temperature=1.0,
+                    min_new_tokens=seqlen - 1,
+                    max_new_tokens=seqlen - 1,
+                ).cpu()
+            )
+    return torch.cat(samples)
+
+
+def format_instruction(record: dict[str, Any]) -> str:
+    """Text of an instruction record, in the layout of the Alpaca data set."""
+    given = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
+    return f"### Instruction:\n{record['instruction']}\n\n{given}### Response:\n{record['output']}"
+
+
+def _documents(name: str, purpose: Purpose, text_field: str) -> Iterator[str]:
+    if Path(name).suffix in FILE_SUFFIXES:
+        return _file_documents(Path(name), text_field)
+    if name == PYDOCS:
+        return iter([_pydocs(purpose)])
+    dataset = HUB_DATASETS[name]
+    documents = _hub_documents(name, dataset, dataset.splits[purpose])
+    return documents if purpose == "calibration" else itertools.islice(
+        documents, dataset.evaluation_documents
+    )
+
+
+def _hub_documents(name: str, dataset: HubDataset, split: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        for record in load_dataset(dataset.path, split=split, streaming=True, **dataset.options):
+            yield record[dataset.text_field] if dataset.text_field else format_instruction(record)
+    except Exception as err:  # whatever went wrong on the way, the data set cannot be read
+        reason = " ".join(str(err).split())[:200]
+        raise DataError(
+            f"cannot read {name} ({dataset.path}) from the hub: {reason}", hint=LOCAL_HINT
+        ) from err
+
+
+def _pydocs(purpose: Purpose) -> str:
+    """Python's documentation of its own language, from the standard library."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    cut = text.index("\n\n", int(len(text) * PYDOCS_CALIBRATION))
+    return text[:cut] if purpose == "calibration" else text[cut:]
+
+
+def _file_documents(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        if path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+            return
+        for index, record in enumerate(_records(path)):
+            yield _record_text(record, text_field, f"{path}, record {index}")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise DataError(f"cannot read {path}: {err}") from err
+
+
+def _records(path: Path) -> Iterator[Any]:
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            yield from (json.loads(line) for line in lines if line.strip())
+    elif path.suffix == ".json":
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(records, list):
+            raise DataError(f"{path} is not a JSON list of records")
+        yield from records
+    else:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            for batch in ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except ArrowInvalid as err:
+            raise DataError(f"cannot read {path}: {err}") from err
+
+
+def _record_text(record: Any, text_field: str, where: str) -> str:
+    if isinstance(record, dict):
+        if isinstance(record.get(text_field), str):
+            return record[text_field]
+        if {"instruction", "output"} <= record.keys():
+            return format_instruction(record)
+    fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+    raise DataError(
+        f"{where} has no text field {text_field!r}; it has: {fields}",
+        hint="name the field with --text-field",
+    )
+
+
+def _shuffled(documents: Iterator[str], seed: int, buffer_size: int = 10_000) -> Iterator[str]:
+    """Shuffle a stream, a buffer at a time."""
+    generator = random.Random(seed)
+    while batch := list(itertools.islice(documents, buffer_size)):
+        generator.shuffle(batch)
+        yield from batch
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, verbose=False).input_ids

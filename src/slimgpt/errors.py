@@ -1,0 +1,61 @@
+"""Every error that SlimGPT raises on purpose. Each carries a message and a hint for the user."""
+
+
+class SlimGPTError(Exception):
+    """Base of all deliberate errors.
+
+    Parameters
+    ----------
+    message : str
+        What happened, with numbers.
+    hint : str, optional
+        What to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(SlimGPTError, ValueError):
+    """An option, a model name or a path is wrong."""
+
+
+class UnsupportedModelError(SlimGPTError):
+    """The model exists but cannot be pruned: unknown family, unsafe format, broken weights."""
+
+
+class DataError(SlimGPTError):
+    """A data set cannot be read, lacks a field or is too short."""
+
+
+class NumericalError(SlimGPTError):
+    """A layer's Hessian cannot be factorised, even with the largest damping."""
+
+    exit_code = 1
+
+
+class RunStateError(SlimGPTError):
+    """The output directory is not in the state that the command needs."""
+
+
+class MissingDependencyError(SlimGPTError):
+    """An optional package is not installed.
+
+    Parameters
+    ----------
+    package : str
+        The missing package.
+    purpose : str
+        What needs it.
+    command : str
+        The command that installs it.
+    """
+
+    def __init__(self, package: str, purpose: str, command: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed",
+            hint=f"install it with: {command}",
+        )

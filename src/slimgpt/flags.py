@@ -1,0 +1,55 @@
+"""Command-line flags made from the fields of a config class."""
+
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+Command = Callable[..., None]
+
+
+def options_of(config: type[BaseModel]) -> Callable[[Command], Command]:
+    """Give a command one flag for each field of a config class, in place of its ``**options``."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        flags = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name, field)
+            )
+            for name, field in config.model_fields.items()
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *flags])
+        command.__annotations__ |= {flag.name: flag.annotation for flag in flags}
+        return command
+
+    return decorate
+
+
+def _flag(name: str, field: FieldInfo) -> Any:
+    """Annotation of the flag for a config field: its type, metavar, help and shown default."""
+    types_ = [arg for arg in _union_args(field.annotation) if arg is not types.NoneType]
+    kind = types_[0]
+    metavar, default = None, field.default
+    if get_origin(kind) is Literal:
+        kind, metavar = str, "|".join(get_args(kind)).replace("_", "-")
+        default = str(default).replace("_", "-")
+    elif get_origin(kind) is tuple:
+        kind, metavar, default = str, "A,B,…", ",".join(map(str, default))
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=field.description,
+        metavar=metavar,
+        show_default=False if default is None or kind is bool else str(default),
+    )
+    return Annotated[kind | None, option]
+
+
+def _union_args(annotation: Any) -> Iterable[Any]:
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if is_union else (annotation,)

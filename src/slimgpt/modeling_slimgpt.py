@@ -1,0 +1,68 @@
+"""Causal language models whose decoder layers differ in width.
+
+This file travels with every checkpoint of non-uniform width that SlimGPT writes. It is the same
+file for all of them and needs only torch and transformers (5.16 or newer). Where a stock class is
+called ``LlamaForCausalLM``, the name ``SlimLlamaForCausalLM`` gives the same code with layer ``i``
+built from ``config.per_layer_config[i]``, which records that layer's number of heads and its FFN
+width. The global values of the config remain those of the original model.
+"""
+
+import sys
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+
+PREFIX = "Slim"
+
+
+class _SlimConfig:
+    """Config mixin: reading a global width is allowed, and means that of the original model."""
+
+    allow_global_per_layer_attribute_access = True
+
+    def __getattribute__(self, key: str) -> Any:
+        # The stock lookup, less its warning that layers may differ from the global value.
+        names = object.__getattribute__(self, "attribute_map")
+        return object.__getattribute__(self, names.get(key, key))
+
+    def validate_architecture(self) -> None:
+        """Accept a number of heads that does not divide ``hidden_size``: ``head_dim`` is given."""
+
+
+class _SlimModel:
+    """Model mixin: each decoder layer has the width that its own config states."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        decoder = self.base_model
+        layer_class = type(decoder.layers[0])
+        decoder.layers = nn.ModuleList(
+            layer_class(layer_config, i) for i, layer_config in enumerate(config.per_layer_config)
+        )
+        self.post_init()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the attention implementation, in the layers' own configs too."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.base_model.layers.modules():
+            if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+                config._attn_implementation_internal = self.config._attn_implementation
+
+
+def __getattr__(name: str) -> type:
+    """Make ``Slim<Stock>`` from the stock class of that name in transformers, on first use."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not name.startswith(PREFIX) or stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = sys.modules[__name__]
+    if issubclass(stock, PreTrainedConfig):
+        bases: tuple[type, ...] = (_SlimConfig, stock)
+        body = {"model_type": f"slimgpt_{stock.model_type}"}
+    else:
+        bases = (_SlimModel, stock)
+        body = {"config_class": getattr(module, PREFIX + stock.config_class.__name__)}
+    cls = type(name, bases, {"__module__": __name__, "__doc__": stock.__doc__, **body})
+    setattr(module, name, cls)
+    return cls

@@ -1,0 +1,47 @@
+"""Make transformers know pruned models, so that they load without remote code.
+
+``import slimgpt`` has `register` called as soon as transformers is imported, before or after (see
+``slimgpt/__init__.py``). This module can therefore be entered while another one is importing
+transformers, and imports what it needs from there inside the functions.
+"""
+
+from typing import Any
+
+from slimgpt.families import load_families
+
+
+def pruned_classes(model_type: str) -> dict[str, Any]:
+    """Classes of a pruned model, by the auto class that loads them.
+
+    Parameters
+    ----------
+    model_type : str
+        Type of the original model, e.g. ``llama``.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig
+
+    from slimgpt import modeling_slimgpt
+
+    stock_config = type(AutoConfig.for_model(model_type))
+    stock = {
+        "AutoConfig": stock_config,
+        "AutoModel": MODEL_MAPPING[stock_config],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[stock_config],
+    }
+    prefix = modeling_slimgpt.PREFIX
+    return {auto: getattr(modeling_slimgpt, prefix + cls.__name__) for auto, cls in stock.items()}
+
+
+def register() -> None:
+    """Register the pruned models of every family."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    for model_type in load_families():
+        classes = pruned_classes(model_type)
+        config_class = classes["AutoConfig"]
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, classes["AutoModel"], exist_ok=True)
+        AutoModelForCausalLM.register(config_class, classes["AutoModelForCausalLM"], exist_ok=True)
+        for auto_name, pruned_class in classes.items():
+            # With its auto class known, save_pretrained brings the modelling file along.
+            pruned_class.register_for_auto_class(auto_name)

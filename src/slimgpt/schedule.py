@@ -1,0 +1,172 @@
+"""From one pruning ratio to the integer widths of every block. Pure arithmetic.
+
+References
+----------
+Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110,
+section 3.4 (Incremental Pruning Ratio).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slimgpt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What can be removed from one block.
+
+    Attributes
+    ----------
+    num_groups, num_channels : int
+        Key/value groups of attention and channels of the FFN.
+    group_params, channel_params : int
+        Parameters that go with one of them.
+    """
+
+    num_groups: int
+    group_params: int
+    num_channels: int
+    channel_params: int
+
+    @property
+    def params(self) -> int:
+        """Prunable parameters of the block."""
+        return self.num_groups * self.group_params + self.num_channels * self.channel_params
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """How many key/value groups and FFN channels a block keeps."""
+
+    num_groups: int
+    num_channels: int
+
+
+def curve(schedule: str, num_blocks: int) -> list[float]:
+    """Position of each block's ratio between the smallest (0) and the largest (1).
+
+    ``log``: ln(1 + i)/ln(n) for block i of n (SlimGPT, section 3.4). ``linear``: i/(n − 1). The
+    ``_decrease`` schedules are these from the last block to the first.
+    """
+    shape, _, decrease = schedule.partition("_")
+    if num_blocks == 1 or shape == "uniform":
+        return [1.0] * num_blocks
+    if shape == "log":
+        rising = [math.log(1 + i) / math.log(num_blocks) for i in range(num_blocks)]
+    else:
+        rising = [i / (num_blocks - 1) for i in range(num_blocks)]
+    return rising[::-1] if decrease else rising
+
+
+def layer_ratios(
+    shapes: Sequence[BlockShape], ratio: float, schedule: str, min_ratio: float | None = None
+) -> list[float]:
+    """Ratio of each block, such that their mean, weighted by parameters, is the target.
+
+    Parameters
+    ----------
+    shapes : sequence of BlockShape
+        The blocks, first to last.
+    ratio : float
+        Fraction of all prunable parameters to remove, in [0, 1).
+    schedule : {"log", "linear", "uniform", "log_decrease", "linear_decrease"}
+        See `curve`.
+    min_ratio : float, optional
+        The smallest ratio r_0; ``ratio / 8`` if not given. The largest one follows from it.
+
+    Returns
+    -------
+    list of float
+        r_i = r_0 + (r_max − r_0)·curve_i.
+    """
+    smallest = ratio / 8 if min_ratio is None else min_ratio
+    positions = curve(schedule, len(shapes))
+    total = sum(shape.params for shape in shapes)
+    weighted = sum(shape.params * s for shape, s in zip(shapes, positions, strict=True))
+    spread = (ratio - smallest) * total / weighted
+    return [smallest + spread * s for s in positions]
+
+
+def largest_ratio(shape: BlockShape, multiple_of: int) -> float:
+    """Ratio of a block that keeps one group and `multiple_of` channels."""
+    kept = shape.group_params + min(multiple_of, shape.num_channels) * shape.channel_params
+    return 1 - kept / shape.params
+
+
+def plan_widths(
+    shapes: Sequence[BlockShape],
+    ratio: float,
+    schedule: str = "log",
+    min_ratio: float | None = None,
+    multiple_of: int = 8,
+    uniform: bool = False,
+) -> list[BlockWidths]:
+    """Integer widths of every block that together meet the target ratio.
+
+    A block keeps the number of groups nearest to its ratio, at least one; the FFN takes up the
+    difference. Channels are rounded to multiples, and what rounding left over is carried to the
+    next block, so that the whole model misses the target by half a step of the last block at most.
+
+    Parameters
+    ----------
+    shapes, ratio, schedule, min_ratio
+        See `layer_ratios`.
+    multiple_of : int
+        FFN widths are multiples of this, or the original width.
+    uniform : bool
+        Same widths everywhere: nothing is carried over.
+
+    Raises
+    ------
+    ConfigError
+        If some block would lose more than it can; names the largest feasible ratio.
+    """
+    ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
+    if any(r > largest_ratio(s, multiple_of) for r, s in zip(ratios, shapes, strict=True)):
+        feasible = _largest_feasible(shapes, schedule, min_ratio, multiple_of)
+        worst = max(range(len(ratios)), key=ratios.__getitem__)
+        raise ConfigError(
+            f"ratio={ratio} with schedule={schedule!r} takes {ratios[worst]:.1%} of block {worst}, "
+            f"which can lose {largest_ratio(shapes[worst], multiple_of):.1%} at most",
+            hint=f"the largest feasible ratio with these options is {feasible:.3f}; "
+            "a higher --min-ratio or --schedule uniform allows more",
+        )
+    widths, carried = [], 0.0
+    for shape, block_ratio in zip(shapes, ratios, strict=True):
+        budget = block_ratio * shape.params + carried
+        width = _block_widths(shape, block_ratio, budget, multiple_of)
+        if not uniform:
+            carried = budget - removed_params(shape, width)
+        widths.append(width)
+    return widths
+
+
+def removed_params(shape: BlockShape, widths: BlockWidths) -> int:
+    """Parameters that a block of these widths has lost."""
+    return (shape.num_groups - widths.num_groups) * shape.group_params + (
+        shape.num_channels - widths.num_channels
+    ) * shape.channel_params
+
+
+def _block_widths(
+    shape: BlockShape, ratio: float, budget: float, multiple_of: int
+) -> BlockWidths:
+    groups = max(1, math.floor(shape.num_groups * (1 - ratio) + 0.5))
+    from_ffn = budget - (shape.num_groups - groups) * shape.group_params
+    channels = shape.num_channels - from_ffn / shape.channel_params
+    rounded = max(multiple_of, math.floor(channels / multiple_of + 0.5) * multiple_of)
+    return BlockWidths(groups, min(rounded, shape.num_channels))
+
+
+def _largest_feasible(
+    shapes: Sequence[BlockShape], schedule: str, min_ratio: float | None, multiple_of: int
+) -> float:
+    low, high = min_ratio or 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        ratios = layer_ratios(shapes, middle, schedule, min_ratio)
+        fits = all(r <= largest_ratio(s, multiple_of) for r, s in zip(ratios, shapes, strict=True))
+        low, high = (middle, high) if fits else (low, middle)
+    return math.floor(low * 1000) / 1000
