@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from slimgpt.families import Block, Sublayer, decoder_of, family_of
+from slimgpt.families import Block, Sublayer, blocks_of, decoder_of, family_of
 
 TOKENS_PER_BATCH = 4096
 
@@ -50,21 +51,20 @@ class Stream:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, samples: Tensor) -> Stream:
+def embed(model: PreTrainedModel, samples: Tensor) -> Stream:
     """Compute what enters the first block.
 
     Parameters
     ----------
-    model : nn.Module
+    model : PreTrainedModel
         A causal language model of a supported family.
     samples : Tensor
         int64, (nsamples, seqlen).
     """
-    decoder = decoder_of(model)
+    decoder, blocks = decoder_of(model), blocks_of(model)
+    recorders = [Recorder() for _ in blocks]
     name = family_of(model.config.model_type).blocks
-    blocks = decoder.get_submodule(name)
-    recorders = nn.ModuleList(Recorder() for _ in blocks)
-    decoder.set_submodule(name, recorders)
+    decoder.set_submodule(name, nn.ModuleList(recorders))
     try:
         hidden = []
         for sample in samples.to(next(model.parameters()).device):
@@ -151,4 +151,4 @@ def propagate(
         Its bias.
     """
     for hidden, batch_NTI in zip(stream.hidden, activations.batches(stream), strict=True):
-        hidden += nn.functional.linear(batch_NTI[..., columns], weight, bias)
+        hidden.add_(nn.functional.linear(batch_NTI[..., columns], weight, bias))

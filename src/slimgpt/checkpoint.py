@@ -1,9 +1,12 @@
 """Write a pruned model as a checkpoint that loads with stock tools."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import save_torch_model
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -13,7 +16,7 @@ from transformers import (
 )
 
 from slimgpt import modeling_slimgpt
-from slimgpt.families import PRUNED_PREFIX, config_widths
+from slimgpt.families import PRUNED_PREFIX, config_widths, family_of
 from slimgpt.registry import pruned_classes
 from slimgpt.schedule import BlockWidths
 
@@ -55,8 +58,32 @@ def pruned_config(
         result = classes["AutoConfig"](**values, per_layer_config=dict(enumerate(layers)))
         module = modeling_slimgpt.__name__.rpartition(".")[2]
         result.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
-    result.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(result)].__name__]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(result)]
+    result.architectures = [model_class.__name__]
     return result
+
+
+def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
+    """Numbers of key/value groups that a uniform model may keep.
+
+    The stock config class decides: some classes refuse a number of heads that does not divide the
+    hidden size, even where ``head_dim`` is given.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of the model before.
+    """
+    family, first = family_of(config.model_type), config.per_layer_config[0]
+    num_groups = getattr(first, family.attention.widths[0])
+    num_channels = getattr(first, family.ffn.widths[0])
+    accepted = []
+    for count in range(1, num_groups + 1):
+        kept = BlockWidths(count, num_channels)
+        with contextlib.suppress(StrictDataclassError, ValueError):
+            pruned_config(config, [kept], uniform=True)
+            accepted.append(count)
+    return accepted
 
 
 def save_checkpoint(

@@ -2,10 +2,11 @@
 
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,9 +42,7 @@ Recipe = Annotated[
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Handle the options that stand before the verb."""
     if debug:
@@ -119,6 +118,9 @@ def inspect_model(model: Model, as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line; turn errors into one line, a hint and an exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     log.setLevel(logging.INFO)
     log.addHandler(_StderrHandler())
     log.propagate = False
@@ -155,10 +157,7 @@ def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
     if as_json:
-        plain = [asdict(r) if is_dataclass(r) else r for r in result] if isinstance(
-            result, list
-        ) else (asdict(result) if is_dataclass(result) else result)
-        print(json.dumps(plain, indent=1))
+        print(json.dumps(result, indent=1, default=asdict))
         return
     for renderable in renderables:
         stdout.print(renderable)
@@ -175,8 +174,6 @@ def _ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
 
 def _plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     table = Table("block", "kv groups", "channels", "removed")
-    for index, (width, ratio) in enumerate(
-        zip(planned.widths, planned.layer_ratios, strict=True)
-    ):
+    for index, (width, ratio) in enumerate(zip(planned.widths, planned.layer_ratios, strict=True)):
         table.add_row(str(index), str(width.num_groups), str(width.num_channels), f"{ratio:.1%}")
     return table, *_ratio_lines(planned)

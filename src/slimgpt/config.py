@@ -96,9 +96,7 @@ class _ModelOptions(_Options):
 class PruneConfig(_ModelOptions):
     """Options of ``slimgpt prune``."""
 
-    ratio: float = Field(
-        0.2, ge=0, lt=1, description="Fraction of the block parameters to remove."
-    )
+    ratio: float = Field(0.2, ge=0, lt=1, description="Fraction of the block parameters to remove.")
     schedule: Annotated[Schedule, _Underscored] = Field(
         "log", description="How the layer ratios change with depth."
     )

@@ -167,7 +167,8 @@ def calibration_tokens(
     """
     tokens: list[int] = []
     needed = nsamples * seqlen
-    for text in _shuffled(_documents(name, "calibration", text_field), seed):
+    documents = filter(str.strip, _documents(name, "calibration", text_field))
+    for text in _shuffled(documents, seed):
         tokens += _tokenize(text + "\n\n", tokenizer)
         if len(tokens) >= needed:
             break
@@ -247,14 +248,15 @@ def sample_from_model(
     if first is None:
         raise DataError("the tokenizer has neither BOS nor EOS, so the model cannot start a text")
     batch_size = 16
+    generate: Any = model.generate
     samples = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, nsamples, batch_size):
             log.info("sampling from the model: %d of %d", start, nsamples)
-            prompt = torch.full((min(batch_size, nsamples - start), 1), first, device=model.device)
+            prompt = torch.tensor([[first]] * min(batch_size, nsamples - start)).to(model.device)
             samples.append(
-                model.generate(
+                generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     do_sample=True,
@@ -281,8 +283,10 @@ def _documents(name: str, purpose: Purpose, text_field: str) -> Iterator[str]:
         return iter([_pydocs(purpose)])
     dataset = HUB_DATASETS[name]
     documents = _hub_documents(name, dataset, dataset.splits[purpose])
-    return documents if purpose == "calibration" else itertools.islice(
-        documents, dataset.evaluation_documents
+    return (
+        documents
+        if purpose == "calibration"
+        else itertools.islice(documents, dataset.evaluation_documents)
     )
 
 

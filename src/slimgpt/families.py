@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -78,12 +78,12 @@ class Sublayer:
     @property
     def output(self) -> nn.Linear:
         """The projection whose columns are solved for."""
-        return self.module.get_submodule(self.spec.output)
+        return _linear(self.module, self.spec.output)
 
     @property
     def inputs(self) -> dict[str, nn.Linear]:
         """The projections that lose the matching rows, by name."""
-        return {name: self.module.get_submodule(name) for name in self.spec.inputs}
+        return {name: _linear(self.module, name) for name in self.spec.inputs}
 
     @property
     def unit_size(self) -> int:
@@ -152,18 +152,24 @@ def family_of(model_type: str) -> Family:
     return family
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: Any) -> nn.Module:
     """The stack of blocks of a causal language model, without its head."""
     return model.get_submodule(family_of(model.config.model_type).decoder)
 
 
-def bind(model: nn.Module) -> Iterator[Block]:
+def blocks_of(model: Any) -> nn.ModuleList:
+    """The blocks of a causal language model."""
+    blocks = decoder_of(model).get_submodule(family_of(model.config.model_type).blocks)
+    return cast(nn.ModuleList, blocks)
+
+
+def bind(model: Any) -> Iterator[Block]:
     """Bind each block of a causal language model to its family, first to last.
 
     Parameters
     ----------
-    model : nn.Module
-        A Hugging Face causal language model with its ``config``; pruned or not.
+    model : PreTrainedModel
+        A causal language model with its ``config``; pruned or not.
 
     Raises
     ------
@@ -171,10 +177,8 @@ def bind(model: nn.Module) -> Iterator[Block]:
         If the model's type belongs to no family.
     """
     family = family_of(model.config.model_type)
-    blocks = decoder_of(model).get_submodule(family.blocks)
-    for index, (module, config) in enumerate(
-        zip(blocks, model.config.per_layer_config, strict=True)
-    ):
+    layers = zip(blocks_of(model), model.config.per_layer_config, strict=True)
+    for index, (module, config) in enumerate(layers):
         attention, ffn = (
             Sublayer(
                 kind=kind,
@@ -215,3 +219,13 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
         )
         for key in spec.widths
     }
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    found = module.get_submodule(name)
+    if not isinstance(found, nn.Linear):
+        raise UnsupportedModelError(
+            f"{name} is a {type(found).__name__}, but only plain linear layers can be pruned",
+            hint="prune first, quantise or add adapters afterwards",
+        )
+    return found

@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -156,8 +158,9 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if source.gguf_file and dtype == "auto":
         wanted = torch.float32
+    loaded: Any
     try:
-        model, details = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source.location,
             dtype=wanted,
             use_safetensors=True,
@@ -165,8 +168,9 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
             output_loading_info=True,
             **source.kwargs,
         )
-    except (OSError, ValueError, RuntimeError) as err:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as err:
         raise _cannot_load(source, err) from err
+    model, details = loaded
     if details["missing_keys"] or details["mismatched_keys"]:
         problems = sorted(map(str, [*details["missing_keys"], *details["mismatched_keys"]]))
         raise UnsupportedModelError(
@@ -220,16 +224,17 @@ def _check_directory(path: Path) -> None:
         )
     if any(path.glob("*.safetensors")):
         return
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    suffixes = (".bin", ".pt", ".pth")
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in suffixes)
     if pickles:
         raise UnsupportedModelError(
-            f"{path} has only pickled weights ({pickles[0]}), and loading a pickle can run any code",
+            f"{path} has only pickled weights ({pickles[0]}); a pickle can run any code",
             hint="convert it to safetensors: model.save_pretrained(...) in a sandbox you trust",
         )
     raise ConfigError(f"the directory {path} has no *.safetensors file")
 
 
-def _forget_quantizer(model: PreTrainedModel) -> None:
+def _forget_quantizer(model: Any) -> None:
     """Drop the traces of GGUF dequantisation: they would make a plain model unsavable."""
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer, model.config.quantization_config

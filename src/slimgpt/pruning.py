@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from slimgpt import obs
 from slimgpt.calibrate import Activations, Stream, embed, propagate
 from slimgpt.card import REPORT_FILE, write_card
-from slimgpt.checkpoint import pruned_config, save_checkpoint
+from slimgpt.checkpoint import pruned_config, save_checkpoint, uniform_group_counts
 from slimgpt.config import PruneConfig
 from slimgpt.data import (
     SELF,
@@ -31,7 +31,14 @@ from slimgpt.data import (
 )
 from slimgpt.errors import NumericalError
 from slimgpt.families import Block, Sublayer, bind
-from slimgpt.model import Source, build_skeleton, find_model, load_config, load_model, load_tokenizer
+from slimgpt.model import (
+    Source,
+    build_skeleton,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from slimgpt.run import check_output, peak_memory, staging
 from slimgpt.schedule import BlockWidths, plan_widths, removed_params
 from slimgpt.shrink import shrink_sublayer, unit_columns
@@ -291,9 +298,7 @@ def _prune_sublayer(
     return SublayerPlan(tuple(kept_units.tolist()), error, relative, problem.damping)
 
 
-def _select(
-    problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig
-) -> Tensor:
+def _select(problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig) -> Tensor:
     """Indices of the units to keep, sorted."""
     matrices = problem.weight_OI, problem.inverse_II
     num_remove = sublayer.num_units - num_keep
@@ -312,8 +317,9 @@ def _select(
 
 def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:
     shapes = [block.shape for block in bind(skeleton)]
+    uniform_groups = uniform_group_counts(skeleton.config) if config.uniform else None
     widths = plan_widths(
-        shapes, config.ratio, config.schedule, config.min_ratio, config.multiple_of, config.uniform
+        shapes, config.ratio, config.schedule, config.min_ratio, config.multiple_of, uniform_groups
     )
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
     total = skeleton.num_parameters()

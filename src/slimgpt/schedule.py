@@ -7,7 +7,7 @@ section 3.4 (Incremental Pruning Ratio).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from slimgpt.errors import ConfigError
@@ -101,7 +101,7 @@ def plan_widths(
     schedule: str = "log",
     min_ratio: float | None = None,
     multiple_of: int = 8,
-    uniform: bool = False,
+    uniform_groups: Collection[int] | None = None,
 ) -> list[BlockWidths]:
     """Integer widths of every block that together meet the target ratio.
 
@@ -115,14 +115,21 @@ def plan_widths(
         See `layer_ratios`.
     multiple_of : int
         FFN widths are multiples of this, or the original width.
-    uniform : bool
-        Same widths everywhere: nothing is carried over.
+    uniform_groups : collection of int, optional
+        If given, all blocks get the same widths, with a number of groups from this collection;
+        nothing is carried over. The schedule must be uniform too.
 
     Raises
     ------
     ConfigError
-        If some block would lose more than it can; names the largest feasible ratio.
+        If some block would lose more than it can; names the largest feasible ratio. If uniform
+        widths are asked for and the blocks differ.
     """
+    if uniform_groups is not None and len(set(shapes)) > 1:
+        raise ConfigError(
+            "uniform widths need blocks that are all alike, but the blocks of this model differ",
+            hint="prune the original model, or leave out --uniform",
+        )
     ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
     if any(r > largest_ratio(s, multiple_of) for r, s in zip(ratios, shapes, strict=True)):
         feasible = _largest_feasible(shapes, schedule, min_ratio, multiple_of)
@@ -136,8 +143,8 @@ def plan_widths(
     widths, carried = [], 0.0
     for shape, block_ratio in zip(shapes, ratios, strict=True):
         budget = block_ratio * shape.params + carried
-        width = _block_widths(shape, block_ratio, budget, multiple_of)
-        if not uniform:
+        width = _block_widths(shape, block_ratio, budget, multiple_of, uniform_groups)
+        if uniform_groups is None:
             carried = budget - removed_params(shape, width)
         widths.append(width)
     return widths
@@ -151,9 +158,15 @@ def removed_params(shape: BlockShape, widths: BlockWidths) -> int:
 
 
 def _block_widths(
-    shape: BlockShape, ratio: float, budget: float, multiple_of: int
+    shape: BlockShape,
+    ratio: float,
+    budget: float,
+    multiple_of: int,
+    group_counts: Collection[int] | None,
 ) -> BlockWidths:
-    groups = max(1, math.floor(shape.num_groups * (1 - ratio) + 0.5))
+    exact = shape.num_groups * (1 - ratio)
+    counts = group_counts or range(1, shape.num_groups + 1)
+    groups = min(counts, key=lambda count: (abs(count - exact), -count))
     from_ffn = budget - (shape.num_groups - groups) * shape.group_params
     channels = shape.num_channels - from_ffn / shape.channel_params
     rounded = max(multiple_of, math.floor(channels / multiple_of + 0.5) * multiple_of)

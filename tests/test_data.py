@@ -1,0 +1,132 @@
+"""Calibration and evaluation text."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from slimgpt.data import calibration_tokens, evaluation_tokens, format_instruction
+from slimgpt.errors import DataError
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_samples_are_windows_of_the_text(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    text = " ".join(f"word {i}" for i in range(400))
+    name = write(tmp_path / "text.txt", text)
+    samples = calibration_tokens(name, tokenizer, nsamples=5, seqlen=16, seed=3)
+    tokens = tokenizer(text + "\n\n").input_ids
+    windows = [tokens[i : i + 16] for i in range(0, len(tokens) - 15, 16)]
+    assert samples.shape == (5, 16)
+    rows = samples.tolist()
+    assert all(row in windows for row in rows)
+    assert len({tuple(row) for row in rows}) == 5
+
+
+def test_seed_decides_the_samples(tokenizer: PreTrainedTokenizerFast) -> None:
+    draws = [calibration_tokens("pydocs", tokenizer, 4, 64, seed) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_pydocs_calibration_and_evaluation_do_not_overlap(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    from pydoc_data.topics import topics
+
+    held_out = tokenizer.decode(evaluation_tokens("pydocs", tokenizer))
+    whole = "\n\n".join(topics[key] for key in sorted(topics))
+    assert whole.endswith(held_out)
+    assert len(held_out) / len(whole) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_record_files_give_the_same_text(
+    suffix: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    records = [{"body": f"document number {i}"} for i in range(9)]
+    path = tmp_path / f"records{suffix}"
+    if suffix == ".parquet":
+        pandas = pytest.importorskip("pandas")
+        pandas.DataFrame(records).to_parquet(path)
+    elif suffix == ".jsonl":
+        write(path, "\n".join(map(json.dumps, records)))
+    else:
+        write(path, json.dumps(records))
+    tokens = evaluation_tokens(str(path), tokenizer, text_field="body")
+    assert tokenizer.decode(tokens) == "\n\n".join(record["body"] for record in records)
+
+
+def test_instructions_are_formatted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    records = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+    ]
+    name = write(tmp_path / "alpaca.json", json.dumps(records))
+    text = tokenizer.decode(evaluation_tokens(name, tokenizer))
+    assert text == "\n\n".join(map(format_instruction, records))
+    assert "### Input:\n1 2\n\n### Response:\n3" in text
+    assert "### Instruction:\nSay hi.\n\n### Response:\nhi" in text
+
+
+def test_max_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = evaluation_tokens("pydocs", tokenizer)
+    assert torch.equal(evaluation_tokens("pydocs", tokenizer, max_tokens=100), whole[:100])
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "message"),
+    [
+        ("\n", ".txt", "has 0 tokens, 0 samples of 32, but 4 samples need 128 tokens"),
+        ('{"body": "x"}', ".jsonl", "record 0 has no text field 'text'; it has: body"),
+        ('{"text": "x"}\n{"text": 3}', ".jsonl", "record 1 has no text field"),
+        ("{broken", ".jsonl", "cannot read"),
+        ('{"text": "x"}', ".json", "is not a JSON list"),
+        ("no parquet", ".parquet", "cannot read"),
+    ],
+)
+def test_bad_files(
+    content: str, suffix: str, message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    name = write(tmp_path / f"bad{suffix}", content)
+    with pytest.raises(DataError, match=message):
+        calibration_tokens(name, tokenizer, nsamples=4, seqlen=32)
+
+
+def test_hub_failure_names_the_local_alternatives(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="no route to the hub") as caught:
+        calibration_tokens("c4", tokenizer, nsamples=1, seqlen=8)
+    assert "pydocs" in str(caught.value.hint)
+    assert ".jsonl" in str(caught.value.hint)
+
+
+def test_hub_records_are_read_by_their_field(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+
+    def load(path: str, **options: object) -> list[dict[str, str]]:
+        asked.update(path=path, **options)
+        return [{"sentence": "one two"}, {"sentence": "three"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tokens = evaluation_tokens("ptb", tokenizer)
+    assert tokenizer.decode(tokens) == "one two\n\nthree"
+    assert asked["split"] == "test"
+    assert asked["streaming"] is True

@@ -1,0 +1,608 @@
+"""The solver against brute force: explicit inverses and least squares in float64."""
+
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slimgpt import obs
+from slimgpt.errors import NumericalError
+
+fixed = settings(derandomize=True, deadline=None, database=None, max_examples=20)
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.integers(2, 14)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def layer(seed: int, num_in: int, num_out: int = 5, num_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """W and the tokens X of a layer: correlated inputs of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mixing = torch.eye(num_in) + 0.5 * normal(num_in, num_in) / num_in**0.5
+    tokens = normal(num_tokens or 3 * num_in, num_in) @ mixing * normal(num_in).exp()
+    return normal(num_out, num_in), tokens
+
+
+def second_moment(tokens: Tensor) -> Tensor:
+    return tokens.T @ tokens / len(tokens)
+
+
+def problem(seed: int, num_in: int, num_out: int = 5, damping: float = 0.01) -> obs.Problem:
+    weight, tokens = layer(seed, num_in, num_out)
+    return obs.prepare(weight, second_moment(tokens), damping)
+
+
+def split(seed: int, num_in: int, num_kept: int) -> tuple[Tensor, Tensor]:
+    """Kept and removed columns, both sorted."""
+    columns = torch.randperm(num_in, generator=torch.Generator().manual_seed(seed))
+    return columns[:num_kept].sort().values, columns[num_kept:].sort().values
+
+
+def least_squares(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
+    return weight @ hessian[:, kept] @ torch.linalg.inv(hessian[kept][:, kept])
+
+
+def obs_error(weight: Tensor, inverse: Tensor, removed: Tensor) -> Tensor:
+    block = torch.linalg.inv(inverse[removed][:, removed])
+    return torch.trace(weight[:, removed] @ block @ weight[:, removed].T)
+
+
+def diagonal_error(weight: Tensor, inverse: Tensor, unit: Tensor) -> Tensor:
+    """Σ_j ‖w_j‖²/(L_jj)², where (L_jj)² is the last pivot of the leading j × j block."""
+    block = inverse[unit][:, unit]
+    pivots = [1 / torch.linalg.inv(block[: j + 1, : j + 1])[j, j] for j in range(len(unit))]
+    return sum(weight[:, c].square().sum() / p for c, p in zip(unit, pivots, strict=True))
+
+
+REFERENCE_ERRORS = {"exact": obs_error, "diagonal": diagonal_error}
+
+
+def greedy(
+    weight: Tensor, hessian: Tensor, batches: list[int], unit_size: int = 1, method: str = "exact"
+) -> tuple[list[int], Tensor]:
+    """Removes batches of units; all that is left is solved anew before each batch."""
+    alive = list(range(len(hessian) // unit_size))
+    order, errors = [], []
+    for size in batches:
+        kept = torch.tensor([u * unit_size + s for u in alive for s in range(unit_size)])
+        solved = least_squares(weight, hessian, kept)
+        inverse = torch.linalg.inv(hessian[kept][:, kept])
+        if unit_size == 1:
+            scores = solved.square().sum(dim=0) / inverse.diagonal()
+        else:
+            units = torch.arange(len(kept)).view(-1, unit_size)
+            scores = torch.stack([REFERENCE_ERRORS[method](solved, inverse, u) for u in units])
+        for position in scores.argsort()[:size].tolist():
+            order.append(alive[position])
+            errors.append(scores[position])
+        alive = [u for u in alive if u not in order]
+    return order, torch.stack(errors)
+
+
+def documented_batches(num_remove: int, smallest: int, largest: int) -> list[int]:
+    batches, group = [], num_remove
+    while sum(batches) < num_remove:
+        group = min(max((group - 512) // 2, smallest), largest)
+        batches.append(min(group, num_remove - sum(batches)))
+    return batches
+
+
+def close(actual: Tensor | float, expected: Tensor | float, rtol: float = 1e-7) -> None:
+    """Equal up to rounding, relative to the largest entry."""
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    actual = torch.as_tensor(actual, dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * scale)
+
+
+# Compensation and error
+
+
+@fixed
+@given(seeds, sizes, st.data(), st.sampled_from([1e-4, 0.01, 0.1]))
+def test_compensation_is_least_squares_on_data(seed, num_in, data, damping):
+    weight, tokens = layer(seed, num_in)
+    kept, _ = split(seed, num_in, data.draw(st.integers(1, num_in)))
+    hessian = second_moment(tokens)
+    damping_rows = torch.diag((damping * hessian.diagonal()).sqrt())
+    rows = torch.cat([tokens / len(tokens) ** 0.5, damping_rows])
+    expected = torch.linalg.lstsq(rows[:, kept], rows @ weight.T).solution.T
+
+    solved = obs.prepare(weight, hessian, damping)
+    close(obs.compensate(solved.weight_OI, solved.hessian_II, kept), expected)
+
+
+@fixed
+@given(seeds, sizes, st.data())
+def test_compensation_is_the_obs_update(seed, num_in, data):
+    weight, hessian, _, _ = problem(seed, num_in)
+    kept, removed = split(seed, num_in, data.draw(st.integers(1, num_in - 1)))
+    inverse = torch.linalg.inv(hessian)
+    block = torch.linalg.inv(inverse[removed][:, removed])
+    update = weight[:, removed] @ block @ inverse[removed][:, kept]
+
+    actual = obs.compensate(weight, hessian, kept)
+    close(actual, weight[:, kept] - update)
+    close(actual, least_squares(weight, hessian, kept))
+
+
+@fixed
+@given(seeds, sizes)
+def test_keeping_all_changes_nothing(seed, num_in):
+    weight, hessian, _, _ = problem(seed, num_in)
+    every = torch.arange(num_in)
+    actual = obs.compensate(weight, hessian, every)
+    close(actual, weight)
+    error, power = obs.output_error(weight, hessian, every, actual)
+    assert error <= 1e-12 * power
+
+
+@fixed
+@given(seeds, sizes, st.data())
+def test_error_after_compensation_is_the_obs_error(seed, num_in, data):
+    weight, hessian, inverse, _ = problem(seed, num_in)
+    kept, removed = split(seed, num_in, data.draw(st.integers(1, num_in - 1)))
+    new_weight = obs.compensate(weight, hessian, kept)
+    error, _ = obs.output_error(weight, hessian, kept, new_weight)
+    close(error, obs_error(weight, inverse, removed))
+
+
+@fixed
+@given(seeds, sizes, st.data())
+def test_output_error_is_measured_on_tokens(seed, num_in, data):
+    weight, tokens = layer(seed, num_in)
+    kept, _ = split(seed, num_in, data.draw(st.integers(1, num_in)))
+    new_weight, _ = layer(seed + 1, len(kept))
+    dense, pruned = tokens @ weight.T, tokens[:, kept] @ new_weight.T
+
+    error, power = obs.output_error(weight, second_moment(tokens), kept, new_weight)
+    close(error, (pruned - dense).square().sum(dim=1).mean())
+    close(power, dense.square().sum(dim=1).mean())
+
+
+# Errors of units
+
+
+@pytest.mark.parametrize("method", ["exact", "diagonal"])
+@pytest.mark.parametrize("unit_size", [1, 2, 3, 5])
+@fixed
+@given(seed=seeds, num_units=st.integers(1, 4))
+def test_unit_errors(method, unit_size, seed, num_units):
+    weight, _, inverse, _ = problem(seed, num_units * unit_size)
+    units = torch.arange(num_units * unit_size).view(num_units, unit_size)
+    expected = torch.stack([REFERENCE_ERRORS[method](weight, inverse, u) for u in units])
+    close(obs.unit_errors(weight, inverse, unit_size, method), expected)
+
+
+@fixed
+@given(seeds, sizes)
+def test_unit_errors_of_single_columns(seed, num_in):
+    weight, _, inverse, _ = problem(seed, num_in)
+    expected = weight.square().sum(dim=0) / inverse.diagonal()
+    close(obs.unit_errors(weight, inverse, 1, "exact"), expected, 1e-12)
+    close(obs.unit_errors(weight, inverse, 1, "diagonal"), expected, 1e-12)
+
+
+@fixed
+@given(seeds, sizes, st.data())
+def test_downdate_is_solving_anew(seed, num_in, data):
+    weight, hessian, inverse, _ = problem(seed, num_in)
+    kept, removed = split(seed, num_in, data.draw(st.integers(0, num_in)))
+    new_weight, new_inverse = obs.downdate(weight, inverse, removed, kept)
+    close(new_weight, least_squares(weight, hessian, kept))
+    close(new_inverse, torch.linalg.inv(hessian[kept][:, kept]))
+
+
+# Elimination
+
+
+@pytest.mark.parametrize("panel_size", [1, 2, 5, 64, 1000])
+@fixed
+@given(seed=seeds, num_in=sizes, num_out=st.integers(1, 8), data=st.data())
+def test_channels_are_eliminated_greedily(panel_size, seed, num_in, num_out, data):
+    weight, hessian, inverse, _ = problem(seed, num_in, num_out)
+    num_remove = data.draw(st.integers(1, num_in))
+    order, errors = greedy(weight, hessian, [1] * num_remove)
+    actual = obs.eliminate_channels(weight, inverse, num_remove, panel_size)
+    assert actual.order_R.tolist() == order
+    close(actual.errors_R, errors)
+
+
+def test_many_channels_are_eliminated_greedily_in_default_panels():
+    weight, hessian, inverse, _ = problem(0, 150, 20)
+    order, errors = greedy(weight, hessian, [1] * 150)
+    actual = obs.eliminate_channels(weight, inverse, 150)
+    assert actual.order_R.tolist() == order
+    close(actual.errors_R, errors)
+
+
+@fixed
+@given(seeds, sizes, st.sampled_from([1, 3, 64]))
+def test_errors_of_channels_add_up(seed, num_in, panel_size):
+    weight, _, inverse, _ = problem(seed, num_in)
+    order, errors = obs.eliminate_channels(weight, inverse, num_in, panel_size)
+    expected = [obs_error(weight, inverse, order[: n + 1]) for n in range(num_in)]
+    close(errors.cumsum(dim=0), torch.stack(expected))
+
+
+@fixed
+@given(seeds, st.integers(2, 5), st.integers(1, 4))
+def test_errors_of_units_add_up(seed, num_units, unit_size):
+    weight, _, inverse, _ = problem(seed, num_units * unit_size)
+    order, errors = obs.eliminate_units(weight, inverse, num_units, unit_size)
+    columns = (order[:, None] * unit_size + torch.arange(unit_size)).flatten()
+    expected = [
+        obs_error(weight, inverse, columns[: (n + 1) * unit_size]) for n in range(num_units)
+    ]
+    close(errors.cumsum(dim=0), torch.stack(expected))
+
+
+@fixed
+@given(seeds, sizes, st.integers(1, 20), st.data())
+def test_elimination_is_nested(seed, num_in, panel_size, data):
+    weight, _, inverse, _ = problem(seed, num_in)
+    fewer = data.draw(st.integers(0, num_in))
+    for eliminate, option in ((obs.eliminate_channels, panel_size), (obs.eliminate_units, 1)):
+        full = eliminate(weight, inverse, num_in, option)
+        part = eliminate(weight, inverse, fewer, option)
+        assert part.order_R.tolist() == full.order_R[:fewer].tolist()
+        close(part.errors_R, full.errors_R[:fewer])
+
+
+@pytest.mark.parametrize("method", ["exact", "diagonal"])
+@fixed
+@given(seed=seeds, num_units=st.integers(1, 5), unit_size=st.integers(1, 4), data=st.data())
+def test_units_are_eliminated_greedily(method, seed, num_units, unit_size, data):
+    weight, hessian, inverse, _ = problem(seed, num_units * unit_size)
+    num_remove = data.draw(st.integers(1, num_units))
+    order, errors = greedy(weight, hessian, [1] * num_remove, unit_size, method)
+    actual = obs.eliminate_units(weight, inverse, num_remove, unit_size, method)
+    assert actual.order_R.tolist() == order
+    close(actual.errors_R, errors)
+
+
+@fixed
+@given(seeds, sizes, st.integers(1, 5), st.integers(0, 5), st.data())
+def test_channel_groups(seed, num_in, smallest, more, data):
+    weight, hessian, inverse, _ = problem(seed, num_in)
+    num_remove = data.draw(st.integers(1, num_in))
+    batches = documented_batches(num_remove, smallest, smallest + more)
+    order, errors = greedy(weight, hessian, batches)
+    actual = obs.eliminate_channel_groups(weight, inverse, num_remove, smallest, smallest + more)
+    assert actual.order_R.tolist() == order
+    close(actual.errors_R, errors)
+
+
+@pytest.mark.parametrize(
+    ("num_remove", "smallest", "largest", "first_batches"),
+    [
+        (601, 32, 1024, [44, 32]),
+        (600, 32, 40, [40, 32]),
+        (1560, 250, 1024, [524, 250]),
+    ],
+)
+def test_channel_groups_shrink(num_remove, smallest, largest, first_batches):
+    weight, hessian, inverse, _ = problem(0, num_remove + 10, 3)
+    batches = documented_batches(num_remove, smallest, largest)
+    assert batches[: len(first_batches)] == first_batches
+    order, errors = greedy(weight, hessian, batches)
+    actual = obs.eliminate_channel_groups(weight, inverse, num_remove, smallest, largest)
+    assert actual.order_R.tolist() == order
+    close(actual.errors_R, errors, 1e-6)
+
+
+@fixed
+@given(seeds, sizes)
+def test_channel_groups_of_one_are_greedy(seed, num_in):
+    weight, _, inverse, _ = problem(seed, num_in)
+    singles = obs.eliminate_channels(weight, inverse, num_in)
+    groups = obs.eliminate_channel_groups(weight, inverse, num_in, 1, 1)
+    assert groups.order_R.tolist() == singles.order_R.tolist()
+    close(groups.errors_R, singles.errors_R)
+
+
+def test_removing_nothing():
+    weight, _, inverse, _ = problem(0, 6)
+    for removed in (
+        obs.eliminate_channels(weight, inverse, 0),
+        obs.eliminate_units(weight, inverse, 0, 2),
+        obs.eliminate_channel_groups(weight, inverse, 0),
+    ):
+        assert removed.order_R.shape == removed.errors_R.shape == (0,)
+        assert removed.order_R.dtype == torch.long
+        assert removed.errors_R.dtype == torch.float64
+
+
+def test_arguments_are_left_alone():
+    weight, tokens = layer(0, 12)
+    kept, removed = split(0, 12, 7)
+    hessian = second_moment(tokens)
+    inverse = torch.linalg.inv(hessian)
+    copies = weight.clone(), hessian.clone(), inverse.clone()
+
+    obs.prepare(weight, hessian)
+    obs.unit_errors(weight, inverse, 3)
+    obs.downdate(weight, inverse, removed, kept)
+    obs.eliminate_units(weight, inverse, 2, 3)
+    obs.eliminate_channels(weight, inverse, 9, 4)
+    obs.eliminate_channel_groups(weight, inverse, 9, 2, 4)
+    obs.output_error(weight, hessian, kept, obs.compensate(weight, hessian, kept))
+    for tensor, copy in zip((weight, hessian, inverse), copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+# Damping
+
+
+@pytest.mark.parametrize("mode", ["relative", "mean"])
+@fixed
+@given(seed=seeds, num_in=sizes, damping=st.floats(1e-6, 0.1))
+def test_damping(mode, seed, num_in, damping):
+    weight, tokens = layer(seed, num_in)
+    hessian = second_moment(tokens)
+    diagonal = hessian.diagonal()
+    added = diagonal if mode == "relative" else diagonal.mean().expand(num_in)
+    expected = hessian + damping * torch.diag(added)
+
+    solved = obs.prepare(weight, hessian, damping, mode)
+    assert solved.damping == damping
+    assert torch.equal(solved.weight_OI, weight)
+    close(solved.hessian_II, expected, 1e-14)
+    close(solved.inverse_II, torch.linalg.inv(expected))
+
+
+def test_no_damping():
+    weight, tokens = layer(0, 8)
+    hessian = second_moment(tokens)
+    solved = obs.prepare(weight, hessian, damping=0)
+    assert solved.damping == 0
+    assert torch.equal(solved.hessian_II, hessian)
+    close(solved.inverse_II, torch.linalg.inv(hessian))
+
+
+@pytest.mark.parametrize("mode", ["relative", "mean"])
+@fixed
+@given(seed=seeds, num_in=st.integers(3, 14), data=st.data())
+def test_dead_channels_go_first_and_cost_nothing(mode, seed, num_in, data):
+    weight, tokens = layer(seed, num_in)
+    dead = split(seed, num_in, data.draw(st.integers(1, num_in - 1)))[0]
+    tokens[:, dead] = 0
+    hessian = second_moment(tokens)
+    solved = obs.prepare(weight, hessian, mode=mode)
+    matrices = solved.weight_OI, solved.inverse_II
+    for removed in (
+        obs.eliminate_channels(*matrices, num_in),
+        obs.eliminate_channels(*matrices, num_in, panel_size=2),
+        obs.eliminate_units(*matrices, num_in, 1),
+        obs.eliminate_channel_groups(*matrices, num_in, 1, 3),
+    ):
+        assert sorted(removed.order_R[: len(dead)].tolist()) == dead.tolist()
+        assert (removed.errors_R[: len(dead)] == 0).all()
+        assert removed.errors_R.isfinite().all()
+        assert sorted(removed.order_R.tolist()) == list(range(num_in))
+
+    alive = torch.tensor([i for i in range(num_in) if i not in dead])
+    new_weight = obs.compensate(solved.weight_OI, solved.hessian_II, alive)
+    close(new_weight, weight[:, alive])
+    error, power = obs.output_error(solved.weight_OI, hessian, alive, new_weight)
+    assert error <= 1e-12 * power
+
+
+def test_dead_channels_do_not_disturb_the_others():
+    weight, tokens = layer(0, 12)
+    dead, alive = split(0, 12, 4)
+    tokens[:, dead] = 0
+    solved = obs.prepare(weight, second_moment(tokens))
+    alone = obs.prepare(weight[:, alive], second_moment(tokens[:, alive]))
+    kept = torch.tensor([1, 2, 4, 7])
+
+    actual = obs.compensate(solved.weight_OI, solved.hessian_II, alive[kept])
+    close(actual, obs.compensate(alone.weight_OI, alone.hessian_II, kept))
+    order = obs.eliminate_channels(solved.weight_OI, solved.inverse_II, 12).order_R
+    expected = obs.eliminate_channels(alone.weight_OI, alone.inverse_II, 8).order_R
+    assert order[4:].tolist() == alive[expected].tolist()
+
+
+def test_nothing_but_dead_channels():
+    weight, _ = layer(0, 6)
+    solved = obs.prepare(weight, torch.zeros(6, 6))
+    removed = obs.eliminate_channels(solved.weight_OI, solved.inverse_II, 4)
+    assert removed.errors_R.tolist() == [0] * 4
+    kept = torch.tensor([1, 3])
+    assert (obs.compensate(solved.weight_OI, solved.hessian_II, kept) == 0).all()
+
+
+@fixed
+@given(seeds, st.integers(6, 20), st.integers(1, 5), st.sampled_from([1e-4, 0.01]))
+def test_fewer_tokens_than_channels(seed, num_in, num_tokens, damping):
+    weight, tokens = layer(seed, num_in, num_tokens=num_tokens)
+    solved = obs.prepare(weight, second_moment(tokens), damping)
+    assert solved.damping == damping
+    order, errors = obs.eliminate_channels(solved.weight_OI, solved.inverse_II, num_in, 3)
+    exact = torch.linalg.inv(solved.hessian_II)
+    expected = [obs_error(weight, exact, order[: n + 1]) for n in range(num_in)]
+    close(errors.cumsum(dim=0), torch.stack(expected), 1e-6)
+
+
+@fixed
+@given(seeds, sizes, st.sampled_from([1e-6, 1e-3, 0.1]))
+def test_duplicated_channels_stand_in_for_each_other(seed, num_pairs, damping):
+    weight, tokens = layer(seed, num_pairs, num_tokens=40)
+    copies, _ = layer(seed + 1, num_pairs)
+    weight, tokens = torch.cat([weight, copies], dim=1), tokens.repeat(1, 2)
+    hessian = second_moment(tokens)
+    solved = obs.prepare(weight, hessian, damping)
+    assert solved.damping == damping
+
+    kept = torch.arange(num_pairs)
+    new_weight = obs.compensate(solved.weight_OI, solved.hessian_II, kept)
+    error, _ = obs.output_error(weight, hessian, kept, new_weight)
+    # Adding each copy's weight to its twin's costs this much in H + D, and nothing in H.
+    merged = 2 * damping * (hessian.diagonal()[kept] * copies.square().sum(dim=0)).sum()
+    assert -1e-12 * float(merged) <= error <= float(merged)
+
+    order, errors = obs.eliminate_channels(solved.weight_OI, solved.inverse_II, 2 * num_pairs)
+    assert errors.isfinite().all()
+    assert sorted(order.tolist()) == list(range(2 * num_pairs))
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"), [(5e-5, 1e-4), (5e-4, 1e-3), (5e-3, 0.01), (0.05, 0.1)]
+)
+def test_damping_grows_until_the_hessian_is_positive_definite(shift, expected):
+    weight, tokens = layer(0, 12, num_tokens=6)
+    tokens /= tokens.square().mean(dim=0).sqrt()
+    hessian = second_moment(tokens) - shift * torch.eye(12)
+    asked = 1e-5
+
+    def smallest_eigenvalue(damping: float) -> float:
+        damped = hessian + damping * torch.diag(hessian.diagonal())
+        return float(torch.linalg.eigvalsh(damped)[0])
+
+    ladder = [asked * 10**step for step in range(5)]
+    needed = next(d for d in ladder if smallest_eigenvalue(d) > 0)
+    assert needed == pytest.approx(expected)
+
+    solved = obs.prepare(weight, hessian, asked)
+    assert solved.damping == pytest.approx(needed)
+    damped = hessian + solved.damping * torch.diag(hessian.diagonal())
+    close(solved.hessian_II, damped, 1e-14)
+    close(solved.inverse_II, torch.linalg.inv(damped))
+
+
+def test_every_damping_up_to_the_largest_is_tried():
+    weight, tokens = layer(0, 12, num_tokens=6)
+    tokens /= tokens.square().mean(dim=0).sqrt()
+    hessian = second_moment(tokens) - 0.05 * torch.eye(12)
+    assert torch.linalg.eigvalsh(hessian + 0.03 * torch.diag(hessian.diagonal()))[0] < 0
+    assert torch.linalg.eigvalsh(hessian + 0.1 * torch.diag(hessian.diagonal()))[0] > 0
+    assert 0.03 < obs.prepare(weight, hessian, 0.03).damping <= obs.MAX_DAMPING
+
+
+@pytest.mark.parametrize("mode", ["relative", "mean"])
+@pytest.mark.parametrize(
+    "hessian",
+    [
+        torch.tensor([[1.0, 2.0], [2.0, 1.0]]),
+        torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.9], [0.0, 0.9, 1.0]]),
+        -torch.eye(2),
+        torch.diag(torch.tensor([1.0, 1.0, -0.5])),
+    ],
+    ids=["pair", "chain", "negative", "negative entry"],
+)
+def test_strongly_indefinite_hessian(hessian, mode):
+    weight, _ = layer(0, len(hessian))
+    with pytest.raises(NumericalError, match=r"positive definite.*\d") as caught:
+        obs.prepare(weight, hessian, 0.001, mode)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("position", [(2, 2), (1, 3)])
+def test_hessian_that_is_not_finite(value, position):
+    weight, tokens = layer(0, 6)
+    hessian = second_moment(tokens)
+    hessian[position] = value
+    with pytest.raises(NumericalError, match="finite") as caught:
+        obs.prepare(weight, hessian)
+    assert any(c.isdigit() for c in str(caught.value))
+    assert caught.value.hint
+
+
+def test_no_damping_of_an_indefinite_hessian_ends():
+    def give_up(*_):
+        raise TimeoutError("prepare does not end")
+
+    weight, _ = layer(0, 2)
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(NumericalError):
+            obs.prepare(weight, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), damping=0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+# Stress
+
+
+@pytest.mark.parametrize("mode", ["relative", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("massive", [1.0, 1e4])
+@fixed
+@given(seed=seeds, num_in=st.integers(4, 16), num_tokens=st.integers(2, 40), data=st.data())
+def test_compensation_never_loses_to_slicing(mode, dtype, massive, seed, num_in, num_tokens, data):
+    weight, tokens = layer(seed, num_in, num_tokens=num_tokens)
+    tokens /= tokens.abs().max()
+    tokens[:, data.draw(st.integers(0, num_in - 1))] *= massive
+    weight, tokens = weight.to(dtype), tokens.to(dtype)
+    hessian = second_moment(tokens.double())
+    num_remove = data.draw(st.integers(1, num_in - 1))
+
+    solved = obs.prepare(weight, hessian, 0.01, mode)
+    removed = obs.eliminate_channels(solved.weight_OI, solved.inverse_II, num_remove, 4)
+    kept = torch.tensor([i for i in range(num_in) if i not in removed.order_R])
+    new_weight = obs.compensate(solved.weight_OI, solved.hessian_II, kept)
+    assert removed.errors_R.isfinite().all()
+    assert new_weight.isfinite().all()
+    assert new_weight.to(dtype).isfinite().all()
+
+    dense = tokens.double() @ weight.double().T
+    errors = [
+        float((tokens.double()[:, kept] @ w.T - dense).square().sum(dim=1).mean())
+        for w in (new_weight, weight.double()[:, kept])
+    ]
+    # The solution is optimal in H + D: its error in H is at most that of slicing in H + D.
+    dropped = weight.double().square().sum(dim=0).index_fill(0, kept, 0)
+    added = (solved.hessian_II - hessian).diagonal()
+    power = float(dense.square().sum(dim=1).mean())
+    assert errors[0] <= errors[1] + float((added * dropped).sum()) + 1e-12 * power
+
+    damped = [
+        obs.output_error(solved.weight_OI, solved.hessian_II, kept, w)[0]
+        for w in (new_weight, solved.weight_OI[:, kept])
+    ]
+    assert damped[0] <= damped[1] + 1e-12 * power
+
+
+@pytest.mark.parametrize("massive", [1.0, 1e4])
+@fixed
+@given(seed=seeds, num_in=st.integers(4, 16), data=st.data())
+def test_undamped_compensation_never_loses_to_slicing(massive, seed, num_in, data):
+    weight, tokens = layer(seed, num_in, num_tokens=64)
+    tokens[:, 0] *= massive
+    hessian = second_moment(tokens)
+    kept, _ = split(seed, num_in, data.draw(st.integers(1, num_in - 1)))
+    solved = obs.prepare(weight, hessian, damping=0)
+    new_weight = obs.compensate(weight, solved.hessian_II, kept)
+    compensated, power = obs.output_error(weight, hessian, kept, new_weight)
+    sliced, _ = obs.output_error(weight, hessian, kept, weight[:, kept])
+    assert compensated <= sliced + 1e-12 * power
+
+
+@pytest.mark.parametrize("massive", [1.0, 1e4])
+def test_float32_sums_are_solved_in_float64(massive):
+    weight, tokens = layer(0, 24)
+    tokens[:, 3] *= massive
+    hessian = second_moment(tokens.float())
+    assert hessian.dtype == torch.float32
+    solved = obs.prepare(weight.bfloat16(), hessian)
+    assert {t.dtype for t in solved[:3]} == {torch.float64}
+    order, errors = greedy(solved.weight_OI, solved.hessian_II, [1] * 24)
+    actual = obs.eliminate_channels(solved.weight_OI, solved.inverse_II, 24, 5)
+    assert actual.order_R.tolist() == order
+    close(actual.errors_R, errors, 1e-6)

@@ -1,0 +1,268 @@
+"""The pipeline on tiny models of every family."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VARIANTS, make_tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import slimgpt
+from slimgpt import obs
+from slimgpt.calibrate import Activations, embed
+from slimgpt.config import PruneConfig
+from slimgpt.families import bind
+from slimgpt.model import find_model, load_model
+from slimgpt.pruning import BlockPlan, prune_blocks
+from slimgpt.schedule import BlockWidths
+from slimgpt.shrink import unit_columns
+
+OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+WIDTHS = (BlockWidths(4, 64), BlockWidths(3, 48), BlockWidths(2, 64), BlockWidths(1, 24))
+
+
+def sample_tokens(num_samples: int = 6, seqlen: int = 32) -> Tensor:
+    return torch.randint(320, (num_samples, seqlen), generator=torch.Generator().manual_seed(1))
+
+
+def pruned(
+    variant: str, **options: object
+) -> tuple[PreTrainedModel, PreTrainedModel, list[BlockPlan]]:
+    dense = make_tiny_model(variant)
+    model = copy.deepcopy(dense)
+    plans = prune_blocks(model, sample_tokens(), WIDTHS, PruneConfig.create(**options))
+    return dense, model, plans
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_slicing_equals_masking(variant: str) -> None:
+    masked, model, plans = pruned(variant)
+    for block, small, plan in zip(bind(masked), model.model.layers, plans, strict=True):
+        for sublayer, kept, new in (
+            (block.attention, plan.attention.keep, small.self_attn.o_proj),
+            (block.ffn, plan.ffn.keep, small.mlp.down_proj),
+        ):
+            columns = unit_columns(torch.tensor(kept), sublayer.unit_size)
+            weight = torch.zeros_like(sublayer.output.weight)
+            weight[:, columns] = new.weight
+            sublayer.output.weight = nn.Parameter(weight)
+    tokens = sample_tokens(2, 24)
+    torch.testing.assert_close(model(tokens).logits, masked(tokens).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_widths_and_report_match_the_plan(variant: str) -> None:
+    dense, model, plans = pruned(variant)
+    for block, small, plan, width in zip(
+        bind(dense), model.model.layers, plans, WIDTHS, strict=True
+    ):
+        groups = width.num_groups * block.attention.num_units // 4
+        assert len(plan.ffn.keep) == width.num_channels == small.mlp.gate_proj.out_features
+        assert len(plan.attention.keep) == width.num_groups
+        assert small.self_attn.o_proj.in_features == width.num_groups * block.attention.unit_size
+        assert groups >= width.num_groups
+        for kept, error in (
+            (width.num_groups == block.attention.num_units, plan.attention.error),
+            (width.num_channels == 64, plan.ffn.error),
+        ):
+            assert (error == 0) == kept
+
+
+def test_ratio_zero_is_the_identity() -> None:
+    dense = make_tiny_model("llama")
+    model = copy.deepcopy(dense)
+    prune_blocks(model, sample_tokens(), (BlockWidths(4, 64),) * 4, PruneConfig.create())
+    tokens = sample_tokens(2, 24)
+    assert torch.equal(model(tokens).logits, dense(tokens).logits)
+
+
+def test_reported_error_is_the_change_of_the_output() -> None:
+    """Run the first block by hand: E‖Δy‖² and E‖y‖² over the calibration tokens."""
+    dense = make_tiny_model("llama")
+    stream = embed(dense, sample_tokens())
+    block = next(iter(bind(dense)))
+    activations = Activations(block, block.ffn, stream, 0)
+    assert activations.hessian_II.dtype == torch.float64
+    widths = (BlockWidths(4, 32), *WIDTHS[1:])
+    plan = prune_blocks(copy.deepcopy(dense), sample_tokens(), widths, PruneConfig.create())[0]
+    seen = {}
+    handle = dense.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda _, args, out: seen.update(x=args[0], y=out)
+    )
+    dense(sample_tokens())
+    handle.remove()
+    x_TI, y_TO = (seen[key].flatten(0, 1).double() for key in "xy")
+    problem = obs.prepare(dense.model.layers[0].mlp.down_proj.weight, x_TI.T @ x_TI / len(x_TI))
+    columns = torch.tensor(plan.ffn.keep)
+    new_OK = obs.compensate(problem.weight_OI, problem.hessian_II, columns)
+    change = (x_TI[:, columns] @ new_OK.T - y_TO).square().sum(1).mean()
+    assert plan.ffn.error == pytest.approx(float(change), rel=1e-4)
+    assert plan.ffn.relative_error == pytest.approx(
+        float(change / y_TO.square().sum(1).mean()), rel=1e-4
+    )
+
+
+def test_second_block_is_calibrated_on_the_pruned_first() -> None:
+    dense, model, plans = pruned("llama")
+    first_only = copy.deepcopy(dense)
+    first_only.model.layers[0] = model.model.layers[0]
+    seen = {}
+    first_only.model.layers[1].self_attn.o_proj.register_forward_hook(
+        lambda _, args, out: seen.update(x=args[0])
+    )
+    first_only(sample_tokens())
+    x_TI = seen["x"].flatten(0, 1).double()
+    weight = dense.model.layers[1].self_attn.o_proj.weight
+    problem = obs.prepare(weight, x_TI.T @ x_TI / len(x_TI))
+    errors = obs.unit_errors(problem.weight_OI, problem.inverse_II, 16)
+    assert set(range(4)) - set(plans[1].attention.keep) == {int(errors.argmin())}
+
+
+def test_each_sublayer_runs_once_and_twice_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = Activations._run
+    monkeypatch.setattr(Activations, "_run", lambda self, x: calls.append(1) or run(self, x))
+    _, kept, _ = pruned("llama")
+    num_batches = len(calls) // 8
+    assert len(calls) == 8 * num_batches
+    calls.clear()
+    _, recomputed, _ = pruned("llama", activation_memory=0)
+    assert len(calls) == 2 * 8 * num_batches
+    for a, b in zip(kept.parameters(), recomputed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_runs_are_deterministic() -> None:
+    _, first, _ = pruned("qwen3")
+    _, second, _ = pruned("qwen3")
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PruneConfig.create(preset="paper", min_group_size=4)
+    assert (config.channel_selection, config.head_error, config.damping_mode, config.schedule) == (
+        "dynamic_group",
+        "diagonal",
+        "mean",
+        "log",
+    )
+    monkeypatch.delattr(obs, "eliminate_channels")
+    prune_blocks(make_tiny_model("llama"), sample_tokens(), WIDTHS, config)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpoint_loads_with_the_logits_of_the_model_in_memory(
+    variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(variant)
+    output = tmp_path / "slim"
+    result = slimgpt.prune(str(source), output, ratio=0.4, min_ratio=0, **OPTIONS)
+    assert result.plan.block_ratio == pytest.approx(0.4, abs=0.03)
+
+    in_memory = load_model(find_model(str(source)))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    samples = slimgpt.data.calibration_tokens("pydocs", tokenizer, 6, 32)
+    prune_blocks(in_memory, samples, result.plan.widths, PruneConfig.create())
+    tokens = sample_tokens(2, 24)
+    expected = in_memory(tokens).logits
+    for remote in (True, False):
+        loaded = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=remote)
+        assert (loaded(tokens).logits - expected).abs().max() <= 1e-5
+    assert loaded.num_parameters() == result.plan.params_after
+
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    assert torch.equal(reloaded(tokens).logits, loaded(tokens).logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generation_with_cache_padding_and_every_attention(
+    variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "slim"
+    slimgpt.prune(str(tiny_checkpoint(variant)), output, ratio=0.45, **OPTIONS)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    prompt = sample_tokens(1, 12)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    mask = torch.ones_like(prompt)
+    expected = model.generate(prompt, attention_mask=mask, use_cache=False, **options)
+    cached = model.generate(prompt, attention_mask=mask, **options)
+    assert torch.equal(cached, expected)
+    padded = torch.cat([torch.ones(1, 5, dtype=torch.long), prompt], dim=1)
+    batch = torch.cat([padded, sample_tokens(1, 17)])
+    batch_mask = torch.ones_like(batch)
+    batch_mask[0, :5] = 0
+    left_padded = model.generate(batch, attention_mask=batch_mask, **options)
+    assert torch.equal(left_padded[0, 5:], expected[0])
+    sdpa = model(prompt).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(prompt).logits, sdpa, rtol=0, atol=1e-5)
+    attentions = model(prompt, output_attentions=True).attentions
+    assert [a.shape[1] for a in attentions] == [
+        layer.num_attention_heads for layer in model.config.per_layer_config
+    ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_uniform_is_a_plain_checkpoint(
+    variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "slim"
+    slimgpt.prune(str(tiny_checkpoint(variant)), output, ratio=0.4, uniform=True, **OPTIONS)
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == VARIANTS[variant].model_type
+    assert "auto_map" not in config
+    assert "per_layer_config" not in config
+    assert not (output / "modeling_slimgpt.py").exists()
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model).__module__.startswith("transformers.models.")
+
+
+def test_a_pruned_model_can_be_pruned_again(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    once = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "once", ratio=0.2, **OPTIONS)
+    twice = slimgpt.prune(str(once.output), tmp_path / "twice", ratio=0.2, **OPTIONS)
+    assert twice.plan.params_before == once.plan.params_after
+    model = AutoModelForCausalLM.from_pretrained(twice.output)
+    assert model.num_parameters() == twice.plan.params_after
+
+
+def test_bfloat16_stays_bfloat16(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    output = tmp_path / "slim"
+    slimgpt.prune(str(tiny_checkpoint("llama")), output, dtype="bfloat16", ratio=0.4, **OPTIONS)
+    assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+
+
+def test_calibration_on_text_sampled_from_the_model(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = {"calibration": "self", "nsamples": 3, "seqlen": 16}
+    first, second = (
+        slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / name, ratio=0.3, **options)
+        for name in ("first", "second")
+    )
+    assert first.blocks == second.blocks
+
+
+def test_plan_equals_what_prune_does(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = str(tiny_checkpoint("qwen2"))
+    planned = slimgpt.plan(source, ratio=0.35, schedule="linear")
+    result = slimgpt.prune(source, tmp_path / "slim", ratio=0.35, schedule="linear", **OPTIONS)
+    assert result.plan == planned
+    summary = slimgpt.inspect(str(result.output))
+    assert summary.params["total"] == planned.params_after
+    assert [(b.num_kv_heads, b.num_channels) for b in summary.blocks] == [
+        (w.num_groups, w.num_channels) for w in planned.widths
+    ]
+    dense = slimgpt.inspect(source)
+    assert sum(v for k, v in dense.params.items() if k != "total") == dense.params["total"]
+    assert dense.params["total"] == planned.params_before

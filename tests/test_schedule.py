@@ -1,0 +1,316 @@
+"""Layer ratios and integer widths against closed forms and exhaustive search."""
+
+import math
+import re
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from slimgpt.errors import ConfigError
+from slimgpt.schedule import (
+    BlockShape,
+    BlockWidths,
+    curve,
+    largest_ratio,
+    layer_ratios,
+    plan_widths,
+    removed_params,
+)
+
+fixed = settings(derandomize=True, deadline=None, database=None, max_examples=100)
+SCHEDULES = ["log", "linear", "uniform", "log_decrease", "linear_decrease"]
+SMOLLM2 = [BlockShape(3, 294912, 1536, 1728)] * 30
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+@st.composite
+def block_shapes(draw: st.DrawFn, multiple_of: int = 8, aligned: bool = True) -> BlockShape:
+    """A block whose FFN has at least twice the parameters of its attention."""
+    num_groups = draw(st.integers(1, 8))
+    channel_params = draw(st.integers(1, 5000))
+    num_channels = multiple_of * draw(st.integers(16, 200))
+    if not aligned:
+        num_channels += draw(st.integers(1, multiple_of - 1))
+    most = num_channels * channel_params // (2 * num_groups)
+    return BlockShape(num_groups, draw(st.integers(1, most)), num_channels, channel_params)
+
+
+models = st.lists(block_shapes(), min_size=1, max_size=12)
+
+
+def total_params(shapes: list[BlockShape]) -> int:
+    return sum(shape.params for shape in shapes)
+
+
+def total_removed(shapes: list[BlockShape], widths: list[BlockWidths]) -> int:
+    return sum(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
+
+
+def named_ratio(error: ConfigError) -> float:
+    return float(re.search(r"feasible ratio.* is (\d\.\d+)", error.hint)[1])
+
+
+# Curves and ratios
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 30, 32, 80])
+def test_curves(num_blocks):
+    log = [math.log(i + 1, num_blocks) for i in range(num_blocks)]
+    linear = [i / (num_blocks - 1) for i in range(num_blocks)]
+    assert curve("log", num_blocks) == pytest.approx(log)
+    assert curve("linear", num_blocks) == pytest.approx(linear)
+    assert curve("uniform", num_blocks) == [1.0] * num_blocks
+    assert curve("log_decrease", num_blocks) == pytest.approx(log[::-1])
+    assert curve("linear_decrease", num_blocks) == pytest.approx(linear[::-1])
+
+
+def test_log_curve_of_four_blocks():
+    assert curve("log", 4) == pytest.approx([0, 0.5, math.log(3) / math.log(4), 1])
+
+
+@each_schedule
+def test_curve_of_one_block(schedule):
+    assert curve(schedule, 1) == [1.0]
+
+
+@pytest.mark.parametrize("schedule", ["log", "linear"])
+@fixed
+@given(shapes=st.lists(block_shapes(), min_size=2, max_size=12), ratio=st.floats(0.01, 0.9))
+def test_ratios_rise_from_the_smallest_to_the_largest(schedule, shapes, ratio):
+    for given_ratio, smallest in ((None, ratio / 8), (ratio / 3, ratio / 3)):
+        ratios = layer_ratios(shapes, ratio, schedule, given_ratio)
+        assert ratios[0] == pytest.approx(smallest)
+        assert ratios == sorted(ratios)
+        assert ratios[-1] == max(ratios) > ratio
+
+
+def test_largest_ratio_of_equal_blocks():
+    n, ratio, smallest = 30, 0.5, 0.1
+    log_mean = math.lgamma(n + 1) / (n * math.log(n))
+    for schedule, mean in (("log", log_mean), ("linear", 0.5)):
+        ratios = layer_ratios(SMOLLM2, ratio, schedule, smallest)
+        assert ratios[0] == pytest.approx(smallest)
+        assert ratios[-1] == pytest.approx(smallest + (ratio - smallest) / mean)
+
+
+@each_schedule
+@fixed
+@given(shapes=models, ratio=st.floats(0, 0.99), fraction=st.none() | st.floats(0, 1))
+def test_weighted_mean_is_the_target(schedule, shapes, ratio, fraction):
+    smallest = None if fraction is None else fraction * ratio
+    ratios = layer_ratios(shapes, ratio, schedule, smallest)
+    removed = sum(r * s.params for r, s in zip(ratios, shapes, strict=True))
+    assert removed / total_params(shapes) == pytest.approx(ratio, abs=1e-12)
+
+
+@fixed
+@given(shapes=models, ratio=st.floats(0, 0.99))
+def test_uniform_ratios(shapes, ratio):
+    assert layer_ratios(shapes, ratio, "uniform", 0) == pytest.approx([ratio] * len(shapes))
+
+
+@pytest.mark.parametrize("schedule", ["log", "linear"])
+@fixed
+@given(shapes=models, ratio=st.floats(0, 0.99))
+def test_decreasing_ratios_are_the_mirror_image(schedule, shapes, ratio):
+    mirrored = layer_ratios(shapes[::-1], ratio, f"{schedule}_decrease")
+    assert mirrored[::-1] == pytest.approx(layer_ratios(shapes, ratio, schedule))
+
+
+# Widths
+
+
+@each_schedule
+@fixed
+@given(shapes=models, ratio=st.floats(0, 0.7), fraction=st.floats(0, 1))
+def test_widths_meet_the_target(schedule, shapes, ratio, fraction):
+    try:
+        widths = plan_widths(shapes, ratio, schedule, fraction * ratio)
+    except ConfigError:
+        assume(False)
+    for shape, width in zip(shapes, widths, strict=True):
+        assert 1 <= width.num_groups <= shape.num_groups
+        assert 8 <= width.num_channels <= shape.num_channels
+        assert width.num_channels % 8 == 0
+    last, last_width = shapes[-1], widths[-1]
+    if 8 < last_width.num_channels < last.num_channels:
+        miss = total_removed(shapes, widths) - ratio * total_params(shapes)
+        assert abs(miss) <= 4 * last.channel_params * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 8, 64])
+@each_schedule
+@pytest.mark.parametrize("ratio", [0.2, 0.33, 0.5])
+def test_widths_of_unequal_blocks_meet_the_target(ratio, schedule, multiple_of):
+    shapes = [BlockShape(4, 90_000, 1024 + 128 * (i % 5), 900 + 30 * i) for i in range(16)]
+    widths = plan_widths(shapes, ratio, schedule, ratio / 2, multiple_of)
+    miss = total_removed(shapes, widths) - ratio * total_params(shapes)
+    assert abs(miss) <= multiple_of / 2 * shapes[-1].channel_params * (1 + 1e-6)
+    assert all(w.num_channels % multiple_of == 0 for w in widths)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+@fixed
+@given(
+    data=st.data(),
+    ratio=st.floats(0, 0.85) | st.floats(0, 0.01),
+    multiple_of=st.sampled_from([2, 8, 32]),
+)
+def test_one_block_takes_the_nearest_width(aligned, data, ratio, multiple_of):
+    shape = data.draw(block_shapes(multiple_of, aligned))
+    assume(ratio <= largest_ratio(shape, multiple_of))
+    (width,) = plan_widths([shape], ratio, multiple_of=multiple_of)
+    kept_groups = shape.num_groups * (1 - ratio)
+    assert width.num_groups == 1 or abs(width.num_groups - kept_groups) <= 0.5 + 1e-9
+
+    def miss(num_channels: int) -> float:
+        removed = removed_params(shape, BlockWidths(width.num_groups, num_channels))
+        return abs(removed - ratio * shape.params)
+
+    allowed = {*range(multiple_of, shape.num_channels + 1, multiple_of), shape.num_channels}
+    assert width.num_channels in allowed
+    assert miss(width.num_channels) <= min(map(miss, allowed)) + 1e-6 * shape.channel_params
+
+
+@pytest.mark.parametrize(("removed", "kept"), [(0, 1003), (1, 1003), (2, 1000), (6, 1000)])
+def test_the_original_width_counts_as_a_step(removed, kept):
+    shape = BlockShape(1, 1000, 1003, 10)
+    (width,) = plan_widths([shape], 10 * removed / shape.params)
+    assert width == BlockWidths(1, kept)
+
+
+@each_schedule
+def test_one_block_model(schedule):
+    shape = BlockShape(4, 1000, 512, 100)
+    (width,) = plan_widths([shape], 0.5, schedule)
+    # 0.5 · 55 200 = 27 600 parameters: 2 groups, 25 600/100 = 256 channels.
+    assert width == BlockWidths(2, 256)
+
+
+def test_width_below_the_multiple_is_kept():
+    shape = BlockShape(8, 1000, 5, 1)
+    (width,) = plan_widths([shape], 0.5, multiple_of=8)
+    assert width == BlockWidths(4, 5)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+@each_schedule
+@fixed
+@given(data=st.data())
+def test_ratio_zero_removes_nothing(schedule, aligned, data):
+    shapes = data.draw(st.lists(block_shapes(aligned=aligned), min_size=1, max_size=6))
+    expected = [BlockWidths(s.num_groups, s.num_channels) for s in shapes]
+    assert plan_widths(shapes, 0.0, schedule) == expected
+    counts = range(1, shapes[0].num_groups + 1)
+    assert plan_widths(shapes[:1] * 3, 0.0, "uniform", uniform_groups=counts) == expected[:1] * 3
+
+
+@fixed
+@given(st.data(), block_shapes(), st.integers(1, 12), st.floats(0, 0.6))
+def test_uniform_widths(data, shape, num_blocks, ratio):
+    every_count = list(range(1, shape.num_groups + 1))
+    counts = data.draw(st.lists(st.sampled_from(every_count), min_size=1, unique=True))
+    try:
+        widths = plan_widths([shape] * num_blocks, ratio, "uniform", uniform_groups=counts)
+    except ConfigError:
+        assume(False)
+    assert len(widths) == num_blocks
+    assert len(set(widths)) == 1
+    groups, channels = widths[0].num_groups, widths[0].num_channels
+    exact = shape.num_groups * (1 - ratio)
+    assert groups in counts
+    assert abs(groups - exact) <= min(abs(count - exact) for count in counts) + 1e-9
+    if 8 < channels < shape.num_channels:
+        miss = removed_params(shape, widths[0]) - ratio * shape.params
+        assert abs(miss) <= 4 * shape.channel_params * (1 + 1e-6)
+
+
+def test_uniform_widths_need_equal_blocks():
+    shapes = [BlockShape(4, 1000, 512, 100), BlockShape(4, 1000, 504, 100)]
+    with pytest.raises(ConfigError, match="differ") as caught:
+        plan_widths(shapes, 0.5, "uniform", uniform_groups=[1, 2, 4])
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.33, 0.5])
+@each_schedule
+def test_smollm2(schedule, ratio):
+    widths = plan_widths(SMOLLM2, ratio, schedule, ratio / 4)
+    removed = total_removed(SMOLLM2, widths) / total_params(SMOLLM2)
+    assert abs(removed - ratio) < 0.005
+    assert abs(removed - ratio) * total_params(SMOLLM2) <= 4 * 1728 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 3], [1, 3], [3]])
+@pytest.mark.parametrize("ratio", [0.2, 0.33, 0.5])
+def test_smollm2_uniform(ratio, counts):
+    widths = plan_widths(SMOLLM2, ratio, "uniform", uniform_groups=counts)
+    assert len(set(widths)) == 1
+    assert abs(total_removed(SMOLLM2, widths) / total_params(SMOLLM2) - ratio) < 0.005
+
+
+def test_removed_params():
+    shape = BlockShape(4, 1000, 512, 100)
+    assert shape.params == 4 * 1000 + 512 * 100
+    assert removed_params(shape, BlockWidths(4, 512)) == 0
+    assert removed_params(shape, BlockWidths(1, 500)) == 3 * 1000 + 12 * 100
+
+
+@pytest.mark.parametrize(("multiple_of", "channels"), [(8, 8), (512, 512), (1024, 512)])
+def test_largest_ratio(multiple_of, channels):
+    shape = BlockShape(4, 1000, 512, 100)
+    assert largest_ratio(shape, multiple_of) == pytest.approx(1 - (1000 + channels * 100) / 55200)
+
+
+# Infeasible ratios
+
+
+def check_named_ratio(shapes: list[BlockShape], ratio: float, schedule: str, **options) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_widths(shapes, ratio, schedule, **options)
+    assert str(ratio) in str(caught.value)
+    named = named_ratio(caught.value)
+    assert named < ratio
+    plan_widths(shapes, named, schedule, **options)
+    with pytest.raises(ConfigError):
+        plan_widths(shapes, named + 0.01, schedule, **options)
+
+
+@each_schedule
+@pytest.mark.parametrize("min_ratio", [None, 0.0, 0.3])
+def test_infeasible_ratio_of_smollm2(schedule, min_ratio):
+    check_named_ratio(SMOLLM2, 0.95, schedule, min_ratio=min_ratio)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "linear_decrease"])
+def test_half_of_smollm2_is_too_much_for_a_steep_line(schedule):
+    # r_max = r_0 + 2·(0.5 − r_0) with r_0 = 0.5/8; one group and 8 channels must stay.
+    assert 1 - (294912 + 8 * 1728) / SMOLLM2[0].params < 0.5 / 8 + 2 * (0.5 - 0.5 / 8)
+    check_named_ratio(SMOLLM2, 0.5, schedule)
+
+
+@each_schedule
+@fixed
+@given(shapes=models, multiple_of=st.sampled_from([1, 8, 64]))
+def test_infeasible_ratio_of_unequal_blocks(schedule, shapes, multiple_of):
+    check_named_ratio(shapes, 0.9999, schedule, multiple_of=multiple_of)
+
+
+def test_message_names_the_block_that_loses_too_much():
+    roomy, tight = BlockShape(1, 10, 64, 10), BlockShape(1, 640, 64, 10)
+    assert largest_ratio(tight, 8) == pytest.approx(1 - 720 / 1280)
+    with pytest.raises(ConfigError, match=r"50\.0% of block 1, which can lose 43\.8% at most"):
+        plan_widths([roomy, tight, roomy], 0.5, "uniform")
+
+
+def test_named_ratio_is_feasible_whatever_the_smallest_ratio():
+    tight = BlockShape(1, 640, 64, 10)
+    check_named_ratio([tight], 0.7, "uniform", min_ratio=0.6)
+
+
+def test_uniform_ratio_is_infeasible_if_the_groups_must_stay():
+    attention = 3 * 294912
+    most = 1 - (attention + 8 * 1728) / SMOLLM2[0].params
+    plan_widths(SMOLLM2, most - 0.001, "uniform", uniform_groups=[3])
+    check_named_ratio(SMOLLM2, most + 0.05, "uniform", uniform_groups=[3])
