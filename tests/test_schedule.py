@@ -314,3 +314,9 @@ def test_uniform_ratio_is_infeasible_if_the_groups_must_stay():
     most = 1 - (attention + 8 * 1728) / SMOLLM2[0].params
     plan_widths(SMOLLM2, most - 0.001, "uniform", uniform_groups=[3])
     check_named_ratio(SMOLLM2, most + 0.05, "uniform", uniform_groups=[3])
+
+
+def test_no_ratio_is_feasible():
+    with pytest.raises(ConfigError) as caught:
+        plan_widths([BlockShape(1, 640, 64, 10)] * 3, 0.7, min_ratio=0.6)
+    assert "no ratio is feasible" in caught.value.hint

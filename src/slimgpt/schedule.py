@@ -89,12 +89,6 @@ def layer_ratios(
     return [smallest + spread * s for s in positions]
 
 
-def largest_ratio(shape: BlockShape, multiple_of: int) -> float:
-    """Ratio of a block that keeps one group and `multiple_of` channels."""
-    kept = shape.group_params + min(multiple_of, shape.num_channels) * shape.channel_params
-    return 1 - kept / shape.params
-
-
 def plan_widths(
     shapes: Sequence[BlockShape],
     ratio: float,
@@ -107,7 +101,8 @@ def plan_widths(
 
     A block keeps the number of groups nearest to its ratio, at least one; the FFN takes up the
     difference. Channels are rounded to multiples, and what rounding left over is carried to the
-    next block, so that the whole model misses the target by half a step of the last block at most.
+    next block, so that the whole model misses the target by half a step of the last block at most
+    (more only where a group has more parameters than the FFN of its block can make up for).
 
     Parameters
     ----------
@@ -118,6 +113,11 @@ def plan_widths(
     uniform_groups : collection of int, optional
         If given, all blocks get the same widths, with a number of groups from this collection;
         nothing is carried over. The schedule must be uniform too.
+
+    Returns
+    -------
+    list of BlockWidths
+        First block to last.
 
     Raises
     ------
@@ -130,14 +130,17 @@ def plan_widths(
             "uniform widths need blocks that are all alike, but the blocks of this model differ",
             hint="prune the original model, or leave out --uniform",
         )
+    limits = [largest_ratio(shape, multiple_of, uniform_groups) for shape in shapes]
     ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
-    if any(r > largest_ratio(s, multiple_of) for r, s in zip(ratios, shapes, strict=True)):
-        feasible = _largest_feasible(shapes, schedule, min_ratio, multiple_of)
-        worst = max(range(len(ratios)), key=ratios.__getitem__)
+    worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
+    if ratios[worst] > limits[worst]:
+        feasible = _largest_feasible(shapes, limits, schedule, min_ratio)
         raise ConfigError(
             f"ratio={ratio} with schedule={schedule!r} takes {ratios[worst]:.1%} of block {worst}, "
-            f"which can lose {largest_ratio(shapes[worst], multiple_of):.1%} at most",
-            hint=f"the largest feasible ratio with these options is {feasible:.3f}; "
+            f"which can lose {limits[worst]:.1%} at most",
+            hint="no ratio is feasible with these options: lower --min-ratio"
+            if feasible is None
+            else f"the largest feasible ratio with these options is {feasible:.3f}; "
             "a higher --min-ratio or --schedule uniform allows more",
         )
     widths, carried = [], 0.0
@@ -164,22 +167,44 @@ def _block_widths(
     multiple_of: int,
     group_counts: Collection[int] | None,
 ) -> BlockWidths:
-    exact = shape.num_groups * (1 - ratio)
-    counts = group_counts or range(1, shape.num_groups + 1)
-    groups = min(counts, key=lambda count: (abs(count - exact), -count))
-    from_ffn = budget - (shape.num_groups - groups) * shape.group_params
-    channels = shape.num_channels - from_ffn / shape.channel_params
-    rounded = max(multiple_of, math.floor(channels / multiple_of + 0.5) * multiple_of)
-    return BlockWidths(groups, min(rounded, shape.num_channels))
+    """Groups nearest to the ratio among those whose rest the FFN can take, and that rest."""
+
+    def exact_channels(groups: int) -> float:
+        from_ffn = budget - (shape.num_groups - groups) * shape.group_params
+        return shape.num_channels - from_ffn / shape.channel_params
+
+    def preference(groups: int) -> tuple[float, float, int]:
+        channels = exact_channels(groups)
+        beyond = max(least - channels, channels - shape.num_channels) - multiple_of / 2
+        return max(beyond, 0.0), abs(groups - shape.num_groups * (1 - ratio)), -groups
+
+    least = min(multiple_of, shape.num_channels)
+    counts = range(1, shape.num_groups + 1) if group_counts is None else group_counts
+    groups = min(counts, key=preference)
+    channels = exact_channels(groups)
+    lower = max(math.floor(channels / multiple_of) * multiple_of, least)
+    steps = (min(lower + multiple_of, shape.num_channels), min(lower, shape.num_channels))
+    return BlockWidths(groups, min(steps, key=lambda step: abs(step - channels)))
+
+
+def largest_ratio(
+    shape: BlockShape, multiple_of: int, group_counts: Collection[int] | None = None
+) -> float:
+    """Ratio of a block that keeps the least number of groups and `multiple_of` channels."""
+    groups = 1 if group_counts is None else min(group_counts)
+    channels = min(multiple_of, shape.num_channels)
+    return removed_params(shape, BlockWidths(groups, channels)) / shape.params
 
 
 def _largest_feasible(
-    shapes: Sequence[BlockShape], schedule: str, min_ratio: float | None, multiple_of: int
-) -> float:
-    low, high = min_ratio or 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        ratios = layer_ratios(shapes, middle, schedule, min_ratio)
-        fits = all(r <= largest_ratio(s, multiple_of) for r, s in zip(ratios, shapes, strict=True))
-        low, high = (middle, high) if fits else (low, middle)
-    return math.floor(low * 1000) / 1000
+    shapes: Sequence[BlockShape], limits: Sequence[float], schedule: str, min_ratio: float | None
+) -> float | None:
+    """Largest ratio, in thousandths, that leaves every block within its limit."""
+
+    def feasible(ratio: float) -> bool:
+        ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
+        return all(r <= limit for r, limit in zip(ratios, limits, strict=True))
+
+    smallest = 0 if schedule == "uniform" else math.ceil((min_ratio or 0.0) * 1000)
+    thousandths = (n / 1000 for n in range(999, smallest - 1, -1))
+    return next(filter(feasible, thousandths), None)
