@@ -105,7 +105,7 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
         for seqlen in sorted(_usable_lengths(config.seqlen, live, len(tokens))):
             log.info("evaluating on %s, windows of %d tokens", name, seqlen)
             windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-            nll, base_nll, kl = _mean_losses(live, base, windows)
+            nll, base_nll, kl = mean_losses(live, base, windows)
             results.append(
                 EvalResult(
                     model=model,
@@ -141,10 +141,24 @@ def _usable_lengths(lengths: Iterable[int], model: PreTrainedModel, num_tokens: 
 
 
 @torch.no_grad()
-def _mean_losses(
+def mean_losses(
     model: PreTrainedModel, base: PreTrainedModel | None, windows: Tensor
 ) -> tuple[float, float, float]:
-    """Mean NLL of the model, of the base, and KL(base ‖ model), in nats per predicted token."""
+    """Measure a model, and a base beside it, on windows of tokens.
+
+    Parameters
+    ----------
+    model, base : PreTrainedModel
+        The model, and optionally the one to compare it with.
+    windows : Tensor
+        int64, (windows, seqlen).
+
+    Returns
+    -------
+    tuple of float
+        Negative log-likelihood of the model and of the base, and KL(base ‖ model), each in nats
+        per predicted token; the latter two are zero without a base.
+    """
     sums = torch.zeros(3, dtype=torch.float64)
     start = logged = time.monotonic()
     for index, window in enumerate(windows):

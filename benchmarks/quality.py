@@ -1,0 +1,188 @@
+"""What pruning costs in quality: contestants side by side, on texts they were not calibrated on.
+
+The figure of merit of a contestant is its loss ln(PPL / PPL_dense) over that of the preset
+``paper`` with the same model, ratio, seed and text. Usage:
+
+    python benchmarks/quality.py --calibration c4.jsonl --texts wikitext.txt pydocs
+    python benchmarks/quality.py … --contestants paper default mine:preset=default,damping=0.1
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimgpt.config import PruneConfig
+from slimgpt.data import calibration_tokens, evaluation_tokens
+from slimgpt.evaluation import mean_losses
+from slimgpt.families import bind
+from slimgpt.model import find_model, load_model, load_tokenizer
+from slimgpt.pruning import prune_blocks
+from slimgpt.schedule import plan_widths
+
+REFERENCE = "paper"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contestant, one model, one ratio, one seed, one text."""
+
+    variant: str
+    ratio: float
+    seed: int
+    contestant: str
+    text: str
+    dense_perplexity: float
+    perplexity: float
+    kl_divergence: float
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token that pruning added."""
+        return math.log(self.perplexity / self.dense_perplexity)
+
+
+def with_multi_head_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with each kv head repeated for every query head that shares it."""
+    model = copy.deepcopy(model)
+    config = model.config
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for name in ("k_proj", "v_proj"):
+            old = attention.get_submodule(name)
+            rows = old.weight.view(config.num_key_value_heads, -1, old.in_features)
+            new = nn.Linear(old.in_features, repeats * old.out_features, bias=False)
+            repeated = rows.repeat_interleave(repeats, dim=0).flatten(0, 1)
+            new.weight = nn.Parameter(repeated, requires_grad=False)
+            attention.set_submodule(name, new)
+        attention.num_key_value_groups = 1
+    config.num_key_value_heads = config.num_attention_heads
+    return model
+
+
+def parse_contestant(text: str) -> tuple[str, dict[str, str]]:
+    """``name`` is a preset; ``name:option=value,…`` sets options."""
+    name, _, options = text.partition(":")
+    if not options:
+        return name, {"preset": name}
+    return name, dict(option.split("=") for option in options.split(","))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--variants", nargs="+", default=["gqa", "mha"], choices=["gqa", "mha"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.33, 0.5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--contestants", nargs="+", default=["paper", "default"])
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--texts", nargs="+", required=True)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=15360)
+    parser.add_argument("--skip", type=int, default=0, help="tokens to leave out at the start")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    source = find_model(args.model)
+    tokenizer = load_tokenizer(source)
+    dense = load_model(source)
+    windows = {
+        Path(text).name: evaluation_tokens(text, tokenizer, args.skip + args.max_tokens)[
+            args.skip :
+        ]
+        for text in args.texts
+    }
+    windows = {
+        name: tokens[: len(tokens) // args.window * args.window].view(-1, args.window)
+        for name, tokens in windows.items()
+    }
+    measurements: list[Measurement] = []
+    for variant in args.variants:
+        model = dense if variant == "gqa" else with_multi_head_attention(dense)
+        shapes = [block.shape for block in bind(model)]
+        for seed in args.seeds:
+            samples = calibration_tokens(
+                args.calibration, tokenizer, args.nsamples, args.seqlen, seed
+            )
+            for ratio in args.ratios:
+                for contestant in args.contestants:
+                    name, options = parse_contestant(contestant)
+                    config = PruneConfig.create(ratio=ratio, seed=seed, **options)
+                    widths = plan_widths(shapes, ratio, config.schedule, config.min_ratio)
+                    pruned = copy.deepcopy(model)
+                    start = time.monotonic()
+                    prune_blocks(pruned, samples, tuple(widths), config)
+                    seconds = time.monotonic() - start
+                    for text, tokens in windows.items():
+                        nll, dense_nll, kl = mean_losses(pruned, model, tokens)
+                        measurement = Measurement(
+                            variant, ratio, seed, name, text,
+                            math.exp(dense_nll), math.exp(nll), kl, seconds,
+                        )  # fmt: skip
+                        measurements.append(measurement)
+                        print(json.dumps(asdict(measurement)), flush=True)
+    report(measurements, args)
+
+
+def report(measurements: list[Measurement], args: argparse.Namespace) -> None:
+    """Print medians over the seeds and write everything as JSON."""
+    title = (
+        f"{args.model}, calibration {Path(args.calibration).name} {args.nsamples} × {args.seqlen}"
+        f" tokens, {len(args.seeds)} seeds; windows of {args.window}, {args.max_tokens} tokens"
+    )
+    table = Table("model", "ratio", "text", "contestant", "PPL", "KL", "loss / paper", title=title)
+    losses = {
+        (m.variant, m.ratio, m.seed, m.text): m.loss
+        for m in measurements
+        if m.contestant == REFERENCE
+    }
+    groups: dict[tuple[str, float, str, str], list[Measurement]] = {}
+    for m in measurements:
+        groups.setdefault((m.variant, m.ratio, m.text, m.contestant), []).append(m)
+    for (variant, ratio, text, contestant), members in groups.items():
+        keys = [(variant, ratio, m.seed, text) for m in members]
+        relative = [m.loss / losses[k] for m, k in zip(members, keys, strict=True) if k in losses]
+        spread = f"{min(relative):.3f}–{max(relative):.3f}" if relative else ""
+        table.add_row(
+            variant,
+            f"{ratio:.0%}",
+            text,
+            contestant,
+            f"{statistics.median(m.perplexity for m in members):.2f}",
+            f"{statistics.median(m.kl_divergence for m in members):.3f}",
+            f"{statistics.median(relative):.3f} ({spread})" if relative else "",
+        )
+    Console(width=120).print(table)
+    if args.json:
+        environment = {
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("slimgpt", "torch", "transformers")},
+        }
+        content = {
+            "protocol": title,
+            "environment": environment,
+            "measurements": [asdict(m) for m in measurements],
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

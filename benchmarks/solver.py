@@ -1,0 +1,381 @@
+"""What solving one sublayer costs once its Hessian is known, next to other ways to do the same.
+
+Contestants, each from a damped Hessian to the new weight, in float64:
+
+floor
+    One Cholesky decomposition and one inverse of H: what any method that looks at H⁻¹ pays.
+slimgpt
+    `prepare`, `eliminate_channels` or `eliminate_units`, `compensate`.
+paper
+    SlimGPT as it is written (arXiv 2412.18110, algorithm 1): invert what is left of H, compute the
+    errors, remove a head, or a batch of channels of dynamic group size, compensate, and again.
+one by one
+    The least unit, a rank-one (or rank-S) update of H⁻¹ and W, and again.
+
+The error is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with the damped H that all of them minimise. Usage:
+
+    python benchmarks/solver.py [--quick] [--shapes llama-down …] [--repeats 3] [--json FILE]
+
+Shape suffixes as in `slimgpt.obs`: ``O`` out features, ``I`` in features (columns), ``K`` kept,
+``R`` removed columns, ``U`` units; ``T`` tokens, ``F`` latent features.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from slimgpt import obs
+
+DAMPING = 0.01
+BATCHES_TIMED = 3
+STEPS_TIMED = 50
+
+
+class Shape(NamedTuple):
+    """An output projection W (O×I) and how many columns make a unit."""
+
+    num_out: int
+    num_in: int
+    unit_size: int
+
+
+SHAPES = {
+    "smollm2-o-groups": Shape(576, 576, 192),
+    "smollm2-o-heads": Shape(576, 576, 64),
+    "smollm2-down": Shape(576, 1536, 1),
+    "llama-o-heads": Shape(4096, 4096, 128),
+    "square-channels": Shape(4096, 4096, 1),
+    "llama-down": Shape(4096, 11008, 1),
+}
+QUICK = [name for name, shape in SHAPES.items() if shape.num_in <= 2048]
+
+
+class Run(NamedTuple):
+    """One run of a contestant: seconds of its parts, what it removed, and how it was timed."""
+
+    parts: dict[str, float]
+    removed_R: Tensor
+    note: str = ""
+
+
+@dataclass
+class Measurement:
+    """One contestant on one shape at one ratio; lists have one entry per round."""
+
+    shape: str
+    ratio: float
+    contestant: str
+    note: str = ""
+    error: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a round."""
+        return statistics.median(self.seconds)
+
+
+class Stopwatch:
+    """Seconds since the last look."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __call__(self) -> float:
+        """Read and restart."""
+        now = time.perf_counter()
+        lap, self._start = now - self._start, now
+        return lap
+
+
+def synthetic_layer(shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
+    """Weight and Hessian of a layer as a language model has them.
+
+    The inputs are gated like those of down_proj, x = silu(g)·h, with g and h correlated through
+    I/8 latent features of decaying scale; the scales of the channels are log-normal, and one
+    channel in 200 is an outlier, 30 times larger. H = E[x xᵀ] over 2·I tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_out, num_in, _ = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    scale_I = normal(num_in).exp()
+    scale_I[torch.randperm(num_in, generator=generator)[: -(-num_in // 200)]] *= 30
+    num_latent = num_in // 8
+    decay_F = torch.logspace(0, -1, num_latent)
+    decay_F /= decay_F.square().sum().sqrt()
+    gate_FI, value_FI = normal(num_latent, num_in), normal(num_latent, num_in)
+    hessian_II = torch.zeros(num_in, num_in, dtype=torch.float64)
+    tokens = 2 * num_in
+    for start in range(0, tokens, 4096):
+        size = min(4096, tokens - start)
+        latent_TF = normal(size, num_latent) * decay_F
+        gate_TI = latent_TF @ gate_FI + 0.5 * normal(size, num_in)
+        value_TI = latent_TF @ value_FI + 0.5 * normal(size, num_in)
+        input_TI = torch.nn.functional.silu(gate_TI) * value_TI * scale_I
+        hessian_II += input_TI.T @ input_TI
+    weight_OI = normal(num_out, num_in) * (0.3 * normal(num_in)).exp() / scale_I.sqrt()
+    return weight_OI.double(), hessian_II / tokens
+
+
+def invert(hessian_II: Tensor) -> Tensor:
+    """The floor."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
+
+
+def kept(num_in: int, removed_R: Tensor) -> Tensor:
+    """Sorted indices of all other columns."""
+    keep_I = torch.ones(num_in, dtype=torch.bool)
+    keep_I[removed_R] = False
+    return keep_I.nonzero().squeeze(1)
+
+
+def columns(units_U: Tensor, unit_size: int) -> Tensor:
+    """Columns of the units, in their order."""
+    return (units_U[:, None] * unit_size + torch.arange(unit_size)).flatten()
+
+
+def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
+    """What a run does with each sublayer."""
+    lap = Stopwatch()
+    problem = obs.prepare(weight_OI, hessian_II, DAMPING)
+    parts = {"prepare": lap()}
+    matrices = problem.weight_OI, problem.inverse_II
+    if unit_size == 1:
+        removed_U = obs.eliminate_channels(*matrices, num_remove).order_R
+    else:
+        removed_U = obs.eliminate_units(*matrices, num_remove, unit_size).order_R
+    parts["eliminate"] = lap()
+    removed_R = columns(removed_U, unit_size)
+    obs.compensate(problem.weight_OI, problem.hessian_II, kept(len(hessian_II), removed_R))
+    parts["compensate"] = lap()
+    return Run(parts, removed_R)
+
+
+def group_sizes(num_remove: int, unit_size: int) -> list[int]:
+    """Units that the paper removes at once: one head, or channels by dynamic group size."""
+    if unit_size > 1:
+        return [1] * num_remove
+    sizes, group = [], num_remove
+    while num_remove:
+        group = min(max((group - 512) // 2, 64), 1024)
+        sizes.append(min(group, num_remove))
+        num_remove -= sizes[-1]
+    return sizes
+
+
+def paper_step(
+    weight_OI: Tensor, hessian_II: Tensor, group: int, unit_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove one head, or one batch of channels; what is left of W, and the columns."""
+    inverse_II = invert(hessian_II)
+    errors_U = (
+        weight_OI.square().sum(dim=0) / inverse_II.diagonal()
+        if unit_size == 1
+        else obs.unit_errors(weight_OI, inverse_II, unit_size)
+    )
+    removed_R = columns(errors_U.argsort()[:group], unit_size)
+    kept_K = kept(len(hessian_II), removed_R)
+    inverse_RI = inverse_II[removed_R]
+    factor_RR = torch.linalg.cholesky(inverse_RI[:, removed_R])
+    solved_RO = torch.cholesky_solve(weight_OI[:, removed_R].T, factor_RR)
+    return weight_OI[:, kept_K] - solved_RO.T @ inverse_RI[:, kept_K], removed_R, kept_K
+
+
+def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
+    """The whole of it, or for large layers a few batches, with the cost of the others between."""
+    sizes = group_sizes(num_remove, unit_size)
+    lap = Stopwatch()
+    hessian_II = hessian_II + torch.diag(DAMPING * hessian_II.diagonal())
+    if len(hessian_II) <= 8192:
+        alive_I, removed = torch.arange(len(hessian_II)), []
+        for size in sizes:
+            weight_OI, removed_R, kept_K = paper_step(weight_OI, hessian_II, size, unit_size)
+            removed.append(alive_I[removed_R])
+            alive_I, hessian_II = alive_I[kept_K], hessian_II[kept_K][:, kept_K]
+        return Run({"all": lap()}, torch.cat(removed))
+    widths = [len(hessian_II) - sum(sizes[:i]) for i in range(len(sizes))]
+    times = []
+    timed = [round(i * (len(sizes) - 1) / (BATCHES_TIMED - 1)) for i in range(BATCHES_TIMED)]
+    for i in timed:
+        width = widths[i]
+        part = weight_OI[:, :width].clone(), hessian_II[:width, :width].clone()
+        lap()
+        _, _, kept_K = paper_step(*part, sizes[i], unit_size)
+        part[1][kept_K][:, kept_K]
+        times.append(lap())
+    total = 0.0
+    for i in range(len(sizes)):  # linear in the cube of the width between those timed
+        j = next(j for j in range(1, BATCHES_TIMED) if i <= timed[j])
+        low, high, cube = widths[timed[j]] ** 3, widths[timed[j - 1]] ** 3, widths[i] ** 3
+        total += times[j] + (times[j - 1] - times[j]) * (cube - low) / (high - low)
+    problem = obs.prepare(weight_OI, hessian_II, 0)
+    removed_R = obs.eliminate_channel_groups(
+        problem.weight_OI, problem.inverse_II, num_remove
+    ).order_R
+    note = f"time from {BATCHES_TIMED} of {len(sizes)} batches"
+    return Run({"all": total}, removed_R, note)
+
+
+def solve_one_by_one(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
+    """All removals, or for large layers the first few; they all cost the same."""
+    lap = Stopwatch()
+    inverse_II = invert(hessian_II + torch.diag(DAMPING * hessian_II.diagonal()))
+    parts = {"invert": lap()}
+    weight_OI = weight_OI.clone()
+    gone_U = torch.zeros(len(hessian_II) // unit_size, dtype=torch.bool)
+    order = []
+    steps = num_remove if len(hessian_II) <= 2048 else min(num_remove, STEPS_TIMED)
+    for _ in range(steps):
+        errors_U = (
+            weight_OI.square().sum(dim=0) / inverse_II.diagonal()
+            if unit_size == 1
+            else obs.unit_errors(weight_OI, inverse_II, unit_size)
+        )
+        least = errors_U.masked_fill(gone_U, torch.inf).argmin()
+        order.append(least)
+        gone_U[least] = True
+        removed_R = columns(least[None], unit_size)
+        inverse_RI = inverse_II[removed_R]
+        solved_RI = torch.linalg.solve(inverse_RI[:, removed_R], inverse_RI)
+        weight_OI -= weight_OI[:, removed_R] @ solved_RI
+        inverse_II -= inverse_RI.T @ solved_RI
+        inverse_II[removed_R, removed_R] = 1
+    parts["eliminate"] = lap() * num_remove / steps
+    note = f"time from {steps} of {num_remove} removals" if steps < num_remove else ""
+    return Run(parts, columns(torch.stack(order), unit_size), note)
+
+
+SOLVERS: dict[str, Callable[[Tensor, Tensor, int, int], Run]] = {
+    "slimgpt": solve_slimgpt,
+    "paper": solve_paper,
+    "one by one": solve_one_by_one,
+}
+
+
+def removal_error(problem: obs.Problem, removed_R: Tensor) -> float:
+    """tr(W_R [(H⁻¹)_RR]⁻¹ W_Rᵀ), the error after optimal compensation."""
+    factor_RR = torch.linalg.cholesky(problem.inverse_II[removed_R][:, removed_R])
+    solved_RO = torch.linalg.solve_triangular(
+        factor_RR, problem.weight_OI[:, removed_R].T, upper=False
+    )
+    return float(solved_RO.square().sum())
+
+
+def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Measurement]:
+    """Run all contestants in turns, `repeats` times."""
+    shape = SHAPES[name]
+    weight_OI, hessian_II = synthetic_layer(shape, seed)
+    problem = obs.prepare(weight_OI, hessian_II, DAMPING)
+    power = float(((problem.weight_OI @ problem.hessian_II) * problem.weight_OI).sum())
+    results = []
+    for ratio in ratios:
+        num_remove = max(1, round(ratio * shape.num_in / shape.unit_size))
+        floor = Measurement(name, ratio, "floor")
+        rows = {solver: Measurement(name, ratio, solver) for solver in SOLVERS}
+        removed: dict[str, Tensor] = {}
+        for _ in range(repeats):
+            lap = Stopwatch()
+            invert(problem.hessian_II)
+            floor.seconds.append(lap())
+            for solver, row in rows.items():
+                run = SOLVERS[solver](weight_OI, hessian_II, num_remove, shape.unit_size)
+                row.seconds.append(sum(run.parts.values()))
+                row.parts.append(run.parts)
+                row.note, removed[solver] = run.note, run.removed_R
+        ours, reference = removed["slimgpt"], removed["one by one"]
+        if not torch.equal(ours[: len(reference)], reference):
+            raise AssertionError(f"{name}, {ratio:.0%}: not the order of one-by-one removal")
+        removed["one by one"] = ours
+        for solver, row in rows.items():
+            row.error = removal_error(problem, removed[solver]) / power
+        results += [floor, *rows.values()]
+        print_table([floor, *rows.values()], f"{name}: {shape}, {ratio:.0%} removed")
+    return results
+
+
+def print_table(rows: list[Measurement], title: str) -> None:
+    """Medians, and what they are next to the floor and to the paper."""
+    table = Table("contestant", "seconds", "range", "× floor", "× paper", "error", "", title=title)
+    by_name = {row.contestant: row for row in rows}
+    floor, paper = by_name["floor"].median, by_name["paper"].median
+    for row in rows:
+        details = row.note
+        if row.contestant == "slimgpt":
+            medians = {
+                part: statistics.median(parts[part] for parts in row.parts) for part in row.parts[0]
+            }
+            details = ", ".join(f"{part} {value / floor:.2f}" for part, value in medians.items())
+        table.add_row(
+            row.contestant,
+            f"{row.median:.3f}",
+            f"{min(row.seconds):.3f}–{max(row.seconds):.3f}",
+            f"{row.median / floor:.2f}",
+            f"{row.median / paper:.2f}",
+            "" if row.error is None else f"{row.error:.6f}",
+            details,
+        )
+    Console(width=120).print(table)
+
+
+def environment() -> dict[str, object]:
+    """Machine, threads and versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":")[1].strip() for line in names if "model name" in line), "")
+    return {
+        "machine": model or platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("slimgpt", "torch")},
+    }
+
+
+def main() -> None:
+    """Read the arguments, measure, report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--quick", action="store_true", help="only " + ", ".join(QUICK))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
+    parser.add_argument(
+        "--repeats", type=int, help="rounds; by default 3, or 1 beyond 8192 columns"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    results = []
+    for name in QUICK if args.quick else args.shapes:
+        repeats = args.repeats or (3 if SHAPES[name].num_in <= 8192 else 1)
+        results += measure(name, args.ratios, repeats, args.seed)
+    if args.json:
+        content = {
+            "environment": environment(),
+            "damping": DAMPING,
+            "seed": args.seed,
+            "shapes": {name: shape._asdict() for name, shape in SHAPES.items()},
+            "measurements": [asdict(row) | {"median": row.median} for row in results],
+        }
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
