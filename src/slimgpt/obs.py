@@ -13,6 +13,7 @@ Hassibi & Stork 1992, "Second order derivatives for network pruning: Optimal Bra
 Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ def unit_errors(
         Consecutive columns that form a unit; divides I.
     method : {"exact", "diagonal"}
         ``exact``: with L_u L_uᵀ = (H⁻¹)_uu, ε_u = ‖L_u⁻¹ W_uᵀ‖²_F (grouped Cholesky, SlimGPT
-        section 3.2), summed as tr((L_u L_uᵀ)⁻¹ W_uᵀ W_u). ``diagonal``: Σ_j ‖w_j‖²/(L_u)²_jj as in
+        section 3.2), summed as tr(L_u⁻¹ W_uᵀ W_u L_u⁻ᵀ). ``diagonal``: Σ_j ‖w_j‖²/(L_u)²_jj as in
         the code released with the paper, which leaves out the updates inside the unit.
 
     Returns
@@ -135,8 +136,7 @@ def unit_errors(
     Tensor
         errors_U, tr(ΔW H ΔWᵀ) for each unit.
     """
-    weight_USO = weight_OI.T.reshape(-1, unit_size, weight_OI.shape[0])
-    return _unit_errors(weight_USO, _diagonal_blocks(inverse_II, unit_size), method)
+    return _unit_errors(*_unit_blocks(weight_OI, inverse_II, unit_size), method)
 
 
 def downdate(
@@ -181,44 +181,38 @@ def eliminate_units(
     method : {"exact", "diagonal"}
         See `unit_errors`.
     """
-    weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
-    weight_USO = weight_IO.view(-1, unit_size, weight_IO.shape[1])
-    blocks_USS = _diagonal_blocks(inverse_II, unit_size).clone()
-    root_RI = inverse_II.new_empty(num_remove * unit_size, len(inverse_II))
+    grams_USS, blocks_USS = _unit_blocks(weight_OI, inverse_II, unit_size)
+    state = _Remaining.create(weight_OI, inverse_II, num_remove * unit_size)
     columns_S = torch.arange(unit_size, device=inverse_II.device)
     order, errors = [], []
-    for start in range(0, len(root_RI), unit_size):
-        errors_U = _unit_errors(weight_USO, blocks_USS, method)
+    for _ in range(num_remove):
+        errors_U = _unit_errors(grams_USS, blocks_USS, method)
         errors_U[order] = torch.inf
         least = int(errors_U.argmin())
         order.append(least)
         errors.append(float(errors_U[least]))
         if len(order) < num_remove:
-            pivots_P = least * unit_size + columns_S
-            root_PI, left_PO = _pivot_rows(weight_IO, inverse_II, root_RI[:start], pivots_P)
-            root_RI[start : start + unit_size] = root_PI
-            weight_IO.addmm_(root_PI.T, left_PO, alpha=-1)
-            root_UPS = root_PI.view(unit_size, -1, unit_size).transpose(0, 1)
-            blocks_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
+            root_IS, cross_IS = state.eliminate(least * unit_size + columns_S)
+            state.append(root_IS, cross_IS)
+            root_USS = root_IS.view(-1, unit_size, unit_size)
+            cross_USS = cross_IS.view(-1, unit_size, unit_size)
+            blocks_USS.baddbmm_(root_USS, root_USS.mT, alpha=-1)
+            grams_USS.baddbmm_(root_USS, cross_USS.mT, alpha=-1)
+            grams_USS.baddbmm_(cross_USS, root_USS.mT, alpha=-1)
             blocks_USS[least] = torch.eye(unit_size).to(blocks_USS)
     return _elimination(order, errors, inverse_II)
 
 
 def eliminate_channels(
-    weight_OI: Tensor, inverse_II: Tensor, num_remove: int, panel_size: int = 64
+    weight_OI: Tensor, inverse_II: Tensor, num_remove: int, panel_size: int = 120
 ) -> Elimination:
     """Remove single columns one after the other, always the one of least ‖w_j‖²/(H⁻¹)_jj.
 
-    The next `panel_size` pivots are found among twice as many columns, those of least error now,
-    from their blocks of H⁻¹ and WᵀW alone. What the removal of the pivots means for all columns
-    then takes matrix products only: with L Lᵀ = (H⁻¹)_PP, R = L⁻¹ (H⁻¹)_P: and V = W_P L⁻ᵀ,
-
-        (H⁻¹)_jj ← (H⁻¹)_jj − Σ_i R_ij²,   ‖w_j‖² ← ‖w_j‖² − 2 Σ_i R_ij Q_ij,   W ← W − V R,
-        Q = Vᵀ W − (tril(Vᵀ V) − ½ diag(Vᵀ V)) R,
-
-    where the sums over the first i pivots give the errors after i removals. Pivots from the first
-    one on that some column outside of the candidates would have beaten are discarded. So the
-    order is that of one removal at a time.
+    The next `panel_size` pivots are found among half as many more columns, those of least error
+    now, from their blocks of H⁻¹ and WᵀW alone. What the removal of these pivots means for all
+    columns then takes a few matrix products (see `_Remaining`). Pivots from the first one on
+    that a column outside of the candidates would have beaten are discarded, so the order is that
+    of one removal at a time.
 
     Parameters
     ----------
@@ -227,50 +221,39 @@ def eliminate_channels(
     num_remove : int
         Number of columns to remove.
     panel_size : int
-        Pivots between two updates of W; changes the speed only. Up to 90 the blocks of the
-        candidates are too small for torch to split their updates over threads, which would cost
-        more than it saves.
+        Pivots chosen at once; changes the speed only. Up to 120 the blocks of the candidates are
+        too small for torch to split work on them over threads, which would slow it down.
 
     Returns
     -------
     Elimination
         Nested: its first n entries are the elimination of n columns.
     """
-    weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
-    norms_I, inverse_I = weight_IO.square().sum(dim=1), inverse_II.diagonal().clone()
-    root_RI = inverse_II.new_empty(num_remove, len(inverse_II))
+    state = _Remaining.create(weight_OI, inverse_II, num_remove)
+    norms_I = torch.linalg.vector_norm(state.weight_IO, dim=1).square()
+    inverse_I = inverse_II.diagonal()
     order, errors = [], []
     while len(order) < num_remove:
-        done = len(order)
-        size = min(panel_size, num_remove - done)
-        scores_I = norms_I.clamp(min=0) / inverse_I
-        ranked_I = scores_I.argsort(stable=True)
-        candidates_C = ranked_I[: min(2 * size, len(ranked_I) - done)].sort().values
-        root_RC = root_RI[:done, candidates_C]
-        inverse_CC = inverse_II[candidates_C[:, None], candidates_C]
-        inverse_CC.addmm_(root_RC.T, root_RC, alpha=-1)
-        weight_CO = weight_IO[candidates_C]
-        chosen, errors_P = _eliminate_one_by_one(weight_CO @ weight_CO.T, inverse_CC, size)
+        size = min(panel_size, num_remove - len(order))
+        ranked_I = (norms_I.clamp(min=0) / inverse_I).argsort(stable=True)
+        num_candidates = min(3 * size // 2, len(ranked_I) - len(order))
+        candidates_C = ranked_I[:num_candidates].sort().values
+        blocks = state.blocks(candidates_C, candidates_C)
+        chosen, errors_P = _eliminate_one_by_one(*blocks, size)
 
         pivots_P = candidates_C[chosen]
-        root_PI, left_PO = _pivot_rows(weight_IO, inverse_II, root_RI[:done], pivots_P)
-        gram_PP = left_PO @ left_PO.T
-        gram_PP.diagonal().mul_(0.5)
-        loss_PI = (left_PO @ weight_IO.T).addmm_(gram_PP.tril_(), root_PI, alpha=-1)
-        loss_PI = loss_PI.mul_(root_PI).mul_(2).cumsum_(dim=0)
-        shrinkage_PI = root_PI.square().cumsum_(dim=0)
-        others_PI = (norms_I - loss_PI[:-1]).clamp_(min=0) / (inverse_I - shrinkage_PI[:-1])
-        others_P = others_PI.index_fill_(1, candidates_C, torch.inf).amin(dim=1)
+        root_IP, cross_IP = state.eliminate(pivots_P)
+        norms_IP = norms_I[:, None] - (root_IP * cross_IP).mul_(2).cumsum_(dim=1)
+        inverse_IP = inverse_I[:, None] - root_IP.square().cumsum_(dim=1)
+        others_IP = norms_IP[:, :-1].clamp(min=0) / inverse_IP[:, :-1]
+        others_P = others_IP.index_fill_(0, candidates_C, torch.inf).amin(dim=0)
         valid = 1 + int((errors_P[1:] <= others_P).cumprod(dim=0).sum())
 
-        order.extend(pivots_P[:valid].tolist())
-        errors.extend(errors_P[:valid].tolist())
-        if len(order) < num_remove:
-            root_RI[done : done + valid] = root_PI[:valid]
-            weight_IO.addmm_(root_PI[:valid].T, left_PO[:valid], alpha=-1)
-            norms_I -= loss_PI[valid - 1]
-            inverse_I -= shrinkage_PI[valid - 1]
-            norms_I[pivots_P[:valid]], inverse_I[pivots_P[:valid]] = torch.inf, 1.0
+        order += pivots_P[:valid].tolist()
+        errors += errors_P[:valid].tolist()
+        state.append(root_IP[:, :valid], cross_IP[:, :valid])
+        norms_I, inverse_I = norms_IP[:, valid - 1].clone(), inverse_IP[:, valid - 1].clone()
+        norms_I[pivots_P[:valid]], inverse_I[pivots_P[:valid]] = torch.inf, 1.0
     return _elimination(order, errors, inverse_II)
 
 
@@ -332,12 +315,13 @@ def compensate(weight_OI: Tensor, hessian_II: Tensor, kept_K: Tensor) -> Tensor:
     Tensor
         weight_OK.
     """
-    removed_I = torch.ones(len(hessian_II), dtype=torch.bool, device=hessian_II.device)
-    removed_I[kept_K] = False
-    hessian_KI = hessian_II[kept_K]
-    factor_KK = torch.linalg.cholesky(hessian_KI[:, kept_K])
-    target_OK = weight_OI[:, removed_I] @ hessian_KI[:, removed_I].T
-    return weight_OI[:, kept_K] + torch.cholesky_solve(target_OK.T, factor_KK).T
+    is_kept_I = torch.zeros(len(hessian_II), dtype=torch.bool, device=hessian_II.device)
+    is_kept_I[kept_K] = True
+    removed_R = (~is_kept_I).nonzero().squeeze(1)
+    hessian_KI = hessian_II.index_select(0, kept_K)
+    factor_KK = torch.linalg.cholesky(hessian_KI.index_select(1, kept_K))
+    target_OK = weight_OI.index_select(1, removed_R) @ hessian_KI.index_select(1, removed_R).T
+    return torch.cholesky_solve(target_OK.T, factor_KK).T.add_(weight_OI.index_select(1, kept_K))
 
 
 def output_error(
@@ -357,39 +341,77 @@ def output_error(
     return error, power
 
 
-def _diagonal_blocks(matrix_II: Tensor, unit_size: int) -> Tensor:
-    """View of the blocks on the diagonal, (U, S, S)."""
-    num_units = len(matrix_II) // unit_size
-    blocks_USUS = matrix_II.view(num_units, unit_size, num_units, unit_size)
-    return blocks_USUS.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+def _unit_blocks(weight_OI: Tensor, inverse_II: Tensor, unit_size: int) -> tuple[Tensor, Tensor]:
+    """Blocks on the diagonals of WᵀW and H⁻¹, one for each unit."""
+    weight_UOS = weight_OI.view(len(weight_OI), -1, unit_size).transpose(0, 1)
+    num_units = len(weight_UOS)
+    inverse_USUS = inverse_II.view(num_units, unit_size, num_units, unit_size)
+    blocks_USS = inverse_USUS.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+    return weight_UOS.mT @ weight_UOS, blocks_USS
 
 
-def _unit_errors(weight_USO: Tensor, blocks_USS: Tensor, method: str) -> Tensor:
-    gram_USS = weight_USO @ weight_USO.mT
+def _unit_errors(grams_USS: Tensor, blocks_USS: Tensor, method: str) -> Tensor:
     factors_USS = torch.linalg.cholesky(blocks_USS)
     if method == "diagonal":
-        return (_diagonals(gram_USS) / _diagonals(factors_USS).square()).sum(dim=1)
-    return _diagonals(torch.cholesky_solve(gram_USS, factors_USS)).sum(dim=1)
+        pivots_US = factors_USS.diagonal(dim1=1, dim2=2)
+        return (grams_USS.diagonal(dim1=1, dim2=2) / pivots_US.square()).sum(dim=1)
+    eye_SS = torch.eye(blocks_USS.shape[1]).to(blocks_USS)
+    inverse_USS = torch.linalg.solve_triangular(factors_USS, eye_SS, upper=False)
+    return (inverse_USS @ grams_USS).mul_(inverse_USS).sum(dim=(1, 2)).clamp(min=0)
 
 
-def _diagonals(blocks_USS: Tensor) -> Tensor:
-    return blocks_USS.diagonal(dim1=1, dim2=2)
+@dataclass
+class _Remaining:
+    """A = WᵀW and M = H⁻¹ of the columns that are left, without updating either matrix.
 
+    With L Lᵀ = M_PP, removing the pivots P in their order is
 
-def _pivot_rows(
-    weight_IO: Tensor, inverse_II: Tensor, root_RI: Tensor, pivots_P: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What removes the pivots: L⁻¹ M_P: and L⁻¹ W_Pᵀ with L Lᵀ = M_PP.
+        M ← M − R Rᵀ,         R = M_:P L⁻ᵀ,
+        A ← A − R Qᵀ − Q Rᵀ,  Q = B − R (tril(G) − ½ diag(G))ᵀ,  B = A_:P L⁻ᵀ,  G = L⁻¹ B_P:,
 
-    M is what earlier removals R left of H⁻¹, inverse_II − rootᵀ root, of which only the rows of
-    pivots are ever formed. The result for M_P: is the next rows of root: all of them together are
-    the Cholesky factor of H⁻¹, pivoted in the order of removal.
+    where each column of R and Q is one pivot. R and Q of all removals are kept side by side (R is
+    then the Cholesky factor of H⁻¹, pivoted in the order of removal), and blocks of the current A
+    and M are formed from them when they are asked for.
     """
-    rows_PI = inverse_II[pivots_P].addmm_(root_RI[:, pivots_P].T, root_RI, alpha=-1)
-    factor_PP = torch.linalg.cholesky(rows_PI[:, pivots_P])
-    root_PI = torch.linalg.solve_triangular(factor_PP, rows_PI, upper=False)
-    left_PO = torch.linalg.solve_triangular(factor_PP, weight_IO[pivots_P], upper=False)
-    return root_PI, left_PO
+
+    weight_IO: Tensor
+    inverse_II: Tensor
+    root_IR: Tensor
+    cross_IR: Tensor
+    done: int = 0
+
+    @classmethod
+    def create(cls, weight_OI: Tensor, inverse_II: Tensor, capacity: int) -> "_Remaining":
+        """All columns, with room for the removal of `capacity`."""
+        root_IR = inverse_II.new_empty(len(inverse_II), capacity)
+        return cls(weight_OI.T.contiguous(), inverse_II, root_IR, torch.empty_like(root_IR))
+
+    def blocks(self, rows: Tensor | slice, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """A and M at the rows and columns."""
+        root, cross = self.root_IR[:, : self.done], self.cross_IR[:, : self.done]
+        root_columns, cross_columns = root[columns].T, cross[columns].T
+        gram = self.weight_IO[rows] @ self.weight_IO[columns].T
+        gram.addmm_(root[rows], cross_columns, alpha=-1)
+        gram.addmm_(cross[rows], root_columns, alpha=-1)
+        inverse = self.inverse_II[columns][:, rows].T
+        return gram, torch.addmm(inverse, root[rows], root_columns, alpha=-1)
+
+    def eliminate(self, pivots_P: Tensor) -> tuple[Tensor, Tensor]:
+        """R and Q of removing the pivots next."""
+        gram_IP, inverse_IP = self.blocks(slice(None), pivots_P)
+        factor_PP = torch.linalg.cholesky(inverse_IP[pivots_P])
+        root_PI = torch.linalg.solve_triangular(factor_PP, inverse_IP.T, upper=False)
+        cross_PI = torch.linalg.solve_triangular(factor_PP, gram_IP.T, upper=False)
+        inner_PP = torch.linalg.solve_triangular(factor_PP, cross_PI[:, pivots_P].T, upper=False)
+        inner_PP.diagonal().mul_(0.5)
+        cross_PI.addmm_(inner_PP.tril(), root_PI, alpha=-1)
+        return root_PI.T, cross_PI.T
+
+    def append(self, root_IP: Tensor, cross_IP: Tensor) -> None:
+        """Count pivots as removed."""
+        new = slice(self.done, self.done + root_IP.shape[1])
+        self.root_IR[:, new], self.cross_IR[:, new] = root_IP, cross_IP
+        self.done = new.stop
 
 
 def _eliminate_one_by_one(

@@ -99,10 +99,11 @@ def plan_widths(
 ) -> list[BlockWidths]:
     """Integer widths of every block that together meet the target ratio.
 
-    A block keeps the number of groups nearest to its ratio, at least one; the FFN takes up the
-    difference. Channels are rounded to multiples, and what rounding left over is carried to the
-    next block, so that the whole model misses the target by half a step of the last block at most
-    (more only where a group has more parameters than the FFN of its block can make up for).
+    A block loses as many groups as its ratio covers in whole and keeps at least one; the FFN takes
+    up the difference (a group more costs far more, see docs/method.md). Channels are rounded to
+    multiples, and what rounding left over is carried to the next block, so that the whole model
+    misses the target by half a step of the last block at most (more only where a group has more
+    parameters than the FFN of its block can make up for).
 
     Parameters
     ----------
@@ -167,18 +168,19 @@ def _block_widths(
     multiple_of: int,
     group_counts: Collection[int] | None,
 ) -> BlockWidths:
-    """Groups nearest to the ratio among those whose rest the FFN can take, and that rest."""
+    """Groups next above the exact number, if the FFN can take the rest, and that rest."""
 
     def exact_channels(groups: int) -> float:
         from_ffn = budget - (shape.num_groups - groups) * shape.group_params
         return shape.num_channels - from_ffn / shape.channel_params
 
-    def preference(groups: int) -> tuple[float, float, int]:
+    def preference(groups: int) -> tuple[float, bool, float]:
         channels = exact_channels(groups)
         beyond = max(least - channels, channels - shape.num_channels) - multiple_of / 2
-        return max(beyond, 0.0), abs(groups - shape.num_groups * (1 - ratio)), -groups
+        return max(beyond, 0.0), groups < exact_groups, abs(groups - exact_groups)
 
     least = min(multiple_of, shape.num_channels)
+    exact_groups = shape.num_groups * (1 - ratio) - 1e-9
     counts = range(1, shape.num_groups + 1) if group_counts is None else group_counts
     groups = min(counts, key=preference)
     channels = exact_channels(groups)
