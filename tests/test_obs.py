@@ -1,7 +1,5 @@
 """The solver against brute force: explicit inverses and least squares in float64."""
 
-import signal
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -523,18 +521,9 @@ def test_hessian_that_is_not_finite(value, position):
 
 
 def test_no_damping_of_an_indefinite_hessian_ends():
-    def give_up(*_):
-        raise TimeoutError("prepare does not end")
-
     weight, _ = layer(0, 2)
-    previous = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    try:
-        with pytest.raises(NumericalError):
-            obs.prepare(weight, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), damping=0)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+    with pytest.raises(NumericalError):
+        obs.prepare(weight, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), damping=0)
 
 
 # Stress
