@@ -26,8 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt import obs, pruning
-from slimgpt.calibrate import Activations
+from slimgpt import calibrate, obs, pruning
 from slimgpt.checkpoint import pruned_config, save_checkpoint
 from slimgpt.config import PruneConfig
 from slimgpt.data import calibration_tokens
@@ -97,12 +96,13 @@ def run_slimgpt(
             obs, **{name: clock.timed("solve", getattr(obs, name)) for name in solver}
         ),
         mock.patch.multiple(
-            Activations,
-            __init__=clock.timed("gram", Activations.__init__),
-            _run=clock.timed("forward", Activations._run),
+            calibrate,
+            run_sublayer=clock.timed("forward", calibrate.run_sublayer),
         ),
         mock.patch.multiple(
             pruning,
+            Activations=clock.timed("gram", pruning.Activations),
+            pass_through=clock.timed("forward", pruning.pass_through),
             propagate=clock.timed("forward", pruning.propagate),
             embed=clock.timed("forward", pruning.embed),
         ),

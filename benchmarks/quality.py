@@ -65,6 +65,8 @@ def with_multi_head_attention(model: PreTrainedModel) -> PreTrainedModel:
         for name in ("k_proj", "v_proj"):
             old = attention.get_submodule(name)
             rows = old.weight.view(config.num_key_value_heads, -1, old.in_features)
+            if old.bias is not None:
+                raise SystemExit("the mha variant is for models without biases")
             new = nn.Linear(old.in_features, repeats * old.out_features, bias=False)
             repeated = rows.repeat_interleave(repeats, dim=0).flatten(0, 1)
             new.weight = nn.Parameter(repeated, requires_grad=False)
@@ -124,7 +126,9 @@ def main() -> None:
                 for contestant in args.contestants:
                     name, options = parse_contestant(contestant)
                     config = PruneConfig.create(ratio=ratio, seed=seed, **options)
-                    widths = plan_widths(shapes, ratio, config.schedule, config.min_ratio)
+                    widths = plan_widths(
+                        shapes, ratio, config.schedule, config.min_ratio, config.multiple_of
+                    )
                     pruned = copy.deepcopy(model)
                     start = time.monotonic()
                     prune_blocks(pruned, samples, tuple(widths), config)

@@ -47,7 +47,7 @@ def main(output: str) -> None:
 
 
 def continue_text(model: PreTrainedModel, tokenizer: AutoTokenizer) -> str:
-    inputs = tokenizer(PROMPT, return_tensors="pt")
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     return tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)

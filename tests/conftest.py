@@ -101,7 +101,7 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def test_data() -> Path:
+def benchmark_texts() -> Path:
     path = Path(os.environ.get("SLIMGPT_TEST_DATA", "../shared/data"))
     if not path.is_dir():
         pytest.skip(f"no test data at {path}; set SLIMGPT_TEST_DATA")

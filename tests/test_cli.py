@@ -1,6 +1,7 @@
 """What a user sees: verbs, flags, and one clear error for each mistake."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from slimgpt import cli, data, model
-from slimgpt.config import PRESETS, PruneConfig
+from slimgpt.config import PRESETS, EvalConfig, PruneConfig
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -90,6 +91,8 @@ def test_recipe_gives_options_and_flags_go_first(
     from_recipe = json.loads(run(*arguments)[1])
     assert from_recipe["target_ratio"] == 0.3
     assert json.loads(run(*arguments, "--ratio", "0.2")[1])["target_ratio"] == 0.2
+    recipe.write_text("")
+    assert json.loads(run(*arguments)[1])["target_ratio"] == 0.2
     recipe.write_text("ratio: 0.3\nscedule: linear\n")
     code, _, err = run(*arguments)
     assert code == 2
@@ -141,6 +144,24 @@ def remove_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
 
+def edit_config(directory: Path, **values: object) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | values))
+
+
+def quantise(directory: Path) -> None:
+    edit_config(directory, quantization_config={"quant_method": "fp8"})
+
+
+def break_config(directory: Path) -> None:
+    edit_config(directory, hidden_size="wide")
+
+
+def remove_tokenizer(directory: Path) -> None:
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
 def make_gpt2(directory: Path) -> None:
     GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(directory)
 
@@ -150,10 +171,13 @@ def make_gpt2(directory: Path) -> None:
     [
         (set_nan, "the tensor model.layers.1.mlp.up_proj.weight has values", "broken"),
         (drop_tensor, "lacks 1 weights", "model.layers.2.self_attn.q_proj.weight"),
-        (truncate, "cannot load", "check the name"),
+        (truncate, "cannot load the weights", "files are whole"),
         (keep_only_a_pickle, "only pickled weights (pytorch_model.bin)", "safetensors"),
         (remove_config, "has no config.json", "model directory"),
         (remove_weights, "has no *.safetensors file", ""),
+        (quantise, "is quantised", "prune the original model"),
+        (break_config, "cannot load the config", "files are whole"),
+        (remove_tokenizer, "cannot load the tokenizer", "files are whole"),
         (make_gpt2, "models of type 'gpt2' are not supported", "llama, mistral, qwen2, qwen3"),
     ],
 )
@@ -220,7 +244,9 @@ def test_all_wrong_options_are_reported_together(run: Run, tmp_path: Path) -> No
     assert all(name in err for name in ("ratio=2.0", "seqlen=0", "schedule='exp'"))
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "./no/such/dir", "smollm2-135"])
+@pytest.mark.parametrize(
+    "name", ["no-such-model", "./no/such/dir", "smollm2-135", "src/slimgtp", "models/x.gguf"]
+)
 def test_unknown_models(name: str, run: Run, tmp_path: Path) -> None:
     code, _, err = run("prune", name, "--output", tmp_path / "slim")
     assert code == 2
@@ -236,8 +262,8 @@ def test_unreachable_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     arguments = ("--output", tmp_path / "slim", *PRUNE_OPTIONS)
     code, _, err = run("prune", "some-owner/some-model", *arguments)
     assert code == 2
-    assert "cannot load some-owner/some-model: We couldn't connect" in err
-    assert "local directory" in err
+    assert "cannot load the config of some-owner/some-model: We couldn't connect" in err
+    assert "the name and the network" in err
 
 
 def test_output_must_be_new(
@@ -274,10 +300,81 @@ def test_nothing_is_left_when_saving_fails(
     code, _, err = run(*arguments)
     assert code == 2
     assert "No space left on device" in err
-    assert not output.exists()
+    assert list(tmp_path.iterdir()) == []
     output.mkdir()
     run(*arguments)
+    assert list(tmp_path.iterdir()) == [output]
     assert list(output.iterdir()) == []
+
+
+def test_nothing_is_left_when_the_last_step_fails(
+    run: Run,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    arguments = ("--output", tmp_path / "slim", *PRUNE_OPTIONS)
+    code, _, err = run("prune", tiny_checkpoint("llama"), *arguments)
+    assert code == 2
+    assert "Input/output error" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_made_fails_before_the_work(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file.txt").touch()
+    arguments = ("--output", tmp_path / "file.txt" / "slim", *PRUNE_OPTIONS)
+    code, _, err = run("prune", tiny_checkpoint("llama"), *arguments)
+    assert code == 2
+    assert "cannot write to" in err
+    assert "loading" not in err
+
+
+def test_permissions_are_those_of_new_files(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "slim"
+    run("prune", tiny_checkpoint("llama"), "--output", output, *PRUNE_OPTIONS)
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    assert {path.stat().st_mode for path in output.iterdir()} == {expected}
+
+
+def test_eval_against_another_vocabulary(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint("llama"), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    arguments = ("--against", other, "--data", "pydocs", "--seqlen", "16")
+    code, _, err = run("eval", tiny_checkpoint("llama"), *arguments)
+    assert code == 2
+    assert "different vocabularies (320 and 400 tokens)" in err
+    assert "loading" not in err
+
+
+def test_evaluations_are_kept_and_an_edited_card_stays(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "slim"
+    run("prune", tiny_checkpoint("llama"), "--output", output, *PRUNE_OPTIONS)
+    card = output / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(f"Some words of {folder}. " * 40)
+        run("eval", output, "--data", tmp_path / folder / "text.txt", "--seqlen", "16")
+    run("eval", output, "--data", tmp_path / "a" / "text.txt", "--seqlen", "16")
+    kept = json.loads((output / "eval" / "perplexity.json").read_text())
+    assert len(kept) == 2
+    assert all(f"{result['perplexity']:.2f}" in card.read_text() for result in kept)
+    assert card.read_text().endswith("\nMine.\n")
 
 
 @pytest.mark.parametrize(
@@ -340,6 +437,12 @@ def test_a_fault_of_ours_is_not_the_users(run: Run, monkeypatch: pytest.MonkeyPa
     code, _, err = run("--debug", "inspect", "smollm2-135m")
     assert code == 1
     assert "Traceback" in err
+
+
+def test_lists_may_be_given_as_one_value() -> None:
+    assert EvalConfig.create(seqlen=512, data="pydocs") == EvalConfig.create(
+        seqlen=(512,), data=("pydocs",)
+    )
 
 
 def test_version(run: Run) -> None:

@@ -81,6 +81,14 @@ def test_max_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert torch.equal(evaluation_tokens("pydocs", tokenizer, max_tokens=100), whole[:100])
 
 
+def test_a_named_field_is_not_replaced_by_another(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    name = write(tmp_path / "alpaca.json", json.dumps([{"instruction": "Add.", "output": "3"}]))
+    with pytest.raises(DataError, match="no text field 'body'; it has: instruction, output"):
+        evaluation_tokens(name, tokenizer, text_field="body")
+
+
 @pytest.mark.parametrize(
     ("content", "suffix", "message"),
     [
@@ -127,6 +135,6 @@ def test_hub_records_are_read_by_their_field(
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     tokens = evaluation_tokens("ptb", tokenizer)
-    assert tokenizer.decode(tokens) == "one two\n\nthree"
+    assert tokenizer.decode(tokens) == "one two three"
     assert asked["split"] == "test"
     assert asked["streaming"] is True

@@ -112,8 +112,8 @@ def test_eval_equals_the_loss_of_transformers(
         log_p, log_q = (m(tokens).logits[:, :-1].double().log_softmax(-1) for m in (dense, model))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     assert measured.kl_divergence == pytest.approx(float(kl), rel=1e-3)
-    saved = json.loads(next((result.output / "eval").iterdir()).read_text())
-    assert saved["perplexity"] == measured.perplexity
+    saved = json.loads((result.output / "eval" / "perplexity.json").read_text())
+    assert saved[-1]["perplexity"] == measured.perplexity
 
 
 def test_tokenizer_is_that_of_the_base(result: slimgpt.PruneResult, smollm2: str) -> None:
@@ -127,8 +127,8 @@ def test_tokenizer_is_that_of_the_base(result: slimgpt.PruneResult, smollm2: str
     )
 
 
-def test_c4_file_calibrates(dense_directory: str, test_data: Path, tmp_path: Path) -> None:
-    text = str(test_data / "c4" / "train_1000.jsonl")
+def test_c4_file_calibrates(dense_directory: str, benchmark_texts: Path, tmp_path: Path) -> None:
+    text = str(benchmark_texts / "c4" / "train_1000.jsonl")
     done = slimgpt.prune(
         dense_directory, tmp_path / "slim", calibration=text, nsamples=2, seqlen=64
     )

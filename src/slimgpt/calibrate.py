@@ -77,6 +77,33 @@ def embed(model: PreTrainedModel, samples: Tensor) -> Stream:
     return Stream(batches, [recorder.kwargs for recorder in recorders])
 
 
+def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden: Tensor) -> Tensor:
+    """Compute the input of a sublayer's output projection.
+
+    Parameters
+    ----------
+    block, sublayer
+        What to run.
+    stream : Stream
+        Where the other arguments of the block are.
+    hidden : Tensor
+        One batch of the residual stream, (samples, seqlen, hidden_size).
+
+    Returns
+    -------
+    Tensor
+        (samples, seqlen, columns).
+    """
+    kwargs = stream.kwargs[block.index] if sublayer.kind == "attention" else {}
+    name, projection = sublayer.spec.output, sublayer.output
+    sublayer.module.set_submodule(name, nn.Identity())
+    try:
+        result = sublayer.module(sublayer.norm(hidden), **kwargs)
+    finally:
+        sublayer.module.set_submodule(name, projection)
+    return result[0] if isinstance(result, tuple) else result
+
+
 class Activations:
     """Inputs of a sublayer's output projection, and their second moment.
 
@@ -92,24 +119,24 @@ class Activations:
     Attributes
     ----------
     hessian_II : Tensor
-        E[x xᵀ] over all tokens, float64 (float32 where the device has no other), accumulated
-        from float32 products of one batch each.
+        E[x xᵀ] over all tokens, float64 (on the CPU where the device has no such type),
+        accumulated from float32 products of one batch each.
     """
 
     @torch.no_grad()
     def __init__(self, block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> None:
-        self._sublayer = sublayer
-        self._kwargs = stream.kwargs[block.index] if sublayer.kind == "attention" else {}
+        self._block, self._sublayer = block, sublayer
         self._kept: list[Tensor | None] = []
         size = sublayer.output.in_features
         device = stream.hidden[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        total_II = torch.zeros(size, size, dtype=dtype, device=device)
+        if device.type == "mps":  # has no float64
+            device = torch.device("cpu")
+        total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
         num_tokens = 0
         for hidden in stream.hidden:
-            batch_NTI = self._run(hidden)
+            batch_NTI = run_sublayer(block, sublayer, stream, hidden)
             rows_TI = batch_NTI.flatten(0, 1).float()
-            total_II += rows_TI.T @ rows_TI
+            total_II += (rows_TI.T @ rows_TI).to(device)
             num_tokens += len(rows_TI)
             budget -= batch_NTI.nbytes
             self._kept.append(batch_NTI if budget >= 0 else None)
@@ -118,17 +145,10 @@ class Activations:
     def batches(self, stream: Stream) -> Iterator[Tensor]:
         """Yield the activations again, batch by batch; the sublayer must not have changed."""
         for batch_NTI, hidden in zip(self._kept, stream.hidden, strict=True):
-            yield self._run(hidden) if batch_NTI is None else batch_NTI
-
-    def _run(self, hidden: Tensor) -> Tensor:
-        sublayer = self._sublayer
-        name, projection = sublayer.spec.output, sublayer.output
-        sublayer.module.set_submodule(name, nn.Identity())
-        try:
-            result = sublayer.module(sublayer.norm(hidden), **self._kwargs)
-        finally:
-            sublayer.module.set_submodule(name, projection)
-        return result[0] if isinstance(result, tuple) else result
+            if batch_NTI is None:
+                yield run_sublayer(self._block, self._sublayer, stream, hidden)
+            else:
+                yield batch_NTI
 
 
 @torch.no_grad()
@@ -152,3 +172,10 @@ def propagate(
     """
     for hidden, batch_NTI in zip(stream.hidden, activations.batches(stream), strict=True):
         hidden.add_(nn.functional.linear(batch_NTI[..., columns], weight, bias))
+
+
+@torch.no_grad()
+def pass_through(block: Block, sublayer: Sublayer, stream: Stream) -> None:
+    """Add the output of a sublayer that stays as it is to the residual stream, in place."""
+    for hidden in stream.hidden:
+        hidden.add_(sublayer.output(run_sublayer(block, sublayer, stream, hidden)))

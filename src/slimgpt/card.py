@@ -4,18 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from slimgpt.run import write_atomically
+
 REPORT_FILE = "pruning_report.json"
-EVAL_DIRECTORY = "eval"
+EVAL_FILE = "eval/perplexity.json"
 CARD_FILE = "README.md"
 
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [slimgpt, pruned]
----
-# {base_model}, pruned by {target_ratio:.0%}
+{hub_base}---
+# {base_name}, pruned by {target_ratio:.3g} of its blocks
 
-A smaller dense model, made from `{base_model}` by structured pruning with
+A smaller dense model, made from `{base_name}` by structured pruning with
 SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and the
 remaining weights are updated so that each layer's output changes as little as possible
 (method: [arXiv 2412.18110](https://arxiv.org/abs/2412.18110)).
@@ -41,10 +43,14 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 {why}
 ## Perplexity
 
-{perplexity}
+{start}
+Not measured. `slimgpt eval` measures it and fills this section.
+{end}
 
 Kept indices, errors and versions: `{report_file}`.
 """
+
+_START, _END = "<!-- perplexity -->", "<!-- end of perplexity -->"
 
 _WHY = """
 The layers differ in width, so a small modelling file comes with the checkpoint
@@ -53,7 +59,7 @@ The layers differ in width, so a small modelling file comes with the checkpoint
 
 
 def write_card(directory: Path) -> None:
-    """Write ``README.md`` from ``pruning_report.json`` and ``eval/*.json``.
+    """Write ``README.md`` from ``pruning_report.json``.
 
     Parameters
     ----------
@@ -62,41 +68,59 @@ def write_card(directory: Path) -> None:
     """
     report = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     config, calibration = report["config"], report["calibration"]
-    uniform = config["uniform"]
+    uniform, base = config["uniform"], report["base_model"]
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     card = _CARD.format(
-        **{key: report[key] for key in ("base_model", "params_before", "params_after")},
+        **{key: report[key] for key in ("params_before", "params_after")},
         **{key: report[key] for key in ("target_ratio", "block_ratio", "total_ratio")},
         **{key: calibration[key] for key in ("data", "nsamples", "seqlen")},
         **{key: config[key] for key in ("schedule", "seed", "damping", "damping_mode")},
         **{key: config[key] for key in ("channel_selection", "head_error")},
+        hub_base=f"base_model: {base}\n" if is_hub_id else "",
+        base_name=base if is_hub_id else Path(base).name,
         version=report["versions"]["slimgpt"],
         first_ratio=report["layer_ratios"][0],
         last_ratio=report["layer_ratios"][-1],
         imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
         trust="" if uniform else ", trust_remote_code=True",
         why="" if uniform else _WHY,
-        perplexity=_perplexity_table(directory / EVAL_DIRECTORY),
+        start=_START,
+        end=_END,
         report_file=REPORT_FILE,
     )
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _perplexity_table(directory: Path) -> str:
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(directory.glob("*"))]
-    if not results:
-        return "Not measured. `slimgpt eval` measures it and fills this section."
+def update_card(directory: Path) -> None:
+    """Replace the perplexities in ``README.md`` by those of the evaluations, and nothing else.
+
+    Parameters
+    ----------
+    directory : Path
+        Of a pruned model that has been evaluated. A card without the section stays as it is.
+    """
+    card = (directory / CARD_FILE).read_text(encoding="utf-8")
+    before, start, rest = card.partition(_START)
+    _, end, after = rest.partition(_END)
+    if start and end:
+        results = json.loads((directory / EVAL_FILE).read_text(encoding="utf-8"))
+        table = _perplexity_table(results)
+        write_atomically(directory / CARD_FILE, f"{before}{start}\n{table}\n{end}{after}")
+
+
+def _perplexity_table(results: list[dict[str, Any]]) -> str:
     rows = [
         "| Text | Window | Tokens | Base | This model | KL to base |",
         "|---|---|---|---|---|---|",
         *(
             f"| {r['data']} | {r['seqlen']} | {r['tokens']:,} | {_number(r['base_perplexity'])} "
             f"| {_number(r['perplexity'])} | {_number(r['kl_divergence'])} |"
-            for r in results
+            for r in sorted(results, key=lambda r: (r["data"], r["seqlen"]))
         ),
     ]
     protocol = "Windows do not overlap; every token but the first of a window is predicted."
     return "\n".join([*rows, "", protocol])
 
 
-def _number(value: Any) -> str:
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"

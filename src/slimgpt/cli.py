@@ -1,5 +1,6 @@
 """The command line: one verb per public function. Results on stdout, progress on stderr."""
 
+import io
 import json
 import logging
 import os
@@ -118,6 +119,9 @@ def inspect_model(model: Model, as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line; turn errors into one line, a hint and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # consoles that cannot show every character
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -136,9 +140,14 @@ def main() -> None:
     except Exception as err:
         if log.isEnabledFor(logging.DEBUG):
             traceback.print_exc()
-        message = f"internal error: {type(err).__name__}: {err}"
-        stderr.print(message, style="red", markup=False, soft_wrap=True)
-        stderr.print("\nhint: this is a fault of slimgpt; --debug shows where", markup=False)
+        if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
+            message = f"out of memory: {err}"
+            hint = "use fewer --nsamples, a smaller --seqlen or --activation-memory, or the CPU"
+        else:
+            message = f"internal error: {type(err).__name__}: {err}"
+            hint = "this is a fault of slimgpt; `slimgpt --debug …` shows where"
+        stderr.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        stderr.print(f"\nhint: {hint}", markup=False, soft_wrap=True)
         sys.exit(1)
 
 

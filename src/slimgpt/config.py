@@ -37,7 +37,9 @@ def _underscored(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    return value.split(",") if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value.split(",")
+    return [value] if isinstance(value, int) else value
 
 
 _Underscored = BeforeValidator(_underscored)
@@ -84,7 +86,11 @@ class _Options(BaseModel):
 class _ModelOptions(_Options):
     """Where and in what precision a model runs."""
 
-    text_field: str = Field("text", description="Field that holds the text in local data files.")
+    text_field: str | None = Field(
+        None,
+        description="Field with the text in local data files. Default: text, or for instructions "
+        "the fields of Alpaca.",
+    )
     dtype: Annotated[DType, _Underscored] = Field(
         "auto", description="Precision of the weights; auto keeps that of the checkpoint."
     )
@@ -141,7 +147,7 @@ class PruneConfig(_ModelOptions):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        defaults = dict(PRESETS.get(values.get("preset", "default"), {}))
+        defaults = dict(PRESETS.get(str(values.get("preset", "default")), {}))
         if values.get("uniform"):
             defaults["schedule"] = "uniform"
         return defaults | values
@@ -196,6 +202,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"cannot read the recipe {path}: {err}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"the recipe {path} is not a mapping of options to values")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 Purpose = Literal["calibration", "evaluation"]
 
 SELF = "self"
+BLANK_LINE = "\n\n"
 PYDOCS = "pydocs"
 PYDOCS_CALIBRATION = 0.8
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -43,6 +44,8 @@ class HubDataset:
         Further arguments of ``datasets.load_dataset``.
     text_field : str or None
         Field of the text; None for instructions (see `format_instruction`).
+    separator : str
+        What stands between two documents for evaluation, as published results have it.
     evaluation_documents : int or None
         Documents that count for evaluation, from the first; None is all.
     """
@@ -51,6 +54,7 @@ class HubDataset:
     splits: dict[Purpose, str]
     options: dict[str, Any] = field(default_factory=dict)
     text_field: str | None = "text"
+    separator: str = BLANK_LINE
     evaluation_documents: int | None = None
 
 
@@ -64,6 +68,7 @@ HUB_DATASETS = {
                 "validation": "en/c4-validation.00000-of-00008.json.gz",
             }
         },
+        separator=" ",
         evaluation_documents=1100,
     ),
     "wikitext2": HubDataset(
@@ -76,6 +81,7 @@ HUB_DATASETS = {
         {"calibration": "train", "evaluation": "test"},
         {"revision": "refs/convert/parquet"},
         text_field="sentence",
+        separator=" ",
     ),
     "alpaca": HubDataset("yahma/alpaca-cleaned", {"calibration": "train"}, text_field=None),
     "gpt4-alpaca": HubDataset("vicgalle/alpaca-gpt4", {"calibration": "train"}, text_field=None),
@@ -135,7 +141,7 @@ def calibration_tokens(
     nsamples: int,
     seqlen: int,
     seed: int = 0,
-    text_field: str = "text",
+    text_field: str | None = None,
 ) -> Tensor:
     """Draw calibration samples.
 
@@ -152,8 +158,8 @@ def calibration_tokens(
         Number of samples and tokens of each.
     seed : int
         Seed of both random choices.
-    text_field : str
-        Field of the text in local data files.
+    text_field : str, optional
+        Field of the text in local data files; by default ``text``, or an instruction record.
 
     Returns
     -------
@@ -169,7 +175,7 @@ def calibration_tokens(
     needed = nsamples * seqlen
     documents = filter(str.strip, _documents(name, "calibration", text_field))
     for text in _shuffled(documents, seed):
-        tokens += _tokenize(text + "\n\n", tokenizer)
+        tokens += _tokenize(text + BLANK_LINE, tokenizer)
         if len(tokens) >= needed:
             break
     num_windows = len(tokens) // seqlen
@@ -188,9 +194,12 @@ def evaluation_tokens(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
 ) -> Tensor:
-    """Tokens of an evaluation text: all documents joined by blank lines, tokenised as one.
+    """Tokens of an evaluation text: all documents joined and tokenised as one.
+
+    Blank lines join documents, in C4 and PTB spaces. Where the tokenizer adds a BOS token, it
+    stands once, at the start.
 
     Parameters
     ----------
@@ -200,8 +209,8 @@ def evaluation_tokens(
         The model's tokenizer.
     max_tokens : int, optional
         Keep this many tokens from the start.
-    text_field : str
-        Field of the text in local data files.
+    text_field : str, optional
+        Field of the text in local data files; by default ``text``, or an instruction record.
 
     Returns
     -------
@@ -213,7 +222,8 @@ def evaluation_tokens(
     DataError
         If the data cannot be read.
     """
-    text = "\n\n".join(_documents(name, "evaluation", text_field))
+    separator = HUB_DATASETS[name].separator if name in HUB_DATASETS else BLANK_LINE
+    text = separator.join(_documents(name, "evaluation", text_field))
     return torch.tensor(_tokenize(text, tokenizer)[:max_tokens], dtype=torch.long)
 
 
@@ -263,6 +273,7 @@ def sample_from_model(
                     top_k=0,
                     top_p=1.0,
                     temperature=1.0,
+                    repetition_penalty=1.0,
                     min_new_tokens=seqlen - 1,
                     max_new_tokens=seqlen - 1,
                 ).cpu()
@@ -276,7 +287,7 @@ def format_instruction(record: dict[str, Any]) -> str:
     return f"### Instruction:\n{record['instruction']}\n\n{given}### Response:\n{record['output']}"
 
 
-def _documents(name: str, purpose: Purpose, text_field: str) -> Iterator[str]:
+def _documents(name: str, purpose: Purpose, text_field: str | None) -> Iterator[str]:
     if Path(name).suffix in FILE_SUFFIXES:
         return _file_documents(Path(name), text_field)
     if name == PYDOCS:
@@ -312,7 +323,7 @@ def _pydocs(purpose: Purpose) -> str:
     return text[:cut] if purpose == "calibration" else text[cut:]
 
 
-def _file_documents(path: Path, text_field: str) -> Iterator[str]:
+def _file_documents(path: Path, text_field: str | None) -> Iterator[str]:
     try:
         if path.suffix == ".txt":
             yield path.read_text(encoding="utf-8")
@@ -343,15 +354,17 @@ def _records(path: Path) -> Iterator[Any]:
             raise DataError(f"cannot read {path}: {err}") from err
 
 
-def _record_text(record: Any, text_field: str, where: str) -> str:
+def _record_text(record: Any, text_field: str | None, where: str) -> str:
     if isinstance(record, dict):
-        if isinstance(record.get(text_field), str):
-            return record[text_field]
-        if {"instruction", "output"} <= record.keys():
+        text = record.get(text_field or "text")
+        if isinstance(text, str):
+            return text
+        parts = (record.get("instruction"), record.get("output"))
+        if text_field is None and all(isinstance(part, str) for part in parts):
             return format_instruction(record)
     fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
     raise DataError(
-        f"{where} has no text field {text_field!r}; it has: {fields}",
+        f"{where} has no text field {text_field or 'text'!r}; it has: {fields}",
         hint="name the field with --text-field",
     )
 

@@ -1,5 +1,6 @@
 """Perplexity of a model, and how far its predictions are from those of a base model."""
 
+import hashlib
 import json
 import logging
 import math
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.card import EVAL_DIRECTORY, REPORT_FILE, write_card
+from slimgpt.card import EVAL_FILE, REPORT_FILE, update_card
 from slimgpt.config import EvalConfig
 from slimgpt.data import check_dataset, describe_dataset, evaluation_tokens
-from slimgpt.errors import DataError
-from slimgpt.model import find_model, load_model, load_tokenizer
+from slimgpt.errors import ConfigError, DataError
+from slimgpt.model import Source, find_model, load_config, load_model, load_tokenizer
+from slimgpt.run import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ class EvalResult:
     ----------
     model, base : str, str or None
         The models, as the user named them.
-    data : str
-        The text.
+    data, data_sha256 : str
+        The text, and the start of the SHA-256 of its tokens.
     seqlen : int
         Tokens of a window; windows do not overlap.
     tokens : int
@@ -48,6 +50,7 @@ class EvalResult:
     model: str
     base: str | None
     data: str
+    data_sha256: str
     seqlen: int
     tokens: int
     perplexity: float
@@ -87,6 +90,8 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
     for name in config.data:
         check_dataset(name, "evaluation")
     tokenizer = load_tokenizer(source)
+    if base_source:
+        _check_same_vocabulary(source, base_source, tokenizer)
     texts = {
         name: evaluation_tokens(name, tokenizer, config.max_tokens, config.text_field)
         for name in config.data
@@ -102,7 +107,7 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
 
     results = []
     for name, tokens in texts.items():
-        for seqlen in sorted(_usable_lengths(config.seqlen, live, len(tokens))):
+        for seqlen in _usable_lengths(config.seqlen, [live, base or live], len(tokens)):
             log.info("evaluating on %s, windows of %d tokens", name, seqlen)
             windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
             nll, base_nll, kl = mean_losses(live, base, windows)
@@ -111,6 +116,7 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
                     model=model,
                     base=config.against,
                     data=describe_dataset(name, "evaluation"),
+                    data_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
                     seqlen=seqlen,
                     tokens=windows.numel() - len(windows),
                     perplexity=math.exp(nll),
@@ -124,20 +130,29 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
     return results
 
 
-def _usable_lengths(lengths: Iterable[int], model: PreTrainedModel, num_tokens: int) -> set[int]:
-    longest = model.config.max_position_embeddings
-    usable = set()
+def _check_same_vocabulary(
+    source: Source, base: Source, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Both models must give the same token the same number, or the KL means nothing."""
+    sizes = [load_config(s).vocab_size for s in (source, base)]
+    if sizes[0] != sizes[1] or load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{source.name} and {base.name} have different vocabularies ({sizes[0]} and {sizes[1]} "
+            "tokens), so their predictions cannot be compared",
+            hint="give the model that was pruned as --against",
+        )
+
+
+def _usable_lengths(
+    lengths: Iterable[int], models: list[PreTrainedModel], num_tokens: int
+) -> list[int]:
+    longest = min(num_tokens, *(model.config.max_position_embeddings for model in models))
     for length in lengths:
-        if length > min(longest, num_tokens):
+        if length > longest:
             log.warning(
-                "seqlen %d is beyond the model's context (%d) or the text (%d tokens): %d is used",
-                length,
-                longest,
-                num_tokens,
-                min(longest, num_tokens),
+                "seqlen %d is beyond the model's context or the text: %d is used", length, longest
             )
-        usable.add(min(length, longest, num_tokens))
-    return usable
+    return sorted({min(length, longest) for length in lengths})
 
 
 @torch.no_grad()
@@ -185,9 +200,15 @@ def _log_probs(model: PreTrainedModel, inputs: Tensor) -> Tensor:
 
 
 def _add_to_card(directory: Path, results: list[EvalResult]) -> None:
-    folder = directory / EVAL_DIRECTORY
-    folder.mkdir(exist_ok=True)
-    for result in results:
-        name = f"perplexity-{result.data.split()[0]}-{result.seqlen}.json"
-        (folder / name).write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-    write_card(directory)
+    """Keep the results with the pruned model; a failure to do so does not lose them."""
+    file = directory / EVAL_FILE
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        by_protocol = {
+            (r["data_sha256"], r["seqlen"], r["base"]): r for r in [*kept, *map(asdict, results)]
+        }
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
+        update_card(directory)
+    except (OSError, ValueError) as err:
+        log.warning("the results are not kept in %s: %s", directory, err)

@@ -41,8 +41,9 @@ def _flag(name: str, field: FieldInfo) -> Any:
         default = str(default).replace("_", "-")
     elif get_origin(kind) is tuple:
         kind, metavar, default = str, "A,B,…", ",".join(map(str, default))
+    flag = name.replace("_", "-")
     option = typer.Option(
-        f"--{name.replace('_', '-')}",
+        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
         help=field.description,
         metavar=metavar,
         show_default=False if default is None or kind is bool else str(default),

