@@ -126,7 +126,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     log.setLevel(logging.INFO)
-    log.addHandler(_StderrHandler())
+    log.handlers = [_StderrHandler()]
     log.propagate = False
     try:
         app()
