@@ -15,7 +15,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [slimgpt, pruned]
 {hub_base}---
-# {base_name}, pruned by {target_ratio:.3g} of its blocks
+# {base_name}, pruned by {percent:g} %
 
 A smaller dense model, made from `{base_name}` by structured pruning with
 SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and the
@@ -35,7 +35,7 @@ remaining weights are updated so that each layer's output changes as little as p
 ## Use
 
 ```python
-{imports}
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(path{trust})
 tokenizer = AutoTokenizer.from_pretrained(path)
@@ -77,11 +77,11 @@ def write_card(directory: Path) -> None:
         **{key: config[key] for key in ("schedule", "seed", "damping", "damping_mode")},
         **{key: config[key] for key in ("channel_selection", "head_error")},
         hub_base=f"base_model: {base}\n" if is_hub_id else "",
+        percent=round(100 * report["target_ratio"], 4),
         base_name=base if is_hub_id else Path(base).name,
         version=report["versions"]["slimgpt"],
         first_ratio=report["layer_ratios"][0],
         last_ratio=report["layer_ratios"][-1],
-        imports="from transformers import AutoModelForCausalLM, AutoTokenizer",
         trust="" if uniform else ", trust_remote_code=True",
         why="" if uniform else _WHY,
         start=_START,
