@@ -10,17 +10,16 @@ and inverse for each. Run and floor take turns. Usage:
 import argparse
 import copy
 import json
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from environment import environment
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -165,15 +164,9 @@ def main() -> None:
     peak = peak_memory()
     console.print(f"load {clock.seconds['load']:.1f} s; peak memory {(peak or 0) / 2**30:.2f} GiB")
     if args.json:
-        environment = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("slimgpt", "torch", "transformers")},
-        }
         content = {
             "protocol": title,
-            "environment": environment,
+            "environment": environment(),
             "load_seconds": clock.seconds["load"],
             "peak_memory_bytes": peak,
             "rounds": [{"floor": floor, "slimgpt": ours} for floor, ours in rounds],

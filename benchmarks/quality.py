@@ -11,14 +11,12 @@ import argparse
 import copy
 import json
 import math
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from environment import environment
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -174,15 +172,9 @@ def report(measurements: list[Measurement], args: argparse.Namespace) -> None:
         )
     Console(width=120).print(table)
     if args.json:
-        environment = {
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("slimgpt", "torch", "transformers")},
-        }
         content = {
             "protocol": title,
-            "environment": environment,
+            "environment": environment(),
             "measurements": [asdict(m) for m in measurements],
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -22,17 +22,15 @@ Shape suffixes as in `slimgpt.obs`: ``O`` out features, ``I`` in features (colum
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from environment import environment
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,7 +39,7 @@ from slimgpt import obs
 
 DAMPING = 0.01
 BATCHES_TIMED = 2
-STEPS_TIMED = 20
+STEPS_TIMED = 10
 
 
 class Shape(NamedTuple):
@@ -334,21 +332,6 @@ def print_table(rows: list[Measurement], title: str) -> None:
             details,
         )
     Console(width=120).print(table)
-
-
-def environment() -> dict[str, object]:
-    """Machine, threads and versions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in names if "model name" in line), "")
-    return {
-        "machine": model or platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("slimgpt", "torch")},
-    }
 
 
 def main() -> None:

@@ -151,13 +151,14 @@ def downdate(
     tuple of Tensor
         weight_OK and inverse_KK.
     """
-    factor_RR = torch.linalg.cholesky(inverse_II[removed_R][:, removed_R])
-    cross_RK = inverse_II[removed_R][:, kept_K]
-    half_RK = torch.linalg.solve_triangular(factor_RR, cross_RK, upper=False)
+    inverse_RI = inverse_II.index_select(0, removed_R)
+    factor_RR = torch.linalg.cholesky(inverse_RI[:, removed_R])
+    half_RK = torch.linalg.solve_triangular(factor_RR, inverse_RI[:, kept_K], upper=False)
     half_RO = torch.linalg.solve_triangular(factor_RR, weight_OI[:, removed_R].T, upper=False)
-    weight_OK = torch.addmm(weight_OI[:, kept_K], half_RO.T, half_RK, alpha=-1)
-    inverse_KK = torch.addmm(inverse_II[kept_K][:, kept_K], half_RK.T, half_RK, alpha=-1)
-    return weight_OK, inverse_KK
+    weight_OK = weight_OI.index_select(1, kept_K)
+    inverse_KK = inverse_II.index_select(0, kept_K).index_select(1, kept_K)
+    weight_OK.addmm_(half_RO.T, half_RK, alpha=-1)
+    return weight_OK, inverse_KK.addmm_(half_RK.T, half_RK, alpha=-1)
 
 
 def eliminate_units(
