@@ -350,8 +350,7 @@ def test_eval_against_another_vocabulary(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_checkpoint("llama"), other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    edit_config(other, vocab_size=400)
     arguments = ("--against", other, "--data", "pydocs", "--seqlen", "16")
     code, _, err = run("eval", tiny_checkpoint("llama"), *arguments)
     assert code == 2

@@ -67,7 +67,7 @@ def embed(model: PreTrainedModel, samples: Tensor) -> Stream:
     decoder.set_submodule(name, nn.ModuleList(recorders))
     try:
         hidden = []
-        for sample in samples.to(next(model.parameters()).device):
+        for sample in samples.to(model.device):
             decoder(sample[None], use_cache=False)
             hidden.append(recorders[0].hidden)
     finally:

@@ -143,7 +143,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
     --------
     >>> import slimgpt
     >>> slimgpt.plan("smollm2-135m", ratio=0.5).params_after  # doctest: +SKIP
-    81451008
+    81435456
     """
     config = PruneConfig.create(**options)
     return _plan(build_skeleton(load_config(find_model(model))), config)
@@ -181,10 +181,12 @@ def prune(model: str, output: str | Path, **options: Any) -> PruneResult:
     output = Path(output)
     source = find_model(model)
     check_dataset(config.calibration, "calibration")
-    planned = _plan(build_skeleton(load_config(source)), config)
+    model_config = load_config(source)
+    planned = _plan(build_skeleton(model_config), config)
     with staging(output) as directory:
         laps = _Laps()
-        dense, tokenizer, samples = _load(source, config, laps)
+        longest = model_config.max_position_embeddings
+        dense, tokenizer, samples = _load(source, config, longest, laps)
         blocks = prune_blocks(dense, samples, planned.widths, config)
         laps.end("prune")
         log.info("saving to %s", output)
@@ -249,10 +251,9 @@ def prune_blocks(
 
 
 def _load(
-    source: Source, config: PruneConfig, laps: "_Laps"
+    source: Source, config: PruneConfig, longest: int, laps: "_Laps"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]:
     """The dense model, its tokenizer and the calibration samples; a bad text fails first."""
-    longest = load_config(source).max_position_embeddings
     seqlen = min(config.seqlen, longest)
     if seqlen < config.seqlen:
         log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
