@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from slimgpt.blocks import prune_blocks
 from slimgpt.config import PruneConfig
 from slimgpt.data import calibration_tokens, evaluation_tokens
 from slimgpt.evaluation import mean_losses
 from slimgpt.families import bind
 from slimgpt.model import find_model, load_model, load_tokenizer
-from slimgpt.pruning import prune_blocks
 from slimgpt.schedule import plan_widths
 
 REFERENCE = "paper"

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimgpt
 from slimgpt import calibrate, obs
-from slimgpt.calibrate import Activations, embed
+from slimgpt.blocks import BlockPlan, prune_blocks
+from slimgpt.calibrate import collect, embed
 from slimgpt.config import PruneConfig
 from slimgpt.families import bind
 from slimgpt.model import find_model, load_model
-from slimgpt.pruning import BlockPlan, prune_blocks
 from slimgpt.schedule import BlockWidths
 from slimgpt.shrink import unit_columns
 
@@ -83,7 +83,7 @@ def test_reported_error_is_the_change_of_the_output() -> None:
     dense = make_tiny_model("llama")
     stream = embed(dense, sample_tokens())
     block = next(iter(bind(dense)))
-    activations = Activations(block, block.ffn, stream, 0)
+    activations = collect(block, block.ffn, stream, 0)
     assert activations.hessian_II.dtype == torch.float64
     widths = (BlockWidths(4, 32), *WIDTHS[1:])
     plan = prune_blocks(copy.deepcopy(dense), sample_tokens(), widths, PruneConfig.create())[0]

@@ -4,17 +4,24 @@ A sublayer is run once. Its output projection is taken out for the time of the r
 it returns is the input of that projection; the statistics and, after pruning, the sublayer's
 output both come from these activations. A whole run costs one forward through each block.
 
-Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``I`` columns of the output projection.
+Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``I`` columns of the
+output projection.
 """
 
-from collections.abc import Iterator
+import math
+import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimgpt import distributed
 from slimgpt.families import Block, Sublayer, blocks_of, decoder_of, family_of
 
 TOKENS_PER_BATCH = 4096
@@ -35,49 +42,60 @@ class Recorder(nn.Module):
 
 @dataclass
 class Stream:
-    """The residual stream of all samples at the entry of the next sublayer.
+    """The residual stream of the samples at the entry of the next sublayer.
 
     Attributes
     ----------
-    hidden : list of Tensor
-        Batches (samples, seqlen, hidden_size), in the model's dtype.
+    hidden_NTC : Tensor
+        In the model's dtype, in host memory or a memory-mapped file.
     kwargs : list of dict
         For each block the arguments it gets beside the hidden states (positions, mask); they are
         the same for every sample.
     """
 
-    hidden: list[Tensor]
+    hidden_NTC: Tensor
     kwargs: list[dict[str, Any]]
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """Views of some samples each."""
+        return self.hidden_NTC.split(max(1, TOKENS_PER_BATCH // self.hidden_NTC.shape[1]))
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, samples: Tensor) -> Stream:
+def embed(model: PreTrainedModel, samples_NT: Tensor, directory: Path | None = None) -> Stream:
     """Compute what enters the first block.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model of a supported family.
-    samples : Tensor
-        int64, (nsamples, seqlen).
+        A causal language model of a supported family; its blocks are not used.
+    samples_NT : Tensor
+        int64, calibration tokens.
+    directory : Path, optional
+        Where the stream shall be in a memory-mapped file, instead of in memory. The file has no
+        name, so that nothing of it stays when the process ends, in whatever way.
+
+    Raises
+    ------
+    OSError
+        If there is no room for the file.
     """
     decoder, blocks = decoder_of(model), blocks_of(model)
+    device = next(model.get_input_embeddings().parameters()).device
+    hidden_NTC = _allocate((*samples_NT.shape, model.config.hidden_size), model.dtype, directory)
     recorders = [Recorder() for _ in blocks]
     name = family_of(model.config.model_type).blocks
     decoder.set_submodule(name, nn.ModuleList(recorders))
     try:
-        hidden = []
-        for sample in samples.to(model.device):
-            decoder(sample[None], use_cache=False)
-            hidden.append(recorders[0].hidden)
+        for hidden_TC, sample_T in zip(hidden_NTC, samples_NT, strict=True):
+            decoder(sample_T[None].to(device), use_cache=False)
+            hidden_TC.copy_(recorders[0].hidden[0])
     finally:
         decoder.set_submodule(name, blocks)
-    batch_size = max(1, TOKENS_PER_BATCH // samples.shape[1])
-    batches = [torch.cat(hidden[i : i + batch_size]) for i in range(0, len(hidden), batch_size)]
-    return Stream(batches, [recorder.kwargs for recorder in recorders])
+    return Stream(hidden_NTC, [recorder.kwargs for recorder in recorders])
 
 
-def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden: Tensor) -> Tensor:
+def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:
     """Compute the input of a sublayer's output projection.
 
     Parameters
@@ -86,26 +104,44 @@ def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden: Tenso
         What to run.
     stream : Stream
         Where the other arguments of the block are.
-    hidden : Tensor
-        One batch of the residual stream, (samples, seqlen, hidden_size).
+    hidden_NTC : Tensor
+        One batch of the residual stream.
 
     Returns
     -------
     Tensor
-        (samples, seqlen, columns).
+        batch_NTI, on the device of the block.
     """
     kwargs = stream.kwargs[block.index] if sublayer.kind == "attention" else {}
     name, projection = sublayer.spec.output, sublayer.output
+    hidden_NTC = hidden_NTC.to(projection.weight.device)
     sublayer.module.set_submodule(name, nn.Identity())
     try:
-        result = sublayer.module(sublayer.norm(hidden), **kwargs)
+        result = sublayer.module(sublayer.norm(hidden_NTC), **kwargs)
     finally:
         sublayer.module.set_submodule(name, projection)
     return result[0] if isinstance(result, tuple) else result
 
 
-class Activations:
-    """Inputs of a sublayer's output projection, and their second moment.
+class Activations(NamedTuple):
+    """Inputs of a sublayer's output projection.
+
+    Attributes
+    ----------
+    hessian_II : Tensor
+        E[x xᵀ] over the tokens of all processes, float64 (on the CPU where the device has no such
+        type), accumulated from float32 products of one batch each.
+    kept : list of Tensor
+        The activations themselves, batch by batch, as far as there was room for them.
+    """
+
+    hessian_II: Tensor
+    kept: list[Tensor]
+
+
+@torch.no_grad()
+def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
+    """Run a sublayer up to its output projection, and gather the statistics.
 
     Parameters
     ----------
@@ -114,68 +150,70 @@ class Activations:
     stream : Stream
         The residual stream before the sublayer.
     budget : int
-        Bytes of activations to keep; a batch beyond it is computed again when it is needed.
-
-    Attributes
-    ----------
-    hessian_II : Tensor
-        E[x xᵀ] over all tokens, float64 (on the CPU where the device has no such type),
-        accumulated from float32 products of one batch each.
+        Bytes of activations to keep.
     """
-
-    @torch.no_grad()
-    def __init__(self, block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> None:
-        self._block, self._sublayer = block, sublayer
-        self._kept: list[Tensor | None] = []
-        size = sublayer.output.in_features
-        device = stream.hidden[0].device
-        if device.type == "mps":  # has no float64
-            device = torch.device("cpu")
-        total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
-        num_tokens = 0
-        for hidden in stream.hidden:
-            batch_NTI = run_sublayer(block, sublayer, stream, hidden)
-            rows_TI = batch_NTI.flatten(0, 1).float()
-            total_II += (rows_TI.T @ rows_TI).to(device)
-            num_tokens += len(rows_TI)
-            budget -= batch_NTI.nbytes
-            self._kept.append(batch_NTI if budget >= 0 else None)
-        self.hessian_II = total_II / num_tokens
-
-    def batches(self, stream: Stream) -> Iterator[Tensor]:
-        """Yield the activations again, batch by batch; the sublayer must not have changed."""
-        for batch_NTI, hidden in zip(self._kept, stream.hidden, strict=True):
-            if batch_NTI is None:
-                yield run_sublayer(self._block, self._sublayer, stream, hidden)
-            else:
-                yield batch_NTI
+    size, device = sublayer.output.in_features, sublayer.output.weight.device
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
+    total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
+    num_tokens = torch.zeros((), dtype=torch.float64, device=device)
+    kept: list[Tensor] = []
+    for hidden_NTC in stream.batches():
+        batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
+        rows_TI = batch_NTI.flatten(0, 1).float()
+        total_II += (rows_TI.T @ rows_TI).to(device)
+        num_tokens += len(rows_TI)
+        budget -= batch_NTI.nbytes
+        if budget >= 0:
+            kept.append(batch_NTI)
+    return Activations(distributed.add_up(total_II).div_(distributed.add_up(num_tokens)), kept)
 
 
 @torch.no_grad()
 def propagate(
-    stream: Stream, activations: Activations, columns: Tensor, weight: Tensor, bias: Tensor | None
+    block: Block,
+    sublayer: Sublayer,
+    stream: Stream,
+    columns: Tensor,
+    weight: Tensor,
+    kept: Sequence[Tensor] = (),
 ) -> None:
     """Add the output of the sublayer as it will be to the residual stream, in place.
 
     Parameters
     ----------
+    block, sublayer
+        The sublayer, which must still be as it was.
     stream : Stream
         The residual stream before the sublayer; afterwards the one after it.
-    activations : Activations
-        Of the sublayer, which must still be as it was.
     columns : Tensor
         The columns of the activations that stay, sorted.
     weight : Tensor
         (out features, columns), the new weight of the output projection, in the model's dtype.
-    bias : Tensor or None
-        Its bias.
+    kept : sequence of Tensor
+        Activations from `collect`; those that are not among them are computed.
     """
-    for hidden, batch_NTI in zip(stream.hidden, activations.batches(stream), strict=True):
-        hidden.add_(nn.functional.linear(batch_NTI[..., columns], weight, bias))
+    for hidden_NTC, known_NTI in zip_longest(stream.batches(), kept):
+        batch_NTI = known_NTI
+        if batch_NTI is None:
+            batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
+        output = nn.functional.linear(batch_NTI[..., columns], weight, sublayer.output.bias)
+        hidden_NTC.add_(output.to(hidden_NTC.device))
 
 
 @torch.no_grad()
 def pass_through(block: Block, sublayer: Sublayer, stream: Stream) -> None:
     """Add the output of a sublayer that stays as it is to the residual stream, in place."""
-    for hidden in stream.hidden:
-        hidden.add_(sublayer.output(run_sublayer(block, sublayer, stream, hidden)))
+    for hidden_NTC in stream.batches():
+        output = sublayer.output(run_sublayer(block, sublayer, stream, hidden_NTC))
+        hidden_NTC.add_(output.to(hidden_NTC.device))
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:
+    if directory is None:
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape)
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        # A hole in a mapped file would crash the process where the disk is full.
+        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)

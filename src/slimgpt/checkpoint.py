@@ -1,26 +1,26 @@
 """Write a pruned model as a checkpoint that loads with stock tools."""
 
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_model
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from slimgpt import modeling_slimgpt
 from slimgpt.families import PRUNED_PREFIX, config_widths, family_of
 from slimgpt.registry import pruned_classes
 from slimgpt.schedule import BlockWidths
-
-MAX_SHARD_SIZE = "5GB"
+from slimgpt.weights import write_file
 
 
 def pruned_config(
@@ -86,32 +86,30 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     return accepted
 
 
-def save_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,
+def write_shards(
     directory: Path,
+    tensors: dict[str, Tensor],
+    read: Callable[[str], Tensor],
+    max_shard_size: int,
 ) -> None:
-    """Write weights, config, generation config, tokenizer and, where needed, the modelling file.
+    """Write the weights of a model as one or more safetensors files, with an index if needed.
 
     Parameters
     ----------
-    model : PreTrainedModel
-        The pruned model; its class and config may still be those of the original.
-    tokenizer : PreTrainedTokenizerBase
-        Of the original.
-    config : PreTrainedConfig
-        From `pruned_config`.
     directory : Path
-        Exists; what is there already stays.
+        Where to.
+    tensors : dict
+        Names, shapes and types; may be on the meta device.
+    read : callable
+        Gives the values of a name; they are in memory one at a time.
+    max_shard_size : int
+        Bytes of a file, unless one tensor has more.
     """
-    config.dtype = model.dtype
-    config.save_pretrained(directory)
-    model.generation_config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    save_torch_model(
-        model,
-        directory,
-        max_shard_size=MAX_SHARD_SIZE,
-        shared_tensors_to_discard=list(model.all_tied_weights_keys),
-    )
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        write_file(directory / file, shard, {"format": "pt"}, read)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable
@@ -62,6 +63,9 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the planned widths; load no weights.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away an interrupted run in OUTPUT.")
+    ] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -73,7 +77,12 @@ def prune(
         return
     if output is None:
         raise ConfigError("--output is missing", hint="name a directory for the pruned model")
-    result = slimgpt.prune(model, output, **values)
+    try:
+        result = slimgpt.prune(model, output, restart=restart, **values)
+    except KeyboardInterrupt:
+        command = shlex.join(["slimgpt", *sys.argv[1:]])
+        stderr.print(f"interrupted; this goes on with it:\n  {command}", soft_wrap=True)
+        raise typer.Exit(130) from None
     if as_json:
         _emit({"output": str(result.output), **result.report}, (), as_json=True)
         return
@@ -125,7 +134,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    log.setLevel(logging.INFO)
+    process = int(os.environ.get("RANK", "0"))  # of a job of torchrun; the first one reports
+    if process:
+        sys.stdout = io.StringIO()
+    log.setLevel(logging.WARNING if process else logging.INFO)
     log.handlers = [_StderrHandler()]
     log.propagate = False
     try:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from slimgpt.errors import ConfigError
 
@@ -138,10 +146,13 @@ class PruneConfig(_ModelOptions):
         False, description="Same width in every layer: a checkpoint of the stock class."
     )
     preset: Preset = Field("default", description="Defaults of the method; paper is as published.")
-    activation_memory: int = Field(
-        4 * 2**30,
-        ge=0,
-        description="Bytes of sublayer activations to keep; what is beyond is computed twice.",
+    activation_memory: ByteSize = Field(
+        ByteSize(4 * 2**30),
+        description="Memory for activations, e.g. 8GB. A residual stream beyond it is mapped to a "
+        "file; sublayer activations beyond it are computed twice.",
+    )
+    max_shard_size: ByteSize = Field(
+        ByteSize(5 * 10**9), description="Size of the largest file of weights, e.g. 2GB."
     )
 
     @model_validator(mode="before")

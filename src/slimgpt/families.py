@@ -99,9 +99,20 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer of a live model, bound to its family."""
+    """A decoder layer of a live model, bound to its family.
+
+    Attributes
+    ----------
+    index, name : int, str
+        Its place, and its name in the model.
+    module : nn.Module
+        The layer.
+    attention, ffn : Sublayer
+        Its two halves.
+    """
 
     index: int
+    name: str
     module: nn.Module
     attention: Sublayer
     ffn: Sublayer
@@ -189,7 +200,7 @@ def bind(model: Any) -> Iterator[Block]:
             )
             for kind, spec in (("attention", family.attention), ("ffn", family.ffn))
         )
-        yield Block(index, module, attention, ffn)
+        yield Block(index, f"{family.decoder}.{family.blocks}.{index}", module, attention, ffn)
 
 
 def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:

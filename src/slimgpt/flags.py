@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 Command = Callable[..., None]
@@ -39,6 +39,8 @@ def _flag(name: str, field: FieldInfo) -> Any:
     if get_origin(kind) is Literal:
         kind, metavar = str, "|".join(get_args(kind)).replace("_", "-")
         default = str(default).replace("_", "-")
+    elif kind is ByteSize:
+        kind, metavar, default = str, "BYTES", default.human_readable(decimal=True)
     elif get_origin(kind) is tuple:
         kind, metavar, default = str, "A,B,…", ",".join(map(str, default))
     flag = name.replace("_", "-")

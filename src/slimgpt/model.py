@@ -3,18 +3,21 @@
 import logging
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -126,7 +129,7 @@ def load_config(source: Source) -> PreTrainedConfig:
         found = re.search(r"model type `([^`]+)`|GGUF model with architecture (\S+) is", str(err))
         if found:
             family_of(found[1] or found[2])
-        raise _cannot_load(f"the config of {source.name}", err) from err
+        raise cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
     if getattr(config, "quantization_config", None) and not source.gguf_file:
         raise UnsupportedModelError(
@@ -149,7 +152,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             source.location, trust_remote_code=False, **source.kwargs
         )
     except LOAD_ERRORS as err:
-        raise _cannot_load(f"the tokenizer of {source.name}", err) from err
+        raise cannot_load(f"the tokenizer of {source.name}", err) from err
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -189,15 +192,10 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
             **source.kwargs,
         )
     except LOAD_ERRORS as err:
-        raise _cannot_load(f"the weights of {source.name}", err) from err
+        raise cannot_load(f"the weights of {source.name}", err) from err
     model, details = loaded
     if details["missing_keys"] or details["mismatched_keys"]:
-        problems = sorted(map(str, [*details["missing_keys"], *details["mismatched_keys"]]))
-        raise UnsupportedModelError(
-            f"{source.name} lacks {len(problems)} weights or has them in another shape, "
-            f"first {problems[0]}",
-            hint="the checkpoint is incomplete: download or write it again",
-        )
+        raise incomplete(source, [*details["missing_keys"], *details["mismatched_keys"]])
     _forget_quantizer(model)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -209,10 +207,20 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     return model.to(target).eval().requires_grad_(False)
 
 
-def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a model without weights, on the meta device, to count its parameters."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+def load_generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
+    """Read the generation settings of a checkpoint; those of the config where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(source.location)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Build a model without weights: its parameters are on the meta device, its buffers are not."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
 
 
 def find_device(name: str) -> torch.device:
@@ -260,7 +268,18 @@ def _forget_quantizer(model: Any) -> None:
         model.is_quantized = False
 
 
-def _cannot_load(what: str, err: Exception) -> ConfigError:
+def incomplete(source: Source, names: Iterable[Any]) -> UnsupportedModelError:
+    """Error for a checkpoint without some tensors, or with other shapes of them."""
+    problems = sorted(map(str, names))
+    return UnsupportedModelError(
+        f"{source.name} lacks {len(problems)} weights or has them in another shape, "
+        f"first {problems[0]}",
+        hint="the checkpoint is incomplete: download or write it again",
+    )
+
+
+def cannot_load(what: str, err: Exception) -> ConfigError:
+    """Error for what transformers or safetensors could not read."""
     reason = " ".join(str(err).split())[:300]
     return ConfigError(
         f"cannot load {what}: {reason}",

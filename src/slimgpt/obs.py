@@ -57,6 +57,7 @@ def prepare(
     hessian_II: Tensor,
     damping: float = 0.01,
     mode: Literal["relative", "mean"] = "relative",
+    overwrite: bool = False,
 ) -> Problem:
     """Damp and invert the Hessian of a layer.
 
@@ -69,6 +70,8 @@ def prepare(
     damping : float
         λ. ``relative`` adds λ·H_jj to each diagonal entry, ``mean`` adds λ·mean(diag H). It is
         multiplied by ten, up to 0.1, for as long as the Cholesky decomposition fails.
+    overwrite : bool
+        Let the damped matrix take the place of a float64 `hessian_II`, to save its memory.
 
     Returns
     -------
@@ -87,14 +90,14 @@ def prepare(
             f"the Hessian has {num_bad} entries that are not finite",
             hint="the model's activations overflow: use --dtype float32 or bfloat16",
         )
-    diagonal_I = hessian_II.diagonal()
+    diagonal_I = hessian_II.diagonal().clone()
     dead_I = diagonal_I == 0
     weight_OI = weight_OI.double().masked_fill(dead_I, 0)
     added_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
+    damped_II = hessian_II if overwrite else hessian_II.clone()
     while True:
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().add_(used * added_I + dead_I)
+        damped_II.diagonal().copy_(diagonal_I + used * added_I + dead_I)
         # No scaling to unit diagonal: the rounding errors of Cholesky do not depend on it.
         factor_II, failed = torch.linalg.cholesky_ex(damped_II)
         if not failed:

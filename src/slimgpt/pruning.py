@@ -1,26 +1,24 @@
-"""The main job: prune a model block by block, and write it as a smaller one.
-
-Layer-wise structured pruning as in SlimGPT (Ling, Wang & Liu 2024, arXiv 2412.18110, algorithm 1):
-blocks are pruned in order, each calibrated on the outputs of the pruned blocks before it.
-"""
+"""The main job: prune a model block by block, and write it as a smaller one."""
 
 import json
 import logging
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt import obs
-from slimgpt.calibrate import Activations, Stream, embed, pass_through, propagate
+from slimgpt.blocks import BlockPlan, prune_block, replay_block
+from slimgpt.calibrate import Stream
 from slimgpt.card import REPORT_FILE, write_card
-from slimgpt.checkpoint import pruned_config, save_checkpoint, uniform_group_counts
+from slimgpt.checkpoint import pruned_config, uniform_group_counts, write_shards
 from slimgpt.config import PruneConfig
 from slimgpt.data import (
     SELF,
@@ -29,19 +27,31 @@ from slimgpt.data import (
     describe_dataset,
     sample_from_model,
 )
-from slimgpt.errors import NumericalError
-from slimgpt.families import Block, Sublayer, bind
+from slimgpt.distributed import from_main, is_main, own_part, process_group
+from slimgpt.families import bind
+from slimgpt.footprint import Footprint, estimate, solver_bytes
 from slimgpt.model import (
     Source,
     build_skeleton,
+    find_device,
     find_model,
     load_config,
+    load_generation_config,
     load_model,
     load_tokenizer,
 )
-from slimgpt.run import peak_memory, staging, writing
+from slimgpt.run import STATE_DIR, Run, open_run, peak_memory, replacing, writing
 from slimgpt.schedule import BlockWidths, plan_widths, removed_params
-from slimgpt.shrink import shrink_sublayer, unit_columns
+from slimgpt.streaming import StreamedModel
+from slimgpt.weights import (
+    Weights,
+    open_weights,
+    read_metadata,
+    read_tensor,
+    saved_tensors,
+    tensor_names,
+    write_file,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,36 +80,6 @@ class PrunePlan:
     total_ratio: float
     params_before: int
     params_after: int
-
-
-@dataclass(frozen=True)
-class SublayerPlan:
-    """What was decided for one sublayer.
-
-    Attributes
-    ----------
-    keep : tuple of int
-        Units kept: key/value groups or FFN channels, sorted.
-    error, relative_error : float
-        Mean squared change of the sublayer's output over the calibration tokens, E‖Δy‖², and the
-        same over E‖y‖².
-    damping : float
-        Damping that the Hessian needed; 0 where nothing was removed.
-    """
-
-    keep: tuple[int, ...]
-    error: float
-    relative_error: float
-    damping: float
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What was decided for one block."""
-
-    block: int
-    attention: SublayerPlan
-    ffn: SublayerPlan
 
 
 @dataclass(frozen=True)
@@ -149,15 +129,20 @@ def plan(model: str, **options: Any) -> PrunePlan:
     return _plan(build_skeleton(load_config(find_model(model))), config)
 
 
-def prune(model: str, output: str | Path, **options: Any) -> PruneResult:
+def prune(model: str, output: str | Path, *, restart: bool = False, **options: Any) -> PruneResult:
     """Prune a causal language model into a smaller dense one.
+
+    Weights are read, pruned and written block by block. After an interruption the same call goes
+    on where the last one stopped, and ends with the same files.
 
     Parameters
     ----------
     model : str
         A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
     output : str or Path
-        Directory for the result; must not exist, or be empty.
+        Directory for the result; must not exist, be empty, or hold an interrupted run.
+    restart : bool
+        Begin anew even if `output` holds an interrupted run.
     **options
         The fields of `slimgpt.config.PruneConfig`, for example ``ratio=0.5``.
 
@@ -169,7 +154,8 @@ def prune(model: str, output: str | Path, **options: Any) -> PruneResult:
     Raises
     ------
     SlimGPTError
-        If an option, the model or the data is wrong; nothing is left half-written then.
+        If an option, the model or the data is wrong, the machine is too small, or `output` holds
+        a run with other options. Finished blocks are kept for the next call.
 
     Examples
     --------
@@ -181,146 +167,190 @@ def prune(model: str, output: str | Path, **options: Any) -> PruneResult:
     output = Path(output)
     source = find_model(model)
     check_dataset(config.calibration, "calibration")
-    model_config = load_config(source)
-    planned = _plan(build_skeleton(model_config), config)
-    with staging(output) as directory:
-        laps = _Laps()
-        longest = model_config.max_position_embeddings
-        dense, tokenizer, samples = _load(source, config, longest, laps)
-        blocks = prune_blocks(dense, samples, planned.widths, config)
-        laps.end("prune")
-        log.info("saving to %s", output)
-        small_config = pruned_config(dense.config, planned.widths, config.uniform)
-        with writing(output):
-            save_checkpoint(dense, tokenizer, small_config, directory)
-            laps.end("save")
-            report = _report(source, config, dense, samples, planned, blocks, laps.seconds)
-            (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
-            write_card(directory)
-    return PruneResult(output, planned, tuple(blocks), report)
+    with process_group(find_device(config.device)) as device:
+        start = time.monotonic()
+        model_config = load_config(source)
+        planned = _plan(build_skeleton(model_config), config)
+        tokenizer = load_tokenizer(source)
+        samples = _draw(source, tokenizer, config, model_config)
+        weights = open_weights(source, model_config, config.dtype)
+        skeleton = build_skeleton(model_config, weights.dtype)
+        streamed = StreamedModel(skeleton, weights, device)
+        footprint = _footprint(skeleton, planned, own_part(samples), config)
+        log.info("%s", footprint)
+        footprint.check(output)
+        prepared = time.monotonic() - start
+        identity = _identity(source, config, weights, samples)
+        with open_run(output, identity, restart) if is_main() else nullcontext() as run:
+            if not from_main(run and run.is_written):
+                directory = output / STATE_DIR if footprint.is_mapped else None
+                stream = streamed.embed(own_part(samples), directory)
+                _prune(streamed, stream, planned, config, footprint.kept, Run(output))
+                if run:
+                    log.info("saving to %s", output)
+                    report = _report(run, streamed, planned, config, samples, prepared)
+                    _write(run, streamed, planned, config, tokenizer, report)
+            if run:
+                run.publish()
+        report = from_main(is_main() and json.loads((output / REPORT_FILE).read_text("utf-8")))
+    blocks = tuple(map(BlockPlan.from_json, report["blocks"]))
+    return PruneResult(output, planned, blocks, report)
 
 
-def prune_blocks(
-    model: PreTrainedModel, samples: Tensor, widths: tuple[BlockWidths, ...], config: PruneConfig
-) -> list[BlockPlan]:
-    """Prune a live model in place, block by block.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A dense model of a supported family.
-    samples : Tensor
-        int64, (nsamples, seqlen), calibration tokens.
-    widths : tuple of BlockWidths
-        What each block keeps.
-    config : PruneConfig
-        Options of the method.
-
-    Returns
-    -------
-    list of BlockPlan
-        The model's forward pass is that of the pruned model afterwards; its config is not changed.
-
-    Raises
-    ------
-    NumericalError
-        If a Hessian cannot be factorised; names the block and the sublayer.
-    """
-    start = time.monotonic()
-    log.info("calibrating on %d samples of %d tokens", *samples.shape)
-    stream = embed(model, samples)
-    plans = []
-    for block, width in zip(bind(model), widths, strict=True):
-        attention = _prune_sublayer(block, block.attention, width.num_groups, stream, config)
-        ffn = _prune_sublayer(block, block.ffn, width.num_channels, stream, config)
-        plans.append(BlockPlan(block.index, attention, ffn))
-        elapsed = time.monotonic() - start
-        log.info(
-            "block %d/%d: kv groups %d→%d, error %.4f; channels %d→%d, error %.4f; %.0f s left",
-            len(plans),
-            len(widths),
-            block.attention.num_units,
-            width.num_groups,
-            attention.relative_error,
-            block.ffn.num_units,
-            width.num_channels,
-            ffn.relative_error,
-            elapsed / len(plans) * (len(widths) - len(plans)),
-        )
-    return plans
-
-
-def _load(
-    source: Source, config: PruneConfig, longest: int, laps: "_Laps"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]:
-    """The dense model, its tokenizer and the calibration samples; a bad text fails first."""
-    seqlen = min(config.seqlen, longest)
+def _draw(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PruneConfig,
+    model_config: PreTrainedConfig,
+) -> Tensor:
+    """The calibration samples of all processes."""
+    seqlen = min(config.seqlen, model_config.max_position_embeddings)
     if seqlen < config.seqlen:
         log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
-    tokenizer = load_tokenizer(source)
     draw = (tokenizer, config.nsamples, seqlen, config.seed)
     samples = None
-    if config.calibration != SELF:
+    if is_main() and config.calibration == SELF:
+        samples = sample_from_model(load_model(source, config.dtype, config.device), *draw)
+    elif is_main():
         samples = calibration_tokens(config.calibration, *draw, text_field=config.text_field)
-        laps.end("data")
-    dense = load_model(source, config.dtype, config.device)
-    laps.end("load")
-    if samples is None:
-        samples = sample_from_model(dense, *draw)
-        laps.end("data")
-    return dense, tokenizer, samples
+    return from_main(samples)
 
 
-def _prune_sublayer(
-    block: Block, sublayer: Sublayer, num_keep: int, stream: Stream, config: PruneConfig
-) -> SublayerPlan:
-    """Collect, decide, compensate, propagate, shrink."""
-    if num_keep == sublayer.num_units:
-        pass_through(block, sublayer, stream)
-        return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)
-
-    activations = Activations(block, sublayer, stream, config.activation_memory)
-    hessian = activations.hessian_II
-    weight, bias = sublayer.output.weight, sublayer.output.bias
-    try:
-        problem = obs.prepare(
-            weight.to(hessian.device), hessian, config.damping, config.damping_mode
+def _footprint(
+    skeleton: PreTrainedModel, planned: PrunePlan, samples: Tensor, config: PruneConfig
+) -> Footprint:
+    size = skeleton.dtype.itemsize
+    blocks = list(bind(skeleton))
+    outputs = [
+        (sublayer.output, (sublayer.num_units - num_keep) * sublayer.unit_size)
+        for block, width in zip(blocks, planned.widths, strict=True)
+        for sublayer, num_keep in (
+            (block.attention, width.num_groups),
+            (block.ffn, width.num_channels),
         )
-    except NumericalError as err:
-        raise NumericalError(f"block {block.index}, {sublayer.kind}: {err}", hint=err.hint) from err
-    if problem.damping > config.damping:
-        log.warning(
-            "block %d, %s: the Hessian is singular, so its damping was raised to %g",
-            block.index,
-            sublayer.kind,
-            problem.damping,
-        )
-    kept_units = _select(problem, sublayer, num_keep, config)
-    columns = unit_columns(kept_units, sublayer.unit_size)
-    new_weight = obs.compensate(problem.weight_OI, problem.hessian_II, columns)
-    error, power = obs.output_error(problem.weight_OI, hessian, columns, new_weight)
-    new_weight, columns = new_weight.to(weight), columns.to(weight.device)
-    propagate(stream, activations, columns, new_weight, bias)
-    shrink_sublayer(sublayer, kept_units.to(weight.device), new_weight)
-    relative = error / power if power else 0.0
-    return SublayerPlan(tuple(kept_units.tolist()), error, relative, problem.damping)
+    ]
+    solvers = [solver_bytes(o.out_features, o.in_features, removed) for o, removed in outputs]
+    embedding = next(skeleton.get_input_embeddings().parameters())
+    return estimate(
+        stream=samples.numel() * skeleton.config.hidden_size * size,
+        widest=samples.numel() * max(output.in_features for output, _ in outputs) * size,
+        budget=config.activation_memory,
+        block=max(block.shape.params for block in blocks) * size,
+        solver=max(solvers),
+        embedding=embedding.numel() * size,
+        product=planned.params_after * size,
+    )
 
 
-def _select(problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig) -> Tensor:
-    """Indices of the units to keep, sorted."""
-    matrices = problem.weight_OI, problem.inverse_II
-    num_remove = sublayer.num_units - num_keep
-    if sublayer.kind == "attention":
-        removed = obs.eliminate_units(*matrices, num_remove, sublayer.unit_size, config.head_error)
-    elif config.channel_selection == "greedy":
-        removed = obs.eliminate_channels(*matrices, num_remove)
-    else:
-        removed = obs.eliminate_channel_groups(
-            *matrices, num_remove, config.min_group_size, config.max_group_size
-        )
-    keep = torch.ones(sublayer.num_units, dtype=torch.bool, device=removed.order_R.device)
-    keep[removed.order_R] = False
-    return keep.nonzero().squeeze(1)
+def _identity(
+    source: Source, config: PruneConfig, weights: Weights, samples: Tensor
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    tokens = sha256(samples.numpy().tobytes()).hexdigest()
+    return {
+        "model": source.name,
+        **weights.identity,
+        **config.model_dump(exclude={"activation_memory"}),
+        "calibration tokens": tokens,
+        **_versions(),
+    }
+
+
+def _prune(
+    streamed: StreamedModel,
+    stream: Stream,
+    planned: PrunePlan,
+    config: PruneConfig,
+    activation_memory: int,
+    run: Run,
+) -> None:
+    """Prune every block; replay those that an earlier run has finished."""
+    log.info("calibrating on %d samples of %d tokens", *stream.hidden_NTC.shape[:2])
+    begun, num_blocks = time.monotonic(), len(planned.widths)
+    for block, width in zip(streamed.blocks(), planned.widths, strict=True):
+        start, file = time.monotonic(), run.block_file(block.index)
+        if from_main(file.exists()):
+            plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+            replay_block(block, plan, partial(read_tensor, file), stream)
+        else:
+            plan = prune_block(block, width, stream, activation_memory, config)
+            if is_main():
+                cost = {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory()}
+                metadata = {"plan": json.dumps(asdict(plan)), "cost": json.dumps(cost)}
+                with writing(run.output), replacing(file) as temporary:
+                    state = block.module.state_dict()
+                    tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
+                    write_file(temporary, tensors, metadata)
+        done = block.index + 1
+        left = (time.monotonic() - begun) / done * (num_blocks - done)
+        log.info("block %d/%d: %s; %.0f s left", done, num_blocks, plan, left)
+
+
+def _write(
+    run: Run,
+    streamed: StreamedModel,
+    planned: PrunePlan,
+    config: PruneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    report: dict[str, Any],
+) -> None:
+    """Put the product together from the finished blocks and the tensors that stay."""
+    start = time.monotonic()
+    files = [run.block_file(index) for index in range(len(planned.widths))]
+    finished = {name: file for file in files for name in tensor_names(file)}
+
+    def read(name: str) -> Tensor:
+        file = finished.get(name)
+        return read_tensor(file, name) if file else streamed.weights.read(name)
+
+    model, source = streamed.skeleton, streamed.weights.source
+    small_config = pruned_config(model.config, planned.widths, config.uniform)
+    small_config.dtype = streamed.weights.dtype
+    with run.product() as directory:
+        small_config.save_pretrained(directory)
+        load_generation_config(source, model.config).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        write_shards(directory, saved_tensors(model), read, config.max_shard_size)
+        report["seconds"]["save"] = round(time.monotonic() - start, 3)
+        (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
+        write_card(directory)
+
+
+def _report(
+    run: Run,
+    streamed: StreamedModel,
+    planned: PrunePlan,
+    config: PruneConfig,
+    samples: Tensor,
+    prepared: float,
+) -> dict[str, Any]:
+    nsamples, seqlen = samples.shape
+    metadata = [read_metadata(run.block_file(index)) for index in range(len(planned.widths))]
+    costs = [json.loads(block["cost"]) for block in metadata]
+    return {
+        "base_model": streamed.weights.source.name,
+        "config": config.model_dump(),
+        "dtype": str(streamed.weights.dtype).removeprefix("torch."),
+        "device": str(streamed.device),
+        "calibration": {
+            "data": describe_dataset(config.calibration, "calibration"),
+            "nsamples": nsamples,
+            "seqlen": seqlen,
+        },
+        **asdict(planned),
+        "blocks": [json.loads(block["plan"]) for block in metadata],
+        "seconds": {
+            "prepare": round(prepared, 3),
+            "prune": round(sum(cost["seconds"] for cost in costs), 3),
+        },
+        "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("slimgpt", "torch", "transformers", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:
@@ -340,46 +370,3 @@ def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:
         params_before=total,
         params_after=total - sum(removed),
     )
-
-
-class _Laps:
-    """Seconds that each phase of a run took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.monotonic()
-
-    def end(self, phase: str) -> None:
-        now = time.monotonic()
-        self.seconds[phase] = round(now - self._start, 3)
-        self._start = now
-
-
-def _report(
-    source: Source,
-    config: PruneConfig,
-    model: PreTrainedModel,
-    samples: Tensor,
-    planned: PrunePlan,
-    blocks: list[BlockPlan],
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    nsamples, seqlen = samples.shape
-    packages = ("slimgpt", "torch", "transformers", "safetensors")
-    return {
-        "base_model": source.name,
-        "config": config.model_dump(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "calibration": {
-            "data": describe_dataset(config.calibration, "calibration"),
-            "nsamples": nsamples,
-            "seqlen": seqlen,
-        },
-        **asdict(planned),
-        "blocks": [asdict(block) for block in blocks],
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory(),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in packages},
-    }

@@ -1,56 +1,179 @@
-"""A run: its output directory, where files appear all at once or not at all, and its cost."""
+"""A run: its output directory, the state that outlives an interruption, and its cost.
 
+While a run is going on, ``OUT/.slimgpt`` holds its manifest and one file for each finished block.
+Every file appears by a write to a temporary name, a sync to disk and a rename. The finished
+product is put together in ``OUT/.slimgpt/result`` and then moved into ``OUT``, ``config.json``
+last: a directory that has one is complete.
+"""
+
+import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from slimgpt.errors import RunStateError
 
+STATE_DIR = ".slimgpt"
+LAST_FILE = "config.json"
+
+_MANIFEST, _RESULT = "manifest.json", "result"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The state of a run that this process owns.
+
+    Attributes
+    ----------
+    output : Path
+        The output directory.
+    """
+
+    output: Path
+
+    @property
+    def state(self) -> Path:
+        """Directory of the state."""
+        return self.output / STATE_DIR
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the product is complete in the output directory."""
+        return (self.output / LAST_FILE).exists()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the product is complete, if perhaps not yet in its place."""
+        return self.is_published or (self.state / _RESULT).exists()
+
+    def block_file(self, index: int) -> Path:
+        """Where the result of a block is or will be; it exists only when it is whole."""
+        return self.state / f"block-{index:05d}.safetensors"
+
+    @contextmanager
+    def product(self) -> Iterator[Path]:
+        """Put the finished product together.
+
+        Yields
+        ------
+        Path
+            An empty directory for its files; they are synced to disk when the block ends.
+        """
+        draft = self.state / f"{_RESULT}.tmp"
+        with writing(self.output):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            yield draft
+            for path in (*draft.rglob("*"), draft):
+                _sync(path)
+            draft.rename(self.state / _RESULT)
+            _sync(self.state)
+
+    def publish(self) -> None:
+        """Move the finished product to its place."""
+        with writing(self.output):
+            if not self.is_published:
+                result = self.state / _RESULT
+                for path in sorted(result.iterdir(), key=lambda path: path.name == LAST_FILE):
+                    path.rename(self.output / path.name)
+                _sync(self.output)
+
 
 @contextmanager
-def staging(output: Path) -> Iterator[Path]:
-    """Collect the files of a result, and give them the output directory's name when all is done.
+def open_run(output: Path, identity: dict[str, Any], restart: bool = False) -> Iterator[Run]:
+    """Begin a run, or go on with one that was interrupted.
 
     Parameters
     ----------
     output : Path
-        The output directory; must not exist, or be empty.
+        The output directory: missing, empty, or with the state of a run.
+    identity : dict
+        All that the result depends on, as JSON values. An interrupted run goes on only if its
+        identity is the same.
+    restart : bool
+        Throw away the state of an interrupted run.
 
     Yields
     ------
-    Path
-        A temporary directory beside it. It is removed if the block raises, else synced to disk
-        and renamed in one step.
+    Run
+        The state is removed when the product is published, or when the block raises before any
+        block of the model was finished.
 
     Raises
     ------
     RunStateError
-        If the output exists and is not an empty directory, or cannot be made.
+        If the output has other files, another process works on it, it cannot be written, or the
+        interrupted run has another identity; names what differs.
     """
-    if output.is_dir() and any(output.iterdir()):
+    run = Run(output)
+    if run.is_published and not (run.state / _MANIFEST).exists():
+        shutil.rmtree(run.state, ignore_errors=True)  # the end of a clean-up
+    if output.exists() and not output.is_dir():
+        raise RunStateError(f"the output {output} exists and is not a directory")
+    if output.is_dir() and not run.state.exists() and any(output.iterdir()):
         raise RunStateError(
             f"the output directory {output} exists and is not empty",
             hint="choose another --output, or remove it first",
         )
-    if output.exists() and not output.is_dir():
-        raise RunStateError(f"the output {output} exists and is not a directory")
+    is_new = not output.exists()
     with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        run.state.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.state / "lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise RunStateError(
+                f"another process is working on {output}",
+                hint="wait for it to end, or choose another --output",
+            ) from None
     try:
-        yield directory
-        with writing(output):
-            _settle(directory)
-            if output.exists():
+        _identify(run, identity, restart)
+        yield run
+    finally:
+        useless = run.is_published or not _blocks(run)
+        lock.release()
+        if useless:
+            for file in _blocks(run):
+                file.unlink()
+            shutil.rmtree(run.state, ignore_errors=True)
+            if is_new and not run.is_published:
                 output.rmdir()
-            directory.rename(output)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+
+
+def _blocks(run: Run) -> list[Path]:
+    return sorted(run.state.glob("block-*.safetensors"))
+
+
+def _identify(run: Run, identity: dict[str, Any], restart: bool) -> None:
+    """Compare with the identity of an interrupted run, or note that of a new one."""
+    if restart:
+        shutil.rmtree(run.state / _RESULT, ignore_errors=True)
+        for file in _blocks(run):
+            file.unlink()
+    manifest = run.state / _MANIFEST
+    now = json.loads(json.dumps(identity))
+    if not _blocks(run) and not run.is_written:
+        with writing(run.output):
+            write_atomically(manifest, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(manifest.read_text(encoding="utf-8"))
+    differences = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in before | now
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise RunStateError(
+            f"{run.output} holds an interrupted run that differs: {'; '.join(differences)}",
+            hint="give the same options to go on with it, or --restart to throw it away",
+        )
 
 
 @contextmanager
@@ -66,23 +189,36 @@ def writing(output: Path) -> Iterator[None]:
         yield
     except OSError as err:
         raise RunStateError(
-            f"cannot write to {output}: {err}", hint="free some space, or choose another --output"
+            f"cannot write to {output}: {err}",
+            hint="free some space or correct the permissions, then give the same command again; "
+            "or choose another --output",
         ) from err
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Write a file under a temporary name, and give it its own when it is safely on disk.
+
+    Yields
+    ------
+    Path
+        The temporary name. If the block raises, `file` is as it was.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, file)
+        _sync(file.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(file: Path, text: str) -> None:
     """Replace a text file in one step."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as temporary:
-            temporary.write(text)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def peak_memory() -> int | None:
@@ -95,17 +231,12 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _settle(directory: Path) -> None:
-    """Sync all files to disk, and give them the permissions that new files have here."""
-    umask = _umask()
-    for path in (directory, *directory.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a directory, to disk."""
+    if path.is_dir() and sys.platform == "win32":  # has no such thing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

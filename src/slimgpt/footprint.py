@@ -1,0 +1,114 @@
+"""What a run needs of memory and disk, worked out before it begins."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from slimgpt.errors import ConfigError
+
+FLOAT64 = 8
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a run needs at its peak.
+
+    Attributes
+    ----------
+    stream : int
+        The residual stream of all calibration samples of this process.
+    is_mapped : bool
+        Whether the stream is in a memory-mapped file, because it is beyond the budget.
+    kept : int
+        Sublayer activations that may be kept between their two uses.
+    working : int
+        The largest block with the solver's matrices for it, or the embedding.
+    product : int
+        The pruned model.
+    """
+
+    stream: int
+    is_mapped: bool
+    kept: int
+    working: int
+    product: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory, beside what the process has taken already."""
+        return self.working + self.kept + (0 if self.is_mapped else self.stream)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of disk: finished blocks, the product made from them, and a mapped stream."""
+        return 2 * self.product + (self.stream if self.is_mapped else 0)
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        place = "in a memory-mapped file" if self.is_mapped else "in memory"
+        return (
+            f"needs about {gib(self.memory)} of memory and {gib(self.disk)} of disk; the "
+            f"activations ({gib(self.stream)}) are {place}"
+        )
+
+    def check(self, output: Path) -> None:
+        """Check that the machine has as much.
+
+        Raises
+        ------
+        ConfigError
+            With the numbers, if it has not.
+        """
+        memory = psutil.virtual_memory().available
+        if self.memory > memory:
+            raise ConfigError(
+                f"the run needs about {gib(self.memory)} of memory, and {gib(memory)} are free",
+                hint="use a smaller --activation-memory, fewer --nsamples, or a larger machine",
+            )
+        existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+        disk = shutil.disk_usage(existing).free
+        if self.disk > disk:
+            raise ConfigError(
+                f"the run needs about {gib(self.disk)} of disk, and {gib(disk)} are free at "
+                f"{existing}",
+                hint="free some space, or choose another --output",
+            )
+
+
+def estimate(
+    stream: int, widest: int, budget: int, block: int, solver: int, embedding: int, product: int
+) -> Footprint:
+    """Divide the budget for activations, and add up.
+
+    Parameters
+    ----------
+    stream, widest : int
+        Bytes of the residual stream, and of the largest input of an output projection.
+    budget : int
+        Bytes for both together.
+    block, embedding, product : int
+        Bytes of the largest block, of the embedding, and of the pruned model.
+    solver : int
+        Largest value of `solver_bytes`.
+    """
+    is_mapped = stream > budget
+    kept = min(widest, budget if is_mapped else budget - stream)
+    return Footprint(stream, is_mapped, kept, max(block + solver, embedding), product)
+
+
+def solver_bytes(num_out: int, num_in: int, num_removed: int) -> int:
+    """Bytes of the solver's matrices for one output projection.
+
+    H and its inverse (I × I each), the pivot rows of two factors (I × R each), the weight, its
+    transpose and the panels of pivots (O × I, three times), all float64. Counted at its peak in
+    `slimgpt.obs.eliminate_channels`.
+    """
+    square, factors, weights = num_in**2, num_in * num_removed, num_out * num_in
+    return FLOAT64 * (2 * square + 2 * factors + 3 * weights)
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,85 @@
+"""A model whose blocks are in memory one at a time."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.calibrate import Stream, embed
+from slimgpt.families import Block, bind, blocks_of, decoder_of, family_of
+from slimgpt.weights import Weights
+
+
+class StreamedModel:
+    """A skeleton, and the weights for the part of it that is at work.
+
+    Parameters
+    ----------
+    skeleton : PreTrainedModel
+        The model with its parameters on the meta device.
+    weights : Weights
+        Where they are read from.
+    device : torch.device
+        Where they go.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, weights: Weights, device: torch.device) -> None:
+        weights.check(skeleton)
+        self.skeleton, self.weights, self.device = skeleton, weights, device
+
+    def embed(self, samples_NT: Tensor, directory: Path | None) -> Stream:
+        """Compute what enters the first block, see `slimgpt.calibrate.embed`."""
+        decoder = decoder_of(self.skeleton)
+        parent, blocks = (
+            family_of(self.skeleton.config.model_type).decoder,
+            blocks_of(self.skeleton),
+        )
+        parts = [(name, part) for name, part in decoder.named_children() if part is not blocks]
+        for name, part in parts:
+            self._fill(part, self._read(f"{parent}.{name}", part))
+        try:
+            return embed(self.skeleton, samples_NT, directory)
+        finally:
+            for _, part in parts:
+                _release(part)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield each block with its weights, which it has until the next one is asked for.
+
+        On a GPU the next block is read into pinned memory meanwhile.
+        """
+        blocks = list(bind(self.skeleton))
+        reads_ahead = self.device.type == "cuda"
+        with ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for block, following in zip_longest(blocks, blocks[1:]):
+                ahead = ahead or reader.submit(self._read, block.name, block.module)
+                tensors, ahead = ahead.result(), None
+                if reads_ahead and following:
+                    ahead = reader.submit(self._read, following.name, following.module)
+                self._fill(block.module, tensors)
+                del tensors
+                yield block
+                _release(block.module)
+
+    def _read(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
+        names = [name for name, _ in module.named_parameters()]
+        tensors = {name: self.weights.read(f"{prefix}.{name}") for name in names}
+        if self.device.type == "cuda":
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+    def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        moved = {name: t.to(self.device, non_blocking=True) for name, t in tensors.items()}
+        module.load_state_dict(moved, strict=False, assign=True)
+
+
+def _release(module: nn.Module) -> None:
+    """Keep the shapes and types of the parameters only; buffers stay."""
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

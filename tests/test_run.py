@@ -1,0 +1,351 @@
+"""Interrupted runs: nothing is lost, and the result is the same to the byte."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import slimgpt
+from slimgpt import blocks, calibrate, pruning, weights
+from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
+from slimgpt.run import STATE_DIR
+
+OPTIONS = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32, "ratio": 0.4}
+KILLS = 20
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """Hash of every file; measured times and memory are left out of the report."""
+    report = directory / "pruning_report.json"
+    values = json.loads(report.read_text())
+    for measured in ("seconds", "peak_memory_bytes"):
+        del values[measured]
+    contents = {path.name: path.read_bytes() for path in directory.iterdir() if path != report}
+    contents[report.name] = json.dumps(values).encode()
+    return {name: sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def test_killed_runs_end_with_the_same_files(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = OPTIONS | {"model": str(tiny_checkpoint("llama")), "max_shard_size": 50_000}
+    program = Path(__file__).with_name("killing.py")
+    finished = subprocess.run(
+        [sys.executable, program, tmp_path, str(KILLS), "0", json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    outcomes = json.loads(finished.stdout)
+    assert len(outcomes) == KILLS
+    phases = {"prune_block", "write_file", "replacing", "product", "publish", "other"}
+    assert {outcome["phase"] for outcome in outcomes} == phases
+    expected = fingerprint(tmp_path / "whole")
+    assert sum(name.endswith(".safetensors") for name in expected) > 2
+    for index, outcome in enumerate(outcomes):
+        assert outcome["killed"] == -9, outcome
+        assert outcome["resumed"] == 0, outcome
+        assert fingerprint(tmp_path / str(index)) == expected, outcome
+
+
+class InterruptionError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture
+def interrupted(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, Path]:
+    """A model, and an output directory with a run that ended in its third block."""
+    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    fail_at_block(2, InterruptionError(), monkeypatch)
+    with pytest.raises(InterruptionError):
+        slimgpt.prune(model, output, **OPTIONS)
+    monkeypatch.undo()
+    return model, output
+
+
+def fail_at_block(index: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prune_block(block: Any, *args: Any) -> Any:
+        if block.index == index:
+            raise error
+        return blocks.prune_block(block, *args)
+
+    monkeypatch.setattr(pruning, "prune_block", prune_block)
+
+
+def test_finished_blocks_are_not_solved_again(
+    interrupted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, output = interrupted
+    solved = []
+    prune_block = blocks.prune_block
+    monkeypatch.setattr(
+        pruning,
+        "prune_block",
+        lambda block, *a: solved.append(block.index) or prune_block(block, *a),
+    )
+    slimgpt.prune(model, output, **OPTIONS)
+    assert solved == [2, 3]
+    assert not (output / STATE_DIR).exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"ratio": 0.3}, "ratio was 0.4 and is 0.3"),
+        ({"seed": 1}, "calibration tokens was"),
+        ({"max_shard_size": "1MB"}, "max_shard_size was 5000000000 and is 1000000"),
+    ],
+)
+def test_a_changed_option_is_named(
+    changed: dict[str, Any], difference: str, interrupted: tuple[str, Path]
+) -> None:
+    model, output = interrupted
+    with pytest.raises(RunStateError, match="holds an interrupted run that differs") as raised:
+        slimgpt.prune(model, output, **OPTIONS | changed)
+    assert difference in str(raised.value)
+    assert "--restart" in str(raised.value.hint)
+    slimgpt.prune(model, output, restart=True, **OPTIONS | changed)
+    assert json.loads((output / "pruning_report.json").read_text())["config"][
+        "seed"
+    ] == changed.get("seed", 0)
+
+
+def test_a_changed_model_is_named(interrupted: tuple[str, Path]) -> None:
+    model, output = interrupted
+    file = Path(model) / "model.safetensors"
+    before = file.stat()
+    os.utime(file, (0, 0))
+    try:
+        with pytest.raises(RunStateError, match=r"model.safetensors was '\d+ bytes of 2"):
+            slimgpt.prune(model, output, **OPTIONS)
+    finally:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_less_activation_memory_may_be_used_after_an_interruption(
+    interrupted: tuple[str, Path], tmp_path: Path
+) -> None:
+    model, output = interrupted
+    slimgpt.prune(model, output, **OPTIONS, activation_memory=0)
+    slimgpt.prune(model, tmp_path / "whole", **OPTIONS, activation_memory=0)
+    assert fingerprint(output) == fingerprint(tmp_path / "whole")
+
+
+def test_a_second_process_is_refused(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    seen = []
+
+    def prune_block(block: Any, *args: Any) -> Any:
+        if block.index == 2:
+            with pytest.raises(RunStateError, match="another process is working on") as raised:
+                slimgpt.prune(model, output, **OPTIONS)
+            seen.append(raised.value)
+        return blocks.prune_block(block, *args)
+
+    monkeypatch.setattr(pruning, "prune_block", prune_block)
+    slimgpt.prune(model, output, **OPTIONS)
+    assert len(seen) == 1
+
+
+def test_ctrl_c_prints_the_command_that_resumes(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from slimgpt import cli
+
+    arguments = ["prune", str(tiny_checkpoint("llama")), "--output", str(tmp_path / "a b")]
+    arguments += ["--calibration=pydocs", "--nsamples=4", "--seqlen=32"]
+    monkeypatch.setattr(sys, "argv", ["slimgpt", *arguments])
+    fail_at_block(1, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 130
+    assert f"slimgpt prune {arguments[1]} --output '{tmp_path}/a b'" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["slimgpt", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_a_full_disk(
+    failing: int,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fail the n-th file of weights: four blocks, then the shards of the product."""
+    options = OPTIONS | {"max_shard_size": 50_000}
+    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    written = []
+    write_file = weights.write_file
+
+    def write(file: Path, *args: Any) -> None:
+        written.append(file)
+        if len(written) == failing + 1:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(file, *args)
+
+    monkeypatch.setattr("slimgpt.pruning.write_file", write)
+    monkeypatch.setattr("slimgpt.checkpoint.write_file", write)
+    with pytest.raises(RunStateError, match="No space left on device") as raised:
+        slimgpt.prune(model, output, **options)
+    assert "free some space" in str(raised.value.hint)
+    blocks_done = len(list(output.glob(f"{STATE_DIR}/block-*.safetensors")))
+    assert blocks_done == min(failing, 4)
+    assert output.exists() == (failing > 0)
+    slimgpt.prune(model, output, **options)
+    assert len(written) == failing + 1 + len(list(output.glob("*.safetensors"))) + (
+        4 - failing if failing < 4 else 0
+    )
+    monkeypatch.undo()
+    slimgpt.prune(model, tmp_path / "whole", **options)
+    assert fingerprint(output) == fingerprint(tmp_path / "whole")
+
+
+def test_a_read_only_output(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(path: Path, *args: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    model = str(tiny_checkpoint("llama"))
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(RunStateError, match="Read-only file system"):
+        slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
+
+
+@pytest.fixture
+def sharded(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A dense checkpoint of several shards."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = tiny_checkpoint("llama")
+    directory = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(directory, max_shard_size="80KB")
+    AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def test_shards_are_read_one_at_a_time(
+    sharded: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    slimgpt.prune(str(sharded), tmp_path / "from_shards", **OPTIONS)
+    slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "from_one", **OPTIONS)
+    file = "model.safetensors"
+    expected = load_file(tmp_path / "from_one" / file)
+    for name, tensor in load_file(tmp_path / "from_shards" / file).items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_broken_shards(sharded: Path, tmp_path: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    content, tensors = shard.read_bytes(), load_file(shard)
+
+    def check(error: type[Exception], *parts: str) -> None:
+        with pytest.raises(error) as raised:
+            slimgpt.prune(str(sharded), tmp_path / "slim", **OPTIONS)
+        for part in parts:
+            assert part in str(raised.value)
+        assert not (tmp_path / "slim").exists()
+
+    shard.write_bytes(content[:-100])
+    check(ConfigError, shard.name, "incomplete")
+    shard.unlink()
+    check(ConfigError, shard.name, "No such file")
+    name = next(name for name in tensors if name.endswith("weight"))
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, shard, metadata={"format": "pt"})
+    check(UnsupportedModelError, name, "type I8")
+    save_file(tensors | {name: tensors[name].bfloat16()}, shard, metadata={"format": "pt"})
+    result = slimgpt.prune(str(sharded), tmp_path / "mixed", **OPTIONS)  # is converted
+    assert result.report["dtype"] == "float32"
+
+
+def test_one_block_is_in_memory_at_a_time(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def prune_block(block: Any, *args: Any) -> Any:
+        streamed = next(
+            frame.f_locals["streamed"] for frame in frames() if "streamed" in frame.f_locals
+        )
+        seen.append(
+            [name for name, p in streamed.skeleton.named_parameters() if p.device.type != "meta"]
+        )
+        return blocks.prune_block(block, *args)
+
+    monkeypatch.setattr(pruning, "prune_block", prune_block)
+    slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
+    for index, names in enumerate(seen):
+        assert names
+        assert all(name.startswith(f"model.layers.{index}.") for name in names)
+
+
+def frames() -> Any:
+    frame = sys._getframe(1)
+    while frame:
+        yield frame
+        frame = frame.f_back
+
+
+def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    directories = []
+    allocate = calibrate._allocate
+    monkeypatch.setattr(
+        calibrate, "_allocate", lambda *args: directories.append(args[2]) or allocate(*args)
+    )
+    model = str(tiny_checkpoint("llama"))
+    with caplog.at_level("INFO", "slimgpt"):
+        slimgpt.prune(model, tmp_path / "mapped", **OPTIONS, activation_memory=1000)
+        slimgpt.prune(model, tmp_path / "in_memory", **OPTIONS)
+    assert directories == [tmp_path / "mapped" / STATE_DIR, None]
+    assert "in a memory-mapped file" in caplog.text
+    assert "in memory" in caplog.text
+    mapped, in_memory = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("mapped", "in_memory")
+    )
+    assert all(torch.equal(mapped[name], in_memory[name]) for name in in_memory)
+
+
+def test_what_cannot_fit_is_refused_with_numbers(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=1000))
+    with pytest.raises(ConfigError, match=r"needs about 0.0 GiB of memory, and 0.0 GiB are free"):
+        slimgpt.prune(model, output, **OPTIONS)
+    monkeypatch.undo()
+    usage = os.statvfs(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ConfigError, match=r"of disk, and 0.0 GiB are free"):
+        slimgpt.prune(model, output, **OPTIONS)
+    assert usage.f_bavail > 0
+    assert not output.exists()
