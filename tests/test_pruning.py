@@ -81,7 +81,7 @@ def test_ratio_zero_is_the_identity() -> None:
 def test_reported_error_is_the_change_of_the_output() -> None:
     """Run the first block by hand: E‖Δy‖² and E‖y‖² over the calibration tokens."""
     dense = make_tiny_model("llama")
-    stream = embed(dense, sample_tokens())
+    stream = embed(dense, sample_tokens(), batch_size=3)
     block = next(iter(bind(dense)))
     activations = collect(block, block.ffn, stream, 0)
     assert activations.hessian_II.dtype == torch.float64
@@ -125,10 +125,10 @@ def test_each_sublayer_runs_once_and_twice_without_memory(monkeypatch: pytest.Mo
     run = calibrate.run_sublayer
     monkeypatch.setattr(calibrate, "run_sublayer", lambda *args: calls.append(1) or run(*args))
     _, kept, _ = pruned("llama")
-    assert len(calls) == 8  # two sublayers in each of four blocks, one batch
+    assert len(calls) == 6 * 8  # batches of one sample, two sublayers in each of four blocks
     calls.clear()
     _, recomputed, _ = pruned("llama", activation_memory=0)
-    assert len(calls) == 8 + 5  # five of them lose something
+    assert len(calls) == 6 * (8 + 5)  # five of them lose something
     for a, b in zip(kept.parameters(), recomputed.parameters(), strict=True):
         assert torch.equal(a, b)
 

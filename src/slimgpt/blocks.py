@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimgpt import obs
-from slimgpt.calibrate import Stream, collect, embed, pass_through, propagate
+from slimgpt.calibrate import Stream, choose_batch_size, collect, embed, pass_through, propagate
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main, tensor_from_main
 from slimgpt.errors import NumericalError
@@ -152,7 +152,7 @@ def prune_blocks(
     list of BlockPlan
         The model's forward pass is that of the pruned model afterwards; its config is not changed.
     """
-    stream = embed(model, samples)
+    stream = embed(model, samples, choose_batch_size(*samples.shape))
     return [
         prune_block(block, width, stream, config.activation_memory, config)
         for block, width in zip(bind(model), widths, strict=True)

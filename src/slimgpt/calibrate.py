@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from slimgpt import distributed
 from slimgpt.families import Block, Sublayer, blocks_of, decoder_of, family_of
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
 
 
 class Recorder(nn.Module):
@@ -48,21 +48,31 @@ class Stream:
     ----------
     hidden_NTC : Tensor
         In the model's dtype, in host memory or a memory-mapped file.
+    batch_size : int
+        Samples that go through a sublayer together.
     kwargs : list of dict
         For each block the arguments it gets beside the hidden states (positions, mask); they are
         the same for every sample.
     """
 
     hidden_NTC: Tensor
+    batch_size: int
     kwargs: list[dict[str, Any]]
 
     def batches(self) -> tuple[Tensor, ...]:
         """Views of some samples each."""
-        return self.hidden_NTC.split(max(1, TOKENS_PER_BATCH // self.hidden_NTC.shape[1]))
+        return self.hidden_NTC.split(self.batch_size)
+
+
+def choose_batch_size(num_samples: int, seqlen: int) -> int:
+    """Samples of a batch: some thousand tokens, but several batches that can be shared out."""
+    return max(1, min(TOKENS_PER_BATCH // seqlen, num_samples // MIN_BATCHES))
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, samples_NT: Tensor, directory: Path | None = None) -> Stream:
+def embed(
+    model: PreTrainedModel, samples_NT: Tensor, batch_size: int, directory: Path | None = None
+) -> Stream:
     """Compute what enters the first block.
 
     Parameters
@@ -71,6 +81,8 @@ def embed(model: PreTrainedModel, samples_NT: Tensor, directory: Path | None = N
         A causal language model of a supported family; its blocks are not used.
     samples_NT : Tensor
         int64, calibration tokens.
+    batch_size : int
+        From `choose_batch_size`.
     directory : Path, optional
         Where the stream shall be in a memory-mapped file, instead of in memory. The file has no
         name, so that nothing of it stays when the process ends, in whatever way.
@@ -92,7 +104,7 @@ def embed(model: PreTrainedModel, samples_NT: Tensor, directory: Path | None = N
             hidden_TC.copy_(recorders[0].hidden[0])
     finally:
         decoder.set_submodule(name, blocks)
-    return Stream(hidden_NTC, [recorder.kwargs for recorder in recorders])
+    return Stream(hidden_NTC, batch_size, [recorder.kwargs for recorder in recorders])
 
 
 def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterable
@@ -81,6 +82,8 @@ def prune(
         result = slimgpt.prune(model, output, restart=restart, **values)
     except KeyboardInterrupt:
         command = shlex.join(["slimgpt", *sys.argv[1:]])
+        if "WORLD_SIZE" in os.environ:
+            command = "the same torchrun command"
         stderr.print(f"interrupted; this goes on with it:\n  {command}", soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
@@ -140,6 +143,7 @@ def main() -> None:
     log.setLevel(logging.WARNING if process else logging.INFO)
     log.handlers = [_StderrHandler()]
     log.propagate = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end jobs with it
     try:
         app()
     except SlimGPTError as err:
@@ -161,6 +165,8 @@ def main() -> None:
         stderr.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
         stderr.print(f"\nhint: {hint}", markup=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _StderrHandler(logging.Handler):

@@ -1,6 +1,7 @@
 """Several processes that share the calibration samples, started by ``torchrun``.
 
-Without ``torchrun`` every function does what it must for a single process, mostly nothing.
+Without ``torchrun`` every function does what it must for a single process, mostly nothing. A
+message that fails raises a `RunStateError`.
 """
 
 import os
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slimgpt.errors import RunStateError
+from slimgpt.errors import ConfigError, RunStateError
 
 
 @contextmanager
@@ -28,11 +29,6 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     ------
     torch.device
         That of this process: each one has its own GPU.
-
-    Raises
-    ------
-    RunStateError
-        If a message to the other processes fails while the block runs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
@@ -43,12 +39,6 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
-    except dist.DistError as err:
-        raise RunStateError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} has lost contact with another "
-            f"one, which has ended: {err}",
-            hint="see its message; the same command goes on where the job stopped",
-        ) from err
     finally:
         dist.destroy_process_group()
 
@@ -58,17 +48,32 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def own_part(samples: Tensor) -> Tensor:
-    """The samples of this process; every process has an equal number, or one less."""
+def own_part(samples: Tensor, batch_size: int) -> Tensor:
+    """The samples of this process: whole batches, so that the sums do not depend on the number.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer batches than processes.
+    """
     if not dist.is_initialized():
         return samples
-    return samples.tensor_split(dist.get_world_size())[dist.get_rank()]
+    batches, num_processes = samples.split(batch_size), dist.get_world_size()
+    if len(batches) < num_processes:
+        raise ConfigError(
+            f"{len(samples)} samples make {len(batches)} batches for {num_processes} processes",
+            hint="use more --nsamples or fewer processes",
+        )
+    bounds = [len(batches) * rank // num_processes for rank in range(num_processes + 1)]
+    rank = dist.get_rank()
+    return torch.cat(batches[bounds[rank] : bounds[rank + 1]])
 
 
 def add_up(tensor: Tensor) -> Tensor:
     """Replace a tensor by its sum over all processes, in place."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with _talking():
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -76,12 +81,25 @@ def from_main(value: Any) -> Any:
     """Give every process the main one's value; the others pass anything."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
+        with _talking():
+            dist.broadcast_object_list(values)
     return values[0]
 
 
 def tensor_from_main(tensor: Tensor) -> Tensor:
     """Replace a tensor by the main process's, which has the same shape and type, in place."""
     if dist.is_initialized():
-        dist.broadcast(tensor, src=0)
+        with _talking():
+            dist.broadcast(tensor, src=0)
     return tensor
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as err:  # gloo has no type of its own
+        raise RunStateError(
+            f"another process of this job has ended: {err}",
+            hint="see its message; the same command goes on where the job stopped",
+        ) from err

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.blocks import BlockPlan, prune_block, replay_block
-from slimgpt.calibrate import Stream
+from slimgpt.calibrate import Stream, choose_batch_size
 from slimgpt.card import REPORT_FILE, write_card
 from slimgpt.checkpoint import pruned_config, uniform_group_counts, write_shards
 from slimgpt.config import PruneConfig
@@ -176,7 +176,9 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         weights = open_weights(source, model_config, config.dtype)
         skeleton = build_skeleton(model_config, weights.dtype)
         streamed = StreamedModel(skeleton, weights, device)
-        footprint = _footprint(skeleton, planned, own_part(samples), config)
+        batch_size = choose_batch_size(*samples.shape)
+        own_samples = own_part(samples, batch_size)
+        footprint = _footprint(skeleton, planned, own_samples, config)
         log.info("%s", footprint)
         footprint.check(output)
         prepared = time.monotonic() - start
@@ -184,7 +186,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         with open_run(output, identity, restart) if is_main() else nullcontext() as run:
             if not from_main(run and run.is_written):
                 directory = output / STATE_DIR if footprint.is_mapped else None
-                stream = streamed.embed(own_part(samples), directory)
+                stream = streamed.embed(own_samples, batch_size, directory)
                 _prune(streamed, stream, planned, config, footprint.kept, Run(output))
                 if run:
                     log.info("saving to %s", output)

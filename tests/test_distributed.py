@@ -1,0 +1,76 @@
+"""Several processes on one machine against one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import slimgpt
+
+OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
+
+
+def torchrun(num_processes: int, *program: str | Path) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, f"--nproc-per-node={num_processes}", *program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def prune_arguments(model: Path, output: Path) -> list[str]:
+    flags = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    return ["prune", str(model), "--output", str(output), *flags, "--json"]
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_ranks_agree_with_one_process(
+    num_processes: int, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tiny_checkpoint("llama")
+    alone = slimgpt.prune(str(model), tmp_path / "alone", **OPTIONS)
+    output = tmp_path / "together"
+    finished = torchrun(num_processes, "-m", "slimgpt", *prune_arguments(model, output))
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)  # of one process
+    assert finished.stderr.count("block 4/4") == 1
+    for one, many in zip(alone.report["blocks"], report["blocks"], strict=True):
+        for kind in ("attention", "ffn"):
+            assert one[kind]["keep"] == many[kind]["keep"]
+    expected = load_file(tmp_path / "alone" / "model.safetensors")
+    for name, tensor in load_file(output / "model.safetensors").items():
+        assert (tensor - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+
+
+def test_a_lost_process_ends_the_job_and_it_resumes(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, output = tiny_checkpoint("llama"), tmp_path / "slim"
+    program = tmp_path / "dies.py"
+    program.write_text(
+        "import os, signal\n"
+        "from slimgpt import cli, pruning\n"
+        "prune_block = pruning.prune_block\n"
+        "def dies(block, *args):\n"
+        "    if block.index == 2 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return prune_block(block, *args)\n"
+        "pruning.prune_block = dies\n"
+        "cli.main()\n"
+    )
+    died = torchrun(2, program, *prune_arguments(model, output))
+    assert died.returncode != 0
+    assert "another process of this job has ended" in died.stderr, died.stderr
+    assert "block 2/4" in died.stderr
+    again = torchrun(2, "-m", "slimgpt", *prune_arguments(model, output))
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["output"] == str(output)
