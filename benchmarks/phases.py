@@ -1,0 +1,53 @@
+"""Where the time of a run goes."""
+
+import pkgutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+PHASES = {
+    "read": ["weights.Weights.read"],
+    "forward": ["calibrate.run_sublayer", "blocks.propagate", "blocks.pass_through"],
+    "gram": ["blocks.collect"],
+    "solve": ["blocks._solve"],
+    "write": ["pruning.write_file", "checkpoint.write_file", "run._sync"],
+}
+
+
+class Clock:
+    """Seconds spent in each phase; a phase inside another one counts for itself only."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function so that its time counts for a phase."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                whole = time.perf_counter() - start
+                own = whole - self._inner.pop()
+                self._inner[-1] += whole
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + own
+
+        return wrapper
+
+
+@contextmanager
+def timed_phases() -> Iterator[Clock]:
+    """Count the phases of every run of `slimgpt.prune` inside the block."""
+    clock = Clock()
+    with ExitStack() as stack:
+        for phase, names in PHASES.items():
+            for name in names:
+                function = pkgutil.resolve_name(f"slimgpt.{name}")
+                timed = clock.timed(phase, function)
+                stack.enter_context(mock.patch(f"slimgpt.{name}", timed))
+        yield clock
