@@ -161,7 +161,8 @@ def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_s
         removed_U = obs.eliminate_units(*matrices, num_remove, unit_size).order_R
     parts["eliminate"] = lap()
     removed_R = columns(removed_U, unit_size)
-    obs.compensate(problem.weight_OI, problem.hessian_II, kept(len(hessian_II), removed_R))
+    kept_K = kept(len(hessian_II), removed_R)
+    obs.compensate(problem.weight_OI, problem.hessian_II, kept_K, problem.inverse_II)
     parts["compensate"] = lap()
     return Run(parts, removed_R)
 

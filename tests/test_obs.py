@@ -120,7 +120,9 @@ def test_compensation_is_least_squares_on_data(seed, num_in, data, damping):
     expected = torch.linalg.lstsq(rows[:, kept], rows @ weight.T).solution.T
 
     solved = obs.prepare(weight, hessian, damping)
-    close(obs.compensate(solved.weight_OI, solved.hessian_II, kept), expected)
+    for inverse in (None, solved.inverse_II):
+        actual = obs.compensate(solved.weight_OI, solved.hessian_II, kept, inverse)
+        close(actual, expected)
 
 
 @fixed
@@ -545,7 +547,7 @@ def test_compensation_never_loses_to_slicing(mode, dtype, massive, seed, num_in,
     solved = obs.prepare(weight, hessian, 0.01, mode)
     removed = obs.eliminate_channels(solved.weight_OI, solved.inverse_II, num_remove, 4)
     kept = torch.tensor([i for i in range(num_in) if i not in removed.order_R])
-    new_weight = obs.compensate(solved.weight_OI, solved.hessian_II, kept)
+    new_weight = obs.compensate(solved.weight_OI, solved.hessian_II, kept, solved.inverse_II)
     assert removed.errors_R.isfinite().all()
     assert new_weight.isfinite().all()
     assert new_weight.to(dtype).isfinite().all()
@@ -577,7 +579,7 @@ def test_undamped_compensation_never_loses_to_slicing(massive, seed, num_in, dat
     hessian = second_moment(tokens)
     kept, _ = split(seed, num_in, data.draw(st.integers(1, num_in - 1)))
     solved = obs.prepare(weight, hessian, damping=0)
-    new_weight = obs.compensate(weight, solved.hessian_II, kept)
+    new_weight = obs.compensate(weight, solved.hessian_II, kept, solved.inverse_II)
     compensated, power = obs.output_error(weight, hessian, kept, new_weight)
     sliced, _ = obs.output_error(weight, hessian, kept, weight[:, kept])
     assert compensated <= sliced + 1e-12 * power

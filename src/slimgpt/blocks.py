@@ -220,9 +220,8 @@ def _solve(
         weight_OI, hessian_II, config.damping, config.damping_mode, overwrite=True
     )
     kept_units = _select(weight_OI, inverse_II, sublayer, num_keep, config)
-    del inverse_II
     columns_K = unit_columns(kept_units, sublayer.unit_size)
-    new_weight_OK = obs.compensate(weight_OI, hessian_II, columns_K)
+    new_weight_OK = obs.compensate(weight_OI, hessian_II, columns_K, inverse_II)
     hessian_II.diagonal().copy_(diagonal_I)
     error, power = obs.output_error(weight_OI, hessian_II, columns_K, new_weight_OK)
     relative = error / power if power else 0.0

@@ -298,11 +298,13 @@ def eliminate_channel_groups(
     return _elimination(order, errors, inverse_II)
 
 
-def compensate(weight_OI: Tensor, hessian_II: Tensor, kept_K: Tensor) -> Tensor:
+def compensate(
+    weight_OI: Tensor, hessian_II: Tensor, kept_K: Tensor, inverse_II: Tensor | None = None
+) -> Tensor:
     """Weights of the kept columns that change the layer's output least.
 
-    W_K + W_R H_RK (H_KK)⁻¹ = W H_:K (H_KK)⁻¹, the least-squares solution, equal to the update of
-    Optimal Brain Surgeon, W_K − W_R [(H⁻¹)_RR]⁻¹ (H⁻¹)_RK.
+    W_K + W_R H_RK (H_KK)⁻¹ = W H_:K (H_KK)⁻¹, the least-squares solution, is equal to the update of
+    Optimal Brain Surgeon, W_K − W_R [(H⁻¹)_RR]⁻¹ (H⁻¹)_RK. The smaller system is solved.
 
     Parameters
     ----------
@@ -312,6 +314,8 @@ def compensate(weight_OI: Tensor, hessian_II: Tensor, kept_K: Tensor) -> Tensor:
         H, damped.
     kept_K : Tensor
         Indices of the kept columns, sorted.
+    inverse_II : Tensor, optional
+        H⁻¹, without which only the first form is possible.
 
     Returns
     -------
@@ -321,10 +325,16 @@ def compensate(weight_OI: Tensor, hessian_II: Tensor, kept_K: Tensor) -> Tensor:
     is_kept_I = torch.zeros(len(hessian_II), dtype=torch.bool, device=hessian_II.device)
     is_kept_I[kept_K] = True
     removed_R = (~is_kept_I).nonzero().squeeze(1)
+    weight_OK, weight_OR = weight_OI.index_select(1, kept_K), weight_OI.index_select(1, removed_R)
+    if inverse_II is not None and len(removed_R) < len(kept_K):
+        inverse_RI = inverse_II.index_select(0, removed_R)
+        factor_RR = torch.linalg.cholesky(inverse_RI.index_select(1, removed_R))
+        solved_RO = torch.cholesky_solve(weight_OR.T, factor_RR)
+        return weight_OK.addmm_(solved_RO.T, inverse_RI.index_select(1, kept_K), alpha=-1)
     hessian_KI = hessian_II.index_select(0, kept_K)
     factor_KK = torch.linalg.cholesky(hessian_KI.index_select(1, kept_K))
-    target_OK = weight_OI.index_select(1, removed_R) @ hessian_KI.index_select(1, removed_R).T
-    return torch.cholesky_solve(target_OK.T, factor_KK).T.add_(weight_OI.index_select(1, kept_K))
+    target_OK = weight_OR @ hessian_KI.index_select(1, removed_R).T
+    return torch.cholesky_solve(target_OK.T, factor_KK).T.add_(weight_OK)
 
 
 def output_error(
