@@ -25,6 +25,7 @@ from slimgpt import distributed
 from slimgpt.families import Block, Sublayer, blocks_of, decoder_of, family_of
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
+PANEL_SIZE = 512  # of the symmetric products, of which only one half is computed
 
 
 class Recorder(nn.Module):
@@ -170,14 +171,19 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
     num_tokens = torch.zeros((), dtype=torch.float64, device=device)
     kept: list[Tensor] = []
+    panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
     for hidden_NTC in stream.batches():
         batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
         rows_TI = batch_NTI.flatten(0, 1).float()
-        total_II += (rows_TI.T @ rows_TI).to(device)
+        for start, stop in panels:
+            product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
+            total_II[start:stop, start:] += product.to(device)
         num_tokens += len(rows_TI)
         budget -= batch_NTI.nbytes
         if budget >= 0:
             kept.append(batch_NTI)
+    for start, stop in panels:
+        total_II[stop:, start:stop] = total_II[start:stop, stop:].T
     return Activations(distributed.add_up(total_II).div_(distributed.add_up(num_tokens)), kept)
 
 

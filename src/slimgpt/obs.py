@@ -92,7 +92,7 @@ def prepare(
         )
     diagonal_I = hessian_II.diagonal().clone()
     dead_I = diagonal_I == 0
-    weight_OI = weight_OI.double().masked_fill(dead_I, 0)
+    weight_OI = weight_OI.to(torch.float64, copy=True).masked_fill_(dead_I, 0)
     added_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
     damped_II = hessian_II if overwrite else hessian_II.clone()
@@ -102,7 +102,7 @@ def prepare(
         factor_II, failed = torch.linalg.cholesky_ex(damped_II)
         if not failed:
             # Symmetric, stored by columns: its transpose has the rows in one piece.
-            inverse_II = torch.cholesky_inverse(factor_II).mT
+            inverse_II = torch.cholesky_inverse(factor_II, out=factor_II).mT
             return Problem(weight_OI, damped_II, inverse_II, used)
         if used >= MAX_DAMPING:
             raise NumericalError(
