@@ -53,9 +53,9 @@ VARIANTS = {
 }
 
 
-def make_tiny_model(variant: str) -> PreTrainedModel:
+def make_tiny_model(variant: str, **options: Any) -> PreTrainedModel:
     spec = VARIANTS[variant]
-    config = AutoConfig.for_model(spec.model_type, **TINY | spec.options)
+    config = AutoConfig.for_model(spec.model_type, **TINY | spec.options | options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -69,7 +69,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from pydoc_data.topics import topics
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(topics.values(), TINY["vocab_size"], special_tokens=["<s>", "</s>"])
+    size = TINY["vocab_size"] - 8  # like many models, the tiny ones have embeddings to spare
+    trained.train_from_iterator(topics.values(), size, special_tokens=["<s>", "</s>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

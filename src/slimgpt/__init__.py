@@ -12,17 +12,20 @@ import wrapt
 if TYPE_CHECKING:
     from slimgpt.errors import SlimGPTError
     from slimgpt.evaluation import EvalResult, evaluate
+    from slimgpt.exporting import ExportResult, export
     from slimgpt.inspection import ModelSummary, inspect
     from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
 
 __version__ = version("slimgpt")
 __all__ = [
     "EvalResult",
+    "ExportResult",
     "ModelSummary",
     "PrunePlan",
     "PruneResult",
     "SlimGPTError",
     "evaluate",
+    "export",
     "inspect",
     "plan",
     "prune",
@@ -30,11 +33,13 @@ __all__ = [
 
 _HOMES = {
     "EvalResult": "evaluation",
+    "ExportResult": "exporting",
     "ModelSummary": "inspection",
     "PrunePlan": "pruning",
     "PruneResult": "pruning",
     "SlimGPTError": "errors",
     "evaluate": "evaluation",
+    "export": "exporting",
     "inspect": "inspection",
     "plan": "pruning",
     "prune": "pruning",

@@ -185,6 +185,15 @@ class EvalConfig(_ModelOptions):
     )
 
 
+class ExportConfig(_Options):
+    """Options of ``slimgpt export``."""
+
+    to: Literal["gguf"] = Field("gguf", description="Format to write; gguf is llama.cpp's.")
+    type: Literal["f32", "f16", "bf16", "q8_0"] = Field(
+        "f16", description="Type of the matrices in the file."
+    )
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read the options of a recipe.
 

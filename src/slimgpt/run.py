@@ -70,19 +70,33 @@ def writing(output: Path) -> Iterator[None]:
         ) from err
 
 
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Replace a file in one step, by the one that the block writes.
+
+    Yields
+    ------
+    Path
+        An empty temporary file beside it. It is removed if the block raises.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Replace a text file in one step."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as temporary:
-            temporary.write(text)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-        Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def peak_memory() -> int | None:
