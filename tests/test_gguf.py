@@ -2,18 +2,23 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_tiny_model
+from conftest import Run, make_tiny_model
 from llama_cpp import LlamaCpp, check_agreement
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import slimgpt
 from slimgpt.errors import ExportError
@@ -53,7 +58,7 @@ def test_llama_cpp_agrees(
         directory = output
     file = tmp_path / "model.gguf"
     if uniform is False and variant in ("llama-biases", "qwen2", "qwen3"):
-        with pytest.raises(ExportError, match="no place for model.layers.0") as error:
+        with pytest.raises(ExportError, match=r"no place for model\.layers\.0") as error:
             slimgpt.export(str(directory), file, type="f32")
         assert "--uniform" in str(error.value.hint)
         assert not file.exists()
@@ -113,10 +118,7 @@ def wide_checkpoint(directory: Path, tokenizer: PreTrainedTokenizerFast, **optio
     return directory
 
 
-def test_q8_0_pads_rows_to_whole_blocks(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """With weights that q8_0 holds exactly, llama.cpp differs by its rounding of activations."""
+def test_q8_0_pads_rows_to_whole_blocks(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     directory = wide_checkpoint(
         tmp_path / "wide",
         tokenizer,
@@ -132,11 +134,15 @@ def test_q8_0_pads_rows_to_whole_blocks(
     assert written["blk.0.attn_output.weight"].shape == (64, 96)
     assert written["blk.0.ffn_down.weight"].shape == (64, 64)
     for name, tensor in wanted.items():
-        padding = [(0, new - old) for new, old in zip(written[name].shape, tensor.shape)]
-        error = np.abs(written[name] - np.pad(tensor, padding)).max()
+        padded = np.zeros_like(written[name])
+        padded[tuple(map(slice, tensor.shape))] = tensor
+        error = np.abs(written[name] - padded).max()
         assert error <= np.abs(tensor).max() / 127
+    top, log_probs = LlamaCpp(file).top_log_probs(PROMPT, 20)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    check_agreement(file, model, PROMPT, num_tokens=1, tolerance=0.1)
+    expected = model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+    # llama.cpp rounds activations to 8 bits too, which random weights make the most of.
+    assert (log_probs - expected[top]).abs().max() < 0.3
 
 
 def test_q8_0_needs_a_hidden_size_of_whole_blocks(tiny_checkpoint: Checkpoint) -> None:
@@ -166,7 +172,7 @@ def test_values_beyond_the_type_are_refused(tiny_checkpoint: Checkpoint, tmp_pat
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match="blk.1.ffn_up.weight has values up to 100000"):
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight has values up to 100000"):
         slimgpt.export(str(directory), type="f16")
     assert not list(directory.glob("*gguf*"))
     assert slimgpt.export(str(directory), type="bf16").output.is_file()
@@ -240,7 +246,12 @@ def test_prompt_ids_of_byte_level_tokenizers(
     check_prompt_ids(fast, tmp_path / "model", f"tokenizer.ggml.pre={name}")
 
 
-def check_prompt_ids(tokenizer: PreTrainedTokenizerFast, directory: Path, entry: str) -> None:
+def check_prompt_ids(
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    entry: str,
+    texts: Sequence[str] = (*TEXTS, "<s>Hello</s>"),
+) -> None:
     make_tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     file = slimgpt.export(str(directory)).output
@@ -248,8 +259,114 @@ def check_prompt_ids(tokenizer: PreTrainedTokenizerFast, directory: Path, entry:
     assert fields(file)[key] == value
     expected = AutoTokenizer.from_pretrained(directory)
     engine = LlamaCpp(file)
-    assert [engine.tokenize(text) for text in TEXTS] == [expected(t).input_ids for t in TEXTS]
-    special = "<s>Hello</s>"
-    assert engine.tokenize(special) == expected(special).input_ids
+    assert [engine.tokenize(text) for text in texts] == [expected(t).input_ids for t in texts]
 
 
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True)])
+def test_special_tokens_around_the_prompt(
+    bos: bool, eos: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    template = ["<s>"] * bos + ["$A"] + ["</s>"] * eos
+    tokens = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join(template), special_tokens=tokens
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    check_prompt_ids(fast, tmp_path / "model", "tokenizer.ggml.pre=gpt-2")
+
+
+def test_prompt_ids_of_sentencepiece_tokenizers(tmp_path: Path) -> None:
+    from pydoc_data.topics import topics
+
+    from sentencepiece import SentencePieceTrainer
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join([*topics.values(), *TEXTS]))
+    (tmp_path / "trained").mkdir()
+    SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "trained" / "tokenizer"),
+        model_type="bpe",
+        vocab_size=2000,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    tokenizer = LlamaTokenizer.from_pretrained(tmp_path / "trained")
+    # llama.cpp puts a space before every text, transformers not if there is one already.
+    texts = [text for text in TEXTS if not text.startswith(" ")]
+    check_prompt_ids(tokenizer, tmp_path / "model", "tokenizer.ggml.model=llama", texts)
+
+
+def test_unknown_tokenizers_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    directory = wide_checkpoint(tmp_path / "model", tokenizer)
+    file = directory / "tokenizer.json"
+    state = json.loads(file.read_text())
+    by_words = state | {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    unmerged = state | {"model": state["model"] | {"byte_fallback": True}}
+    for broken, message in (
+        (by_words, "no known name for the way in which this tokenizer splits text"),
+        (unmerged, "merges characters in a way that llama.cpp does not"),
+    ):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ExportError, match=message):
+            slimgpt.export(str(directory))
+
+
+def test_tokenizer_and_weights_of_a_gguf_file(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A model that was once a GGUF file gets that file's tokenizer, however often it was pruned."""
+    base = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "base.gguf", type="f32").output
+    for source, output in ((base, "once"), (tmp_path / "once", "twice")):
+        slimgpt.prune(str(source), tmp_path / output, ratio=0.2, **PRUNE_OPTIONS)
+    file = slimgpt.export(str(tmp_path / "twice"), type="f32").output
+    entries, wanted = (
+        {name: value for name, value in fields(path).items() if name.startswith("tokenizer.")}
+        for path in (file, base)
+    )
+    assert entries == wanted
+    again = slimgpt.export(str(base), tmp_path / "again.gguf", type="f32").output
+    written, wanted = tensors(again), tensors(base)
+    assert written.keys() == wanted.keys()
+    assert all(np.array_equal(written[name], wanted[name]) for name in wanted)
+
+
+def test_modelfile_for_ollama(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "tiny"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    generation = directory / "generation_config.json"
+    values = json.loads(generation.read_text()) | {"temperature": 0.6, "repetition_penalty": 1.1}
+    generation.write_text(json.dumps(values))
+    assert slimgpt.export(str(directory)).output == directory / "tiny-f16.gguf"
+    modelfile = directory / "Modelfile"
+    lines = "FROM ./tiny-f16.gguf\nPARAMETER temperature 0.6\nPARAMETER repeat_penalty 1.1\n"
+    assert modelfile.read_text() == lines
+    modelfile.write_text("FROM mine\n")
+    slimgpt.export(str(directory), type="f32")
+    assert modelfile.read_text() == "FROM mine\n"
+
+
+def test_export_from_the_command_line(
+    run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, file = tiny_checkpoint("llama"), tmp_path / "new" / "model.gguf"
+    arguments = ("export", source, "--to", "gguf", "--type", "f32", "--output", file)
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert str(file) in out
+    assert "llama" in out
+    written = file.stat()
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert f"{file} exists" in err
+    assert file.stat() == written
+    code, _, err = run("export", source, "--type", "q5_0")
+    assert code == 2
+    assert "did you mean 'q8_0'?" in err
+    monkeypatch.setattr("slimgpt.exporting.find_spec", lambda name: None)
+    code, _, err = run("export", source, "--output", tmp_path / "other.gguf")
+    assert code == 2
+    assert "slimgpt[gguf]" in err
+    assert {path.name for path in file.parent.iterdir()} == {"model.gguf", "Modelfile"}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

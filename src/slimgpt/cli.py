@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import slimgpt
-from slimgpt.config import EvalConfig, PruneConfig, load_recipe
+from slimgpt.config import EvalConfig, ExportConfig, PruneConfig, load_recipe
 from slimgpt.errors import ConfigError, SlimGPTError
 from slimgpt.flags import options_of
 
@@ -115,6 +115,22 @@ def inspect_model(model: Model, as_json: Json = False) -> None:
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
     header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
     _emit(summary, (header, table, f"parameters: {kinds}"), as_json)
+
+
+@app.command()
+@options_of(ExportConfig)
+def export(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write. Default: in the directory of the model.")
+    ] = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Write MODEL as a GGUF file for llama.cpp."""
+    result = slimgpt.export(model, output, **_given(None, options))
+    line = f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}"
+    _emit({**asdict(result), "output": str(result.output)}, (line,), as_json)
 
 
 def main() -> None:

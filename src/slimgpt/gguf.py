@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from gguf import MODEL_TENSOR as T
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
@@ -29,7 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from slimgpt.errors import ExportError
 from slimgpt.families import PRUNED_PREFIX, family_of
 from slimgpt.gguf_vocab import add_tokenizer
-from slimgpt.model import Source, load_config, load_model
+from slimgpt.model import Source, load_config, load_model, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,6 @@ _ROTATES_NEIGHBOURS = {"llama", PER_LAYER_ARCH}
 # Scalings of the rotary frequencies that do not depend on the length of the text.
 _STATIC_ROPE = ("linear", "llama3")
 
-_WEIGHTS = "model*.safetensors"
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
@@ -118,8 +116,8 @@ def write_gguf(source: Source, file: Path, kind: str) -> str:
     """
     config = load_config(source)
     qtype = GGMLQuantizationType[kind.upper()]
-    with _directory_of(source) as directory:
-        stored = _stored_tensors(directory)
+    with _safetensors(source) as files:
+        stored = _stored_tensors(files)
         layers = _padded_widths(config, gguf.GGML_QUANT_SIZES[qtype][0])
         arch = _find_arch(config, layers, stored)
         writer = GGUFWriter(file, arch)
@@ -144,22 +142,20 @@ def write_gguf(source: Source, file: Path, kind: str) -> str:
 
 
 @contextmanager
-def _directory_of(source: Source) -> Iterator[Path]:
-    """A local directory with the checkpoint as safetensors."""
+def _safetensors(source: Source) -> Iterator[list[Path]]:
+    """The weights of a checkpoint as safetensors; those of a GGUF file are converted."""
     if source.gguf_file:
         with tempfile.TemporaryDirectory() as directory:
             load_model(source).save_pretrained(directory)
-            yield Path(directory)
-    elif Path(source.location).is_dir():
-        yield Path(source.location)
+            yield weight_files(Source(source.name, directory))
     else:
-        yield Path(snapshot_download(source.location, allow_patterns=[_WEIGHTS, "*.json"]))
+        yield weight_files(source)
 
 
-def _stored_tensors(directory: Path) -> dict[str, _Stored]:
+def _stored_tensors(files: list[Path]) -> dict[str, _Stored]:
     """Every tensor of the checkpoint, by name."""
     found = {}
-    for file in sorted(directory.glob(_WEIGHTS)):
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in sorted(tensors.keys()):

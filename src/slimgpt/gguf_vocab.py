@@ -2,11 +2,12 @@
 
 import json
 import tempfile
-from itertools import groupby
+from collections.abc import Mapping
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, SpecialVocab, TokenType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slimgpt.card import REPORT_FILE
@@ -41,14 +42,17 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
         fields = GGUFReader(original).fields
         tokens = fields["tokenizer.ggml.tokens"].contents()
         if tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokens)))):
-            for name, field in fields.items():
-                if name.startswith("tokenizer."):
-                    kind, *inner = field.types
-                    is_array = kind == GGUFValueType.ARRAY
-                    sub_type = inner[-1] if is_array else None
-                    writer.add_key_value(name, field.contents(), kind, sub_type)
+            _copy(writer, fields)
             return
     _convert(writer, tokenizer, config)
+
+
+def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
+    for name, field in fields.items():
+        if name.startswith("tokenizer."):
+            kind, *inner = field.types
+            sub_type = inner[-1] if kind == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type)
 
 
 def _original_gguf(source: Source) -> Path | None:
@@ -95,7 +99,18 @@ def _convert(
         tokenizer.save_pretrained(directory)
         config.save_pretrained(directory)
         special = SpecialVocab(directory, load_merges=is_byte_level, n_vocab=config.vocab_size)
+    special.add_special_token = _surroundings(tokenizer)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _surroundings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """Whether BOS and EOS are put around a prompt; stated, because llama.cpp's default varies."""
+    ids = tokenizer("a", add_special_tokens=False).input_ids
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    for before, after in product((False, True), repeat=2):
+        if tokenizer("a").input_ids == bos * before + ids + eos * after:
+            return {"bos": before, "eos": after}
+    raise ExportError("this tokenizer puts tokens other than BOS and EOS around a prompt")
 
 
 def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:

