@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from slimgpt.benchmarking import BenchResult, bench
     from slimgpt.errors import SlimGPTError
     from slimgpt.evaluation import EvalResult, evaluate
     from slimgpt.exporting import ExportResult, export
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 __version__ = version("slimgpt")
 __all__ = [
+    "BenchResult",
     "EvalResult",
     "ExportResult",
     "ModelSummary",
     "PrunePlan",
     "PruneResult",
     "SlimGPTError",
+    "bench",
     "evaluate",
     "export",
     "inspect",
@@ -32,12 +35,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BenchResult": "benchmarking",
     "EvalResult": "evaluation",
     "ExportResult": "exporting",
     "ModelSummary": "inspection",
     "PrunePlan": "pruning",
     "PruneResult": "pruning",
     "SlimGPTError": "errors",
+    "bench": "benchmarking",
     "evaluate": "evaluation",
     "export": "exporting",
     "inspect": "inspection",
