@@ -9,6 +9,18 @@ import torch
 import xllamacpp
 from torch import Tensor
 
+# Where tokenizers that seem alike tend to differ.
+TEXTS = [
+    "Hello world",
+    " leading  and   many    spaces  ",
+    "line\n\n\nbreaks\r\n\t tabs\n 1. item\n\n2. item",
+    "I'm we've they'll IT'S don't",
+    "12345 3.14159 1,000,000 a1b22c333",
+    "naïve café — “quotes” 你好，世界 🙂👍🏽 Ωμέγα",
+    "def f(x):\n    return x**2  # x²\n",
+    "",
+]
+
 
 class LlamaCpp:
     """A model in llama.cpp, computed in float32 as far as its weights allow."""

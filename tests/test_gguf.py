@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, make_tiny_model
-from llama_cpp import LlamaCpp, check_agreement
+from llama_cpp import TEXTS, LlamaCpp, check_agreement
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -215,18 +215,6 @@ def test_context_ends_with_the_sliding_window(tiny_checkpoint: Checkpoint, tmp_p
     """llama.cpp has no such window in these graphs, and within it needs none."""
     file = slimgpt.export(str(tiny_checkpoint("mistral")), tmp_path / "model.gguf").output
     assert fields(file)["llama.context_length"] == 8
-
-
-TEXTS = [
-    "Hello world",
-    " leading  and   many    spaces  ",
-    "line\n\n\nbreaks\r\n\t tabs\n 1. item\n\n2. item",
-    "I'm we've they'll IT'S don't",
-    "12345 3.14159 1,000,000 a1b22c333",
-    "naïve café — “quotes” 你好，世界 🙂👍🏽 Ωμέγα",
-    "def f(x):\n    return x**2  # x²\n",
-    "",
-]
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)

@@ -189,7 +189,8 @@ def bench(model: str, **options: Any) -> BenchResult:
     """
     config = BenchConfig.create(**options)
     _check_packages(config)
-    config = config.model_copy(update={"threads": config.threads or torch.get_num_threads()})
+    threads = config.threads or torch.get_num_threads()
+    config = config.model_copy(update={"threads": threads})
     names = [model, *([config.against] if config.against else [])]
     sources = [find_model(name) for name in names]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -204,7 +205,7 @@ def bench(model: str, **options: Any) -> BenchResult:
         costs = tuple(worker.cost() for worker in workers)
     result = BenchResult(
         engine=config.engine,
-        threads=config.threads,
+        threads=threads,
         new_tokens=config.new_tokens,
         repeats=config.repeats,
         costs=costs,
@@ -271,7 +272,7 @@ def _prepare(source: Source, config: BenchConfig, scratch: Path) -> _Contestant:
     if config.engine == "vllm" and source.gguf_file:
         raise ConfigError(f"{source.name} is a GGUF file, which --engine vllm does not run here")
     model_config = load_config(source)
-    skeleton = build_skeleton(model_config)
+    skeleton: Any = build_skeleton(model_config)
     size = _dtype(source, config).itemsize
     return _Contestant(
         name=source.name,
@@ -406,6 +407,7 @@ def _plot(result: BenchResult, file: Path) -> None:
         axes.set_xlabel("batch size × prompt length")
         axes.set_ylabel("tokens/s")
         axes.set_title(kind)
+        axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
         axes.legend()
     figure.suptitle(f"{result.engine}, {result.threads} threads")
     with writing(file), replacing(file) as temporary:

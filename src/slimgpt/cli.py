@@ -117,7 +117,7 @@ def inspect_model(model: Model, as_json: Json = False) -> None:
         table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
     header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
-    _emit(summary, (header, table, f"parameters: {kinds}"), as_json)
+    _emit(summary, (header, table, f"parameters: {kinds}", *_pruning_table(summary)), as_json)
 
 
 @app.command()
@@ -215,9 +215,23 @@ def _plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     return table, *_ratio_lines(planned)
 
 
+def _pruning_table(summary: "slimgpt.ModelSummary") -> tuple[Any, ...]:
+    cost = summary.pruning
+    if cost is None:
+        return ()
+    table = Table(*cost.seconds, "all", "peak memory", title="pruning took, in seconds")
+    seconds = [*cost.seconds.values(), sum(cost.seconds.values())]
+    peak = "" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**30:.2f} GiB"
+    table.add_row(*(f"{value:.1f}" for value in seconds), peak)
+    return (table,)
+
+
 def _bench_tables(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
     def cell(spread: "Spread") -> str:
-        return f"{spread.median:.4g} ({spread.low:.4g}–{spread.high:.4g})"
+        return f"{number(spread.median)} ({number(spread.low)}–{number(spread.high)})"
 
     title = f"{result.engine}, {result.threads} threads, {result.new_tokens} new tokens"
     speeds = Table("batch", "prompt", "model", "prefill, tok/s", "decode, tok/s", title=title)
@@ -230,7 +244,7 @@ def _bench_tables(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
         for name, speed in zip(names, (setting.model, setting.base), strict=False):
             if speed:
                 times = (speed.first_token.median, speed.token.median)
-                milliseconds = (f"{1000 * seconds:.4g}" for seconds in times)
+                milliseconds = (number(1000 * seconds) for seconds in times)
                 speeds.add_row(
                     *lengths, name, cell(speed.prefill), cell(speed.decode), *milliseconds
                 )
@@ -238,7 +252,7 @@ def _bench_tables(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
             ratios = cell(setting.prefill_speedup), cell(setting.decode_speedup)
             speeds.add_row(*lengths, "speed-up", *ratios, end_section=True)
     if result.ideal_prefill:
-        ideals = f"{result.ideal_prefill:.4g}", f"{result.ideal_decode:.4g}"
+        ideals = f"{result.ideal_prefill:.3g}", f"{result.ideal_decode:.3g}"
         speeds.add_row("", "", "ideal", *ideals)
     for name, cost in zip(names, result.costs, strict=True):
         sizes = (cost.disk_bytes, cost.step_bytes, cost.peak_memory_bytes)

@@ -54,7 +54,8 @@ class Transformers:
 
         from slimgpt.model import find_model, load_model
 
-        torch.set_num_threads(config.threads or torch.get_num_threads())
+        if config.threads:
+            torch.set_num_threads(config.threads)
         self._model: Any = load_model(find_model(model), config.dtype, config.device)
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
