@@ -1,6 +1,7 @@
 """slimgpt bench: what is measured, of which models, and what it says."""
 
 import json
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from conftest import Run
 
 import slimgpt
 from slimgpt import benchmarking
+from slimgpt.config import BenchConfig
 from slimgpt.engines import Timing
+from slimgpt.errors import EngineError
 
 Checkpoint = Callable[[str], Path]
 QUICK = ("--prompt-length", "16", "--new-tokens", "4", "--repeats", "2", "--threads", "1")
@@ -107,6 +110,7 @@ def test_gguf_files_run_as_they_are(run: Run, tiny_checkpoint: Checkpoint, tmp_p
         (("--engine", "tgi"), "engine='tgi': available: transformers", ""),
         (("--batch-size", "0"), "batch_size", ""),
         (("--plot", "speed.txt"), "plot='speed.txt'", ""),
+        (("--plot", "no/speed.png"), "the directory of --plot no/speed.png does not exist", ""),
         (("--prompt-length", "128"), "are 192 tokens, but", "smaller --prompt-length"),
         (("--against", "nothing"), "no model 'nothing'", ""),
     ],
@@ -121,7 +125,18 @@ def test_wrong_options(
     assert not out
 
 
-def test_engine_that_dies_is_named(run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_process_that_dies_is_named(pruned: Path) -> None:
+    config = BenchConfig.create()
+    contestant = benchmarking._Contestant("mine", str(pruned), 0, 0, 0, 320, 128)
+    worker = benchmarking._Worker(contestant, config)
+    worker._pool.submit(os._exit, 1).exception()
+    with pytest.raises(EngineError, match="the process that ran mine in transformers ended"):
+        worker.cost()
+
+
+def test_engine_that_cannot_load_is_named(
+    run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.gguf"
     whole = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "whole.gguf").output
     content = whole.read_bytes()

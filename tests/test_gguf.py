@@ -178,6 +178,21 @@ def test_values_beyond_the_type_are_refused(tiny_checkpoint: Checkpoint, tmp_pat
     assert slimgpt.export(str(directory), type="bf16").output.is_file()
 
 
+def test_needless_and_missing_tensors(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "old"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    written = tensors(slimgpt.export(str(directory), type="f32").output)
+    assert len(written) == len(weights) - 1
+    assert not any("rot" in name for name in written)
+    del weights["model.layers.3.mlp.down_proj.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"lacks 1 weights, .* blk\.3\.ffn_down"):
+        slimgpt.export(str(directory), type="bf16")
+
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

@@ -31,7 +31,7 @@ from slimgpt.run import replacing, writing
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = {"llamacpp": "xllamacpp", "vllm": "vllm"}
+_PACKAGES = {"transformers": (), "llamacpp": ("gguf", "xllamacpp"), "vllm": ("vllm",)}
 _GGUF_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -188,13 +188,16 @@ def bench(model: str, **options: Any) -> BenchResult:
     >>> slimgpt.bench("slim", against="smollm2-135m", engine="llamacpp")  # doctest: +SKIP
     """
     config = BenchConfig.create(**options)
-    _check_packages(config)
+    _check_environment(config)
     threads = config.threads or torch.get_num_threads()
     config = config.model_copy(update={"threads": threads})
     names = [model, *([config.against] if config.against else [])]
     sources = [find_model(name) for name in names]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        entered = [_prepare(source, config, Path(scratch)) for source in sources]
+        entered = [
+            _prepare(source, config, Path(scratch) / f"{index}.gguf")
+            for index, source in enumerate(sources)
+        ]
         _check_lengths(entered, config)
         workers = [stack.enter_context(_Worker(contestant, config)) for contestant in entered]
         vocab_size = min(contestant.vocab_size for contestant in entered)
@@ -257,18 +260,20 @@ class _Worker:
             ) from err
 
 
-def _check_packages(config: BenchConfig) -> None:
-    package = _PACKAGES.get(config.engine)
-    if package and find_spec(package) is None:
-        command = f"pip install 'slimgpt[{config.engine}]'"
-        raise MissingDependencyError(package, f"--engine {config.engine}", command)
+def _check_environment(config: BenchConfig) -> None:
+    for package in _PACKAGES[config.engine]:
+        if find_spec(package) is None:
+            command = f"pip install 'slimgpt[{config.engine}]'"
+            raise MissingDependencyError(package, f"--engine {config.engine}", command)
     if config.plot and find_spec("matplotlib") is None:
         raise MissingDependencyError("matplotlib", "--plot", "pip install 'slimgpt[report]'")
+    if config.plot and not Path(config.plot).parent.is_dir():
+        raise ConfigError(f"the directory of --plot {config.plot} does not exist")
 
 
-def _prepare(source: Source, config: BenchConfig, scratch: Path) -> _Contestant:
+def _prepare(source: Source, config: BenchConfig, converted: Path) -> _Contestant:
     if config.engine == "llamacpp":
-        return _prepare_gguf(source, config, scratch)
+        return _prepare_gguf(source, config, converted)
     if config.engine == "vllm" and source.gguf_file:
         raise ConfigError(f"{source.name} is a GGUF file, which --engine vllm does not run here")
     model_config = load_config(source)
@@ -285,18 +290,18 @@ def _prepare(source: Source, config: BenchConfig, scratch: Path) -> _Contestant:
     )
 
 
-def _prepare_gguf(source: Source, config: BenchConfig, scratch: Path) -> _Contestant:
+def _prepare_gguf(source: Source, config: BenchConfig, converted: Path) -> _Contestant:
     """A GGUF file runs as it is, any other model is converted."""
     from gguf import GGUFReader, Keys
 
     from slimgpt.gguf import write_gguf
 
+    file = converted
     if source.name.endswith(".gguf"):
         (file,) = weight_files(source)
     else:
         log.info("converting %s", source.name)
         kind = _GGUF_TYPES[str(_dtype(source, config)).removeprefix("torch.")]
-        file = scratch / f"{len(list(scratch.iterdir()))}.gguf"
         write_gguf(source, file, kind)
     reader = GGUFReader(file)
     arch = reader.fields[Keys.General.ARCHITECTURE].contents()

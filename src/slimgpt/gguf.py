@@ -1,8 +1,6 @@
 """Write a checkpoint as a GGUF file, for llama.cpp and what is built on it.
 
 Tensors go from file to file one at a time. Nothing here runs the model.
-
-Shapes: O out features, I in features, D head_dim.
 """
 
 import logging
@@ -33,7 +31,7 @@ from slimgpt.model import Source, load_config, load_model, weight_files
 log = logging.getLogger(__name__)
 
 # llama.cpp's graph for each model type whose layers are all alike.
-ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # Its one graph whose layers may differ: that of llama with widths as arrays.
 PER_LAYER_ARCH = "deci"
 # Its loader wants q_proj to be square. That of llama does not, and takes the same tensors.
@@ -52,14 +50,8 @@ _FILE_TYPES = {
 
 
 @dataclass(frozen=True)
-class LayerWidths:
-    """Widths of a layer as they are written.
-
-    Attributes
-    ----------
-    heads, kv_heads, channels : int
-        Query heads, key/value heads, FFN channels.
-    """
+class _Widths:
+    """Query heads, key/value heads and FFN channels of a layer."""
 
     heads: int
     kv_heads: int
@@ -126,6 +118,7 @@ def write_gguf(source: Source, file: Path, kind: str) -> str:
         writer.add_file_type(_FILE_TYPES[kind])
         add_tokenizer(writer, source, config)
         tensors = [*_rope_factors(config, arch), *_tensors(config, layers, arch, qtype, stored)]
+        _check_complete(config, {tensor.name for tensor in tensors})
         for tensor in tensors:
             writer.add_tensor_info(
                 tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.kind
@@ -167,25 +160,23 @@ def _stored_tensors(files: list[Path]) -> dict[str, _Stored]:
     return found
 
 
-def _stored_widths(config: PreTrainedConfig) -> list[LayerWidths]:
+def _stored_widths(config: PreTrainedConfig) -> list[_Widths]:
     family = family_of(config.model_type)
     kv_heads, heads = family.attention.widths
     (channels,) = family.ffn.widths
     return [
-        LayerWidths(getattr(layer, heads), getattr(layer, kv_heads), getattr(layer, channels))
+        _Widths(getattr(layer, heads), getattr(layer, kv_heads), getattr(layer, channels))
         for layer in config.per_layer_config
     ]
 
 
-def _padded_widths(config: PreTrainedConfig, block: int) -> list[LayerWidths]:
+def _padded_widths(config: PreTrainedConfig, block: int) -> list[_Widths]:
     """Widths that llama.cpp loads: never zero, rows of output projections in whole blocks."""
     group = config.num_attention_heads // config.num_key_value_heads
     padded = []
     for layer in _stored_widths(config):
         kv_heads = _round_up(layer.kv_heads, block // math.gcd(block, group * _head_dim(config)))
-        padded.append(
-            LayerWidths(kv_heads * group, kv_heads, _round_up(layer.channels, block)),
-        )
+        padded.append(_Widths(kv_heads * group, kv_heads, _round_up(layer.channels, block)))
     return padded
 
 
@@ -197,20 +188,18 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _find_arch(
-    config: PreTrainedConfig, layers: list[LayerWidths], stored: dict[str, _Stored]
-) -> str:
+def _find_arch(config: PreTrainedConfig, layers: list[_Widths], stored: dict[str, _Stored]) -> str:
     """The graph that computes this model, or the reason why there is none."""
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
-    if model_type not in ARCHS:
+    if model_type not in _ARCHS:
         raise ExportError(
             f"models of type {model_type!r} cannot be written as GGUF",
-            hint=f"model types that can: {', '.join(sorted(ARCHS))}",
+            hint=f"model types that can: {', '.join(sorted(_ARCHS))}",
         )
     if config.hidden_act != "silu":
         raise ExportError(f"llama.cpp computes silu in the FFN, this model {config.hidden_act}")
     if len(set(layers)) == 1:
-        arch = ARCHS[model_type]
+        arch = _ARCHS[model_type]
         is_square = layers[0].heads * _head_dim(config) == config.hidden_size
         return arch if is_square or arch not in _SQUARE_ATTENTION else "llama"
     names = _name_map(PER_LAYER_ARCH, len(layers))
@@ -230,7 +219,7 @@ def _name_map(arch: str, num_layers: int) -> gguf.TensorNameMap:
 
 
 def _add_hyperparameters(
-    writer: GGUFWriter, config: PreTrainedConfig, layers: list[LayerWidths]
+    writer: GGUFWriter, config: PreTrainedConfig, layers: list[_Widths]
 ) -> None:
     context, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     if window and window < context:
@@ -278,7 +267,7 @@ def _rope_factors(config: PreTrainedConfig, arch: str) -> Iterator[_Tensor]:
 
 def _tensors(
     config: PreTrainedConfig,
-    layers: list[LayerWidths],
+    layers: list[_Widths],
     arch: str,
     qtype: GGMLQuantizationType,
     stored: dict[str, _Stored],
@@ -295,6 +284,8 @@ def _tensors(
         if found is None:
             raise ExportError(f"llama.cpp's graph {arch} has no place for the tensor {name}")
         kind, gguf_name = found
+        if kind == T.ATTN_ROT_EMBD:  # old checkpoints hold what follows from the config
+            continue
         shape = list(tensor.shape)
         index = int(gguf_name.split(".")[1]) if gguf_name.startswith("blk.") else 0
         dim, size = sizes[index].get(kind, (0, shape[0]))
@@ -316,7 +307,22 @@ def _tensors(
         )
 
 
-def _sizes(config: PreTrainedConfig, layer: LayerWidths) -> dict[T, tuple[int, int]]:
+def _check_complete(config: PreTrainedConfig, written: set[str]) -> None:
+    """Refuse a checkpoint that lacks tensors, which llama.cpp would fail to load."""
+    once = [T.TOKEN_EMBD, T.OUTPUT_NORM, *([] if config.tie_word_embeddings else [T.OUTPUT])]
+    needed = [gguf.TENSOR_NAMES[kind] for kind in once]
+    for index, layer in enumerate(_stored_widths(config)):
+        kinds = [T.ATTN_NORM, T.FFN_NORM, *_sizes(config, layer)]
+        needed += [gguf.TENSOR_NAMES[kind].format(bid=index) for kind in kinds]
+    missing = [name for name in needed if f"{name}.weight" not in written]
+    if missing:
+        raise ExportError(
+            f"the checkpoint lacks {len(missing)} weights, the first is llama.cpp's {missing[0]}",
+            hint="it is incomplete: download or write it again",
+        )
+
+
+def _sizes(config: PreTrainedConfig, layer: _Widths) -> dict[T, tuple[int, int]]:
     """For each projection of a layer the dimension that was pruned, and its size."""
     head_dim = _head_dim(config)
     queries, keys = layer.heads * head_dim, layer.kv_heads * head_dim
