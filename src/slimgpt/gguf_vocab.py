@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
+from gguf.constants import Keys
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slimgpt.card import REPORT_FILE
@@ -38,18 +39,24 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
     """
     tokenizer = load_tokenizer(source)
     original = _original_gguf(source)
-    if original:
-        fields = GGUFReader(original).fields
-        tokens = fields["tokenizer.ggml.tokens"].contents()
-        if tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokens)))):
-            _copy(writer, fields)
-            return
-    _convert(writer, tokenizer, config)
+    fields = GGUFReader(original).fields if original else {}
+    tokens = fields[Keys.Tokenizer.LIST].contents() if fields else []
+    if tokens and tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokens)))):
+        _copy(writer, fields)
+    else:
+        _convert(writer, tokenizer, config)
+    # Always stated, because what llama.cpp does without depends on the pre-tokenizer.
+    adds_bos, adds_eos = _surroundings(tokenizer)
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_eos_token(adds_eos)
 
 
 def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
     for name, field in fields.items():
-        if name.startswith("tokenizer."):
+        if name.startswith("tokenizer.") and name not in (
+            Keys.Tokenizer.ADD_BOS,
+            Keys.Tokenizer.ADD_EOS,
+        ):
             kind, *inner = field.types
             sub_type = inner[-1] if kind == GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), kind, sub_type)
@@ -57,10 +64,12 @@ def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
 
 def _original_gguf(source: Source) -> Path | None:
     """The GGUF file that a checkpoint was made from, by way of other pruned models or at once."""
+    visited = set()
     while not source.gguf_file:
         report = Path(source.location) / REPORT_FILE
-        if not report.is_file():
+        if source.location in visited or not report.is_file():
             return None
+        visited.add(source.location)
         try:
             source = find_model(json.loads(report.read_text(encoding="utf-8"))["base_model"])
         except SlimGPTError:
@@ -99,17 +108,17 @@ def _convert(
         tokenizer.save_pretrained(directory)
         config.save_pretrained(directory)
         special = SpecialVocab(directory, load_merges=is_byte_level, n_vocab=config.vocab_size)
-    special.add_special_token = _surroundings(tokenizer)
+    special.add_special_token = {}
     special.add_to_gguf(writer, quiet=True)
 
 
-def _surroundings(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """Whether BOS and EOS are put around a prompt; stated, because llama.cpp's default varies."""
+def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether BOS is put before a prompt, and EOS after it."""
     ids = tokenizer("a", add_special_tokens=False).input_ids
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     for before, after in product((False, True), repeat=2):
         if tokenizer("a").input_ids == bos * before + ids + eos * after:
-            return {"bos": before, "eos": after}
+            return before, after
     raise ExportError("this tokenizer puts tokens other than BOS and EOS around a prompt")
 
 
