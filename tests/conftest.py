@@ -1,6 +1,7 @@
 """Tiny random models of each family, a tiny tokenizer, and the real model."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +13,10 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from slimgpt import cli
 from slimgpt.model import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
+
+Run = Callable[..., tuple[int, str, str]]
 
 TINY = {
     "hidden_size": 48,
@@ -53,9 +57,9 @@ VARIANTS = {
 }
 
 
-def make_tiny_model(variant: str) -> PreTrainedModel:
+def make_tiny_model(variant: str, **options: Any) -> PreTrainedModel:
     spec = VARIANTS[variant]
-    config = AutoConfig.for_model(spec.model_type, **TINY | spec.options)
+    config = AutoConfig.for_model(spec.model_type, **TINY | spec.options | options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -69,7 +73,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from pydoc_data.topics import topics
 
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(topics.values(), TINY["vocab_size"], special_tokens=["<s>", "</s>"])
+    size = TINY["vocab_size"] - 8  # like many models, the tiny ones have embeddings to spare
+    trained.train_from_iterator(topics.values(), size, special_tokens=["<s>", "</s>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -91,6 +96,21 @@ def tiny_checkpoint(
         return written[variant]
 
     return write
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Enter the command line: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slimgpt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -10,30 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import Run, make_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from slimgpt import cli, data, model
+from slimgpt import data, model
 from slimgpt.config import PRESETS, EvalConfig, PruneConfig
 
-Run = Callable[..., tuple[int, str, str]]
-
 PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slimgpt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_prune_eval_inspect(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_cpp import TEXTS, LlamaCpp, check_agreement
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -125,6 +126,16 @@ def test_tokenizer_is_that_of_the_base(result: slimgpt.PruneResult, smollm2: str
     assert ours.apply_chat_template(chat, tokenize=False) == base.apply_chat_template(
         chat, tokenize=False
     )
+
+
+def test_llama_cpp_agrees(result: slimgpt.PruneResult, tmp_path: Path) -> None:
+    """Per-layer widths; the tokenizer is that of the GGUF file that the model came from."""
+    file = slimgpt.export(str(result.output), tmp_path / "slim.gguf", type="f32").output
+    tokenizer = AutoTokenizer.from_pretrained(result.output)
+    engine = LlamaCpp(file)
+    assert [engine.tokenize(text) for text in TEXTS] == [tokenizer(t).input_ids for t in TEXTS]
+    ids = tokenizer("The capital of France is").input_ids
+    check_agreement(file, AutoModelForCausalLM.from_pretrained(result.output), ids, num_tokens=8)
 
 
 def test_c4_file_calibrates(dense_directory: str, benchmark_texts: Path, tmp_path: Path) -> None:

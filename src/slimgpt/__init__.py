@@ -10,31 +10,41 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from slimgpt.benchmarking import BenchResult, bench
     from slimgpt.errors import SlimGPTError
     from slimgpt.evaluation import EvalResult, evaluate
+    from slimgpt.exporting import ExportResult, export
     from slimgpt.inspection import ModelSummary, inspect
     from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
 
 __version__ = version("slimgpt")
 __all__ = [
+    "BenchResult",
     "EvalResult",
+    "ExportResult",
     "ModelSummary",
     "PrunePlan",
     "PruneResult",
     "SlimGPTError",
+    "bench",
     "evaluate",
+    "export",
     "inspect",
     "plan",
     "prune",
 ]
 
 _HOMES = {
+    "BenchResult": "benchmarking",
     "EvalResult": "evaluation",
+    "ExportResult": "exporting",
     "ModelSummary": "inspection",
     "PrunePlan": "pruning",
     "PruneResult": "pruning",
     "SlimGPTError": "errors",
+    "bench": "benchmarking",
     "evaluate": "evaluation",
+    "export": "exporting",
     "inspect": "inspection",
     "plan": "pruning",
     "prune": "pruning",

@@ -11,16 +11,19 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import slimgpt
-from slimgpt.config import EvalConfig, PruneConfig, load_recipe
+from slimgpt.config import BenchConfig, EvalConfig, ExportConfig, PruneConfig, load_recipe
 from slimgpt.errors import ConfigError, SlimGPTError
 from slimgpt.flags import options_of
+
+if TYPE_CHECKING:
+    from slimgpt.benchmarking import Spread
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -126,7 +129,31 @@ def inspect_model(model: Model, as_json: Json = False) -> None:
         table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
     header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
-    _emit(summary, (header, table, f"parameters: {kinds}"), as_json)
+    _emit(summary, (header, table, f"parameters: {kinds}", *_pruning_table(summary)), as_json)
+
+
+@app.command()
+@options_of(ExportConfig)
+def export(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write. Default: in the directory of the model.")
+    ] = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Write MODEL as a GGUF file for llama.cpp."""
+    result = slimgpt.export(model, output, **_given(None, options))
+    line = f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}"
+    _emit({**asdict(result), "output": str(result.output)}, (line,), as_json)
+
+
+@app.command()
+@options_of(BenchConfig)
+def bench(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
+    """Measure how fast MODEL runs in an engine, next to its base."""
+    result = slimgpt.bench(model, **_given(recipe, options))
+    _emit(result, _bench_tables(result), as_json)
 
 
 def main() -> None:
@@ -204,3 +231,48 @@ def _plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     for index, (width, ratio) in enumerate(zip(planned.widths, planned.layer_ratios, strict=True)):
         table.add_row(str(index), str(width.num_groups), str(width.num_channels), f"{ratio:.1%}")
     return table, *_ratio_lines(planned)
+
+
+def _pruning_table(summary: "slimgpt.ModelSummary") -> tuple[Any, ...]:
+    cost = summary.pruning
+    if cost is None:
+        return ()
+    table = Table(*cost.seconds, "all", "peak memory", title="pruning took, in seconds")
+    seconds = [*cost.seconds.values(), sum(cost.seconds.values())]
+    peak = "" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**30:.2f} GiB"
+    table.add_row(*(f"{value:.1f}" for value in seconds), peak)
+    return (table,)
+
+
+def _bench_tables(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    def cell(spread: "Spread") -> str:
+        return f"{number(spread.median)} ({number(spread.low)}–{number(spread.high)})"
+
+    title = f"{result.engine}, {result.threads} threads, {result.new_tokens} new tokens"
+    speeds = Table("batch", "prompt", "model", "prefill, tok/s", "decode, tok/s", title=title)
+    speeds.add_column("first token, ms")
+    speeds.add_column("each token, ms")
+    costs = Table("model", "weights on disk, MiB", "read for each token, MiB", "peak memory, MiB")
+    names = [Path(cost.name).name for cost in result.costs]
+    for setting in result.settings:
+        lengths = str(setting.batch_size), str(setting.prompt_length)
+        for name, speed in zip(names, (setting.model, setting.base), strict=False):
+            if speed:
+                times = (speed.first_token.median, speed.token.median)
+                milliseconds = (number(1000 * seconds) for seconds in times)
+                speeds.add_row(
+                    *lengths, name, cell(speed.prefill), cell(speed.decode), *milliseconds
+                )
+        if setting.prefill_speedup and setting.decode_speedup:
+            ratios = cell(setting.prefill_speedup), cell(setting.decode_speedup)
+            speeds.add_row(*lengths, "speed-up", *ratios, end_section=True)
+    if result.ideal_prefill:
+        ideals = f"{result.ideal_prefill:.3g}", f"{result.ideal_decode:.3g}"
+        speeds.add_row("", "", "ideal", *ideals)
+    for name, cost in zip(names, result.costs, strict=True):
+        sizes = (cost.disk_bytes, cost.step_bytes, cost.peak_memory_bytes)
+        costs.add_row(name, *("" if size is None else f"{size / 2**20:,.0f}" for size in sizes))
+    return speeds, costs, f"median (smallest–largest) of {result.repeats} rounds"

@@ -16,6 +16,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -91,19 +92,24 @@ class _Options(BaseModel):
         return f"{name}={problem['input']!r}: {message}" if name else message
 
 
-class _ModelOptions(_Options):
+class _RuntimeOptions(_Options):
     """Where and in what precision a model runs."""
 
-    text_field: str | None = Field(
-        None,
-        description="Field with the text in local data files. Default: text, or for instructions "
-        "the fields of Alpaca.",
-    )
     dtype: Annotated[DType, _Underscored] = Field(
         "auto", description="Precision of the weights; auto keeps that of the checkpoint."
     )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N, mps."
+    )
+
+
+class _ModelOptions(_RuntimeOptions):
+    """A model that runs on text."""
+
+    text_field: str | None = Field(
+        None,
+        description="Field with the text in local data files. Default: text, or for instructions "
+        "the fields of Alpaca.",
     )
 
 
@@ -193,6 +199,39 @@ class EvalConfig(_ModelOptions):
     )
     against: str | None = Field(
         None, description="Base model: its perplexity and the KL divergence to it are added."
+    )
+
+
+class ExportConfig(_Options):
+    """Options of ``slimgpt export``."""
+
+    to: Literal["gguf"] = Field("gguf", description="Format to write; gguf is llama.cpp's.")
+    type: Literal["f32", "f16", "bf16", "q8_0"] = Field(
+        "f16", description="Type of the matrices in the file."
+    )
+
+
+class BenchConfig(_RuntimeOptions):
+    """Options of ``slimgpt bench``."""
+
+    engine: Literal["transformers", "llamacpp", "vllm"] = Field(
+        "transformers", description="What runs the model; for llamacpp it is converted first."
+    )
+    against: str | None = Field(
+        None, description="Base model: the two take turns, and ratios to it are added."
+    )
+    batch_size: Annotated[tuple[PositiveInt, ...], _Listed] = Field(
+        (1,), min_length=1, description="Numbers of sequences at once, comma-separated."
+    )
+    prompt_length: Annotated[tuple[PositiveInt, ...], _Listed] = Field(
+        (128, 512), min_length=1, description="Lengths of the prompts in tokens, comma-separated."
+    )
+    new_tokens: int = Field(64, ge=2, description="Tokens to generate for each sequence.")
+    warmup: int = Field(1, ge=0, description="Rounds that do not count.")
+    repeats: int = Field(5, ge=1, description="Rounds that do.")
+    threads: PositiveInt | None = Field(None, description="CPU threads. Default: PyTorch's.")
+    plot: str | None = Field(
+        None, pattern=r"\.(png|svg|pdf)$", description="File for a plot: .png, .svg or .pdf."
     )
 
 

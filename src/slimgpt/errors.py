@@ -41,6 +41,16 @@ class RunStateError(SlimGPTError):
     """The output directory is not in the state that the command needs."""
 
 
+class ExportError(SlimGPTError):
+    """The other format cannot hold the model, or its engine would compute something else."""
+
+
+class EngineError(SlimGPTError):
+    """An inference engine does not load the model, or ends before it should."""
+
+    exit_code = 1
+
+
 class MissingDependencyError(SlimGPTError):
     """An optional package is not installed.
 

@@ -1,9 +1,12 @@
 """What a model consists of: widths and parameters of every block, without loading weights."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
+from slimgpt.card import REPORT_FILE
 from slimgpt.families import bind, decoder_of
 from slimgpt.model import build_skeleton, find_model, load_config
 
@@ -17,6 +20,22 @@ class BlockSummary:
     num_channels: int
     attention_params: int
     ffn_params: int
+
+
+@dataclass(frozen=True)
+class PruningCost:
+    """What it took to prune a model, from ``pruning_report.json``.
+
+    Attributes
+    ----------
+    seconds : dict
+        By phase.
+    peak_memory_bytes : int or None
+        Largest memory of the process; None where unknown.
+    """
+
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,8 @@ class ModelSummary:
     params : dict
         Parameters by kind: attention, ffn, norm, embedding, head, and their total. A head that
         shares its weight with the embedding counts as zero.
+    pruning : PruningCost or None
+        For a local model that was pruned.
     """
 
     model: str
@@ -41,6 +62,7 @@ class ModelSummary:
     head_dim: int
     blocks: tuple[BlockSummary, ...]
     params: dict[str, int]
+    pruning: PruningCost | None
 
 
 def inspect(model: str) -> ModelSummary:
@@ -56,7 +78,8 @@ def inspect(model: str) -> ModelSummary:
     SlimGPTError
         If there is no such model, or it is of no supported family.
     """
-    config = load_config(find_model(model))
+    source = find_model(model)
+    config = load_config(source)
     skeleton = build_skeleton(config)
     blocks, head_dim = [], 0
     for block, layer in zip(bind(skeleton), config.per_layer_config, strict=True):
@@ -80,7 +103,15 @@ def inspect(model: str) -> ModelSummary:
     }
     params["norm"] = total - sum(params.values())
     params["total"] = total
-    return ModelSummary(model, config.model_type, head_dim, tuple(blocks), params)
+    cost = _pruning_cost(Path(source.location) / REPORT_FILE)
+    return ModelSummary(model, config.model_type, head_dim, tuple(blocks), params, cost)
+
+
+def _pruning_cost(report: Path) -> PruningCost | None:
+    if not report.is_file():
+        return None
+    values = json.loads(report.read_text(encoding="utf-8"))
+    return PruningCost(values["seconds"], values["peak_memory_bytes"])
 
 
 def _count(module: nn.Module) -> int:

@@ -26,6 +26,7 @@ from transformers import (
 from slimgpt.config import did_you_mean
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from slimgpt.families import family_of
+from slimgpt.pre_tokenizers import PRE_TOKENIZERS
 
 log = logging.getLogger(__name__)
 
@@ -148,11 +149,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         If it has none, or the hub cannot be reached.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=False, **source.kwargs
         )
     except LOAD_ERRORS as err:
         raise cannot_load(f"the tokenizer of {source.name}", err) from err
+    if source.gguf_file:
+        _restore_pre_tokenizer(tokenizer, Path(source.location) / source.gguf_file)
+    return tokenizer
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -259,6 +263,16 @@ def _check_directory(path: Path) -> None:
             hint="convert it to safetensors: model.save_pretrained(...) in a sandbox you trust",
         )
     raise ConfigError(f"the directory {path} has no *.safetensors file")
+
+
+def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
+    """Split text as the GGUF file says; transformers heeds only some of the names."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    known = PRE_TOKENIZERS.get(field.contents()) if field else None
+    if known:
+        tokenizer.backend_tokenizer.pre_tokenizer = known
 
 
 def _forget_quantizer(model: Any) -> None:

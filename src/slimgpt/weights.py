@@ -44,12 +44,17 @@ class Weights:
         files: Sequence[Path],
     ) -> None:
         self.source, self.dtype = source, dtype
-        self._tensors, self._files = tensors, files
+        self._tensors, self.files = tensors, files
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names of all tensors, with their shapes."""
+        return {name: tuple(shape) for name, (_, shape, _) in self._tensors.items()}
 
     @property
     def identity(self) -> dict[str, str]:
         """Size and time of change of each file."""
-        stats = {file.name: file.stat() for file in self._files}
+        stats = {file.name: file.stat() for file in self.files}
         return {
             name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC)}"
             for name, stat in stats.items()
@@ -110,6 +115,29 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
+def weight_files(source: Source) -> list[Path]:
+    """The files with the weights of a checkpoint, in the hub's cache if it is not local.
+
+    Raises
+    ------
+    ConfigError
+        If they are not there, or the hub cannot be reached.
+    """
+    if source.gguf_file:
+        return [Path(source.location, source.gguf_file)]
+    try:
+        index = cached_file(
+            source.location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
+        )
+        if index:
+            names = get_checkpoint_shard_files(source.location, index)[0] or []
+        else:
+            names = [cached_file(source.location, SAFE_WEIGHTS_NAME)]
+    except LOAD_ERRORS as err:
+        raise cannot_load(f"the weights of {source.name}", err) from err
+    return [Path(str(name)) for name in names]
+
+
 def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") -> Weights:
     """Find the tensors of a checkpoint; their values are read later.
 
@@ -135,8 +163,8 @@ def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") 
             name: (partial(torch.Tensor.detach, tensor), tensor.shape, "F32")
             for name, tensor in saved_tensors(model).items()
         }
-        return Weights(source, state, model.dtype, [Path(source.location, source.gguf_file)])
-    files = _shards(source)
+        return Weights(source, state, model.dtype, weight_files(source))
+    files = weight_files(source)
     tensors = {}
     for file in files:
         try:
@@ -207,18 +235,3 @@ def write_file(
         for name in tensors:
             values = tensors[name] if read is None else read(name)
             out.write(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _shards(source: Source) -> list[Path]:
-    """The safetensors files of a checkpoint, in the cache of the hub if it is not a directory."""
-    try:
-        index = cached_file(
-            source.location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False
-        )
-        if index:
-            names = get_checkpoint_shard_files(source.location, index)[0] or []
-        else:
-            names = [cached_file(source.location, SAFE_WEIGHTS_NAME)]
-    except LOAD_ERRORS as err:
-        raise cannot_load(f"the weights of {source.name}", err) from err
-    return [Path(str(name)) for name in names]

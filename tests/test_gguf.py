@@ -1,0 +1,382 @@
+"""GGUF files, held against llama.cpp itself."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import Run, make_tiny_model
+from llama_cpp import TEXTS, LlamaCpp, check_agreement
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+import slimgpt
+from slimgpt.errors import ExportError
+from slimgpt.pre_tokenizers import PRE_TOKENIZERS
+
+PROMPT = [5, 17, 100]
+PRUNE_OPTIONS = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32}
+
+Checkpoint = Callable[[str], Path]
+
+
+def fields(file: Path) -> dict[str, object]:
+    reader = gguf.GGUFReader(file)
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def tensors(file: Path) -> dict[str, np.ndarray]:
+    return {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(file).tensors
+    }
+
+
+@pytest.mark.parametrize("uniform", [None, True, False], ids=["dense", "uniform", "per-layer"])
+@pytest.mark.parametrize(
+    "variant",
+    ["llama", "llama-mha", "llama-tied", "llama-biases", "mistral", "qwen2", "qwen3"],
+)
+def test_llama_cpp_agrees(
+    variant: str, uniform: bool | None, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Also: q and k are reordered by each layer's own heads, and tied heads are left out."""
+    directory = tiny_checkpoint(variant)
+    if uniform is not None:
+        output = tmp_path / "slim"
+        slimgpt.prune(str(directory), output, ratio=0.45, uniform=uniform, **PRUNE_OPTIONS)
+        directory = output
+    file = tmp_path / "model.gguf"
+    if uniform is False and variant in ("llama-biases", "qwen2", "qwen3"):
+        with pytest.raises(ExportError, match=r"no place for model\.layers\.0") as error:
+            slimgpt.export(str(directory), file, type="f32")
+        assert "--uniform" in str(error.value.hint)
+        assert not file.exists()
+        return
+    result = slimgpt.export(str(directory), file, type="f32")
+    assert result.arch in ({"deci"} if uniform is False else {"llama", variant})
+    heads = fields(file)[f"{result.arch}.attention.head_count"]
+    assert isinstance(heads, list) == (uniform is False)
+    check_agreement(file, AutoModelForCausalLM.from_pretrained(directory), PROMPT)
+
+
+def without(directory: Path, output: Path, attention: set[int], ffn: set[int]) -> Path:
+    """A copy of a tiny model whose named layers have no heads, or no channels, at all."""
+    shutil.copytree(directory, output)
+    config = json.loads((output / "config.json").read_text())
+    widths = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    layers = [{key: config[key] for key in widths} for _ in range(config["num_hidden_layers"])]
+    weights = load_file(output / "model.safetensors")
+    for index in attention:
+        layers[index] |= {"num_attention_heads": 0, "num_key_value_heads": 0}
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weights[f"model.layers.{index}.self_attn.{name}.weight"] = torch.empty(0, 48)
+        weights[f"model.layers.{index}.self_attn.o_proj.weight"] = torch.empty(48, 0)
+    for index in ffn:
+        layers[index] |= {"intermediate_size": 0}
+        for name in ("gate_proj", "up_proj"):
+            weights[f"model.layers.{index}.mlp.{name}.weight"] = torch.empty(0, 48)
+        weights[f"model.layers.{index}.mlp.down_proj.weight"] = torch.empty(48, 0)
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    pruned = {"model_type": "slimgpt_llama", "architectures": ["SlimLlamaForCausalLM"]}
+    config |= pruned | {"per_layer_config": dict(enumerate(layers))}
+    (output / "config.json").write_text(json.dumps(config))
+    return output
+
+
+def test_layers_without_heads_or_channels(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """llama.cpp fails to load the former in layer 0, and computes the latter wrongly."""
+    attention, ffn = {0, 2}, {1}
+    source = tiny_checkpoint("llama")
+    directory = without(source, tmp_path / "slim", attention, ffn)
+    file = slimgpt.export(str(directory), type="f32").output
+    assert fields(file)["deci.attention.head_count_kv"] == [1, 4, 1, 4]
+    assert fields(file)["deci.feed_forward_length"] == [64, 1, 64, 64]
+    expected = AutoModelForCausalLM.from_pretrained(source)
+    for index in attention:
+        expected.model.layers[index].self_attn.o_proj.weight.data.zero_()
+    for index in ffn:
+        expected.model.layers[index].mlp.down_proj.weight.data.zero_()
+    check_agreement(file, expected, PROMPT)
+
+
+def wide_checkpoint(directory: Path, tokenizer: PreTrainedTokenizerFast, **options: object) -> Path:
+    """A tiny LLaMA whose hidden size fills blocks of 32."""
+    model = make_tiny_model("llama", hidden_size=64, num_hidden_layers=2, **options)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_q8_0_pads_rows_to_whole_blocks(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    directory = wide_checkpoint(
+        tmp_path / "wide",
+        tokenizer,
+        intermediate_size=40,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+    )
+    exact = slimgpt.export(str(directory), type="f32").output
+    file = slimgpt.export(str(directory), type="q8_0").output
+    assert file.stat().st_size < exact.stat().st_size / 2
+    written, wanted = tensors(file), tensors(exact)
+    assert written["blk.0.attn_output.weight"].shape == (64, 96)
+    assert written["blk.0.ffn_down.weight"].shape == (64, 64)
+    for name, tensor in wanted.items():
+        padded = np.zeros_like(written[name])
+        padded[tuple(map(slice, tensor.shape))] = tensor
+        error = np.abs(written[name] - padded).max()
+        assert error <= np.abs(tensor).max() / 127
+    top, log_probs = LlamaCpp(file).top_log_probs(PROMPT, 20)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    expected = model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+    # llama.cpp rounds activations to 8 bits too, which random weights make the most of.
+    assert (log_probs - expected[top]).abs().max() < 0.3
+
+
+def test_q8_0_needs_a_hidden_size_of_whole_blocks(tiny_checkpoint: Checkpoint) -> None:
+    with pytest.raises(ExportError, match="rows of 48 values, but Q8_0 has blocks of 32"):
+        slimgpt.export(str(tiny_checkpoint("llama")), type="q8_0")
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_half_precision(kind: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Weights that the type holds exactly give the same numbers as in PyTorch."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("llama"))
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    directory = tmp_path / "half"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    model.to(dtype).save_pretrained(directory)
+    file = slimgpt.export(str(directory), type=kind).output
+    expected = model.float().state_dict()
+    assert np.array_equal(
+        tensors(file)["blk.0.ffn_up.weight"], expected["model.layers.0.mlp.up_proj.weight"]
+    )
+    check_agreement(file, model, PROMPT, tolerance=0.05)
+
+
+def test_values_beyond_the_type_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "large"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e5
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight has values up to 100000"):
+        slimgpt.export(str(directory), type="f16")
+    assert not list(directory.glob("*gguf*"))
+    assert slimgpt.export(str(directory), type="bf16").output.is_file()
+
+
+def test_needless_and_missing_tensors(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "old"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    written = tensors(slimgpt.export(str(directory), type="f32").output)
+    assert len(written) == len(weights) - 1
+    assert not any("rot" in name for name in written)
+    del weights["model.layers.3.mlp.down_proj.weight"]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"lacks 1 weights, .* blk\.3\.ffn_down"):
+        slimgpt.export(str(directory), type="bf16")
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [LLAMA3_ROPE, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_rotary_frequencies(
+    rope: dict[str, float], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    directory = wide_checkpoint(tmp_path / "rope", tokenizer, rope_parameters=rope)
+    file = slimgpt.export(str(directory), type="f32").output
+    ids = list(range(10, 70))
+    check_agreement(file, AutoModelForCausalLM.from_pretrained(directory), ids)
+
+
+def test_rotary_frequencies_that_llama_cpp_lacks_are_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    directory = wide_checkpoint(tmp_path / "rope", tokenizer, rope_parameters=rope)
+    with pytest.raises(ExportError, match="rotary embeddings of type 'dynamic'"):
+        slimgpt.export(str(directory))
+
+
+def test_context_ends_with_the_sliding_window(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """llama.cpp has no such window in these graphs, and within it needs none."""
+    file = slimgpt.export(str(tiny_checkpoint("mistral")), tmp_path / "model.gguf").output
+    assert fields(file)["llama.context_length"] == 8
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_prompt_ids_of_byte_level_tokenizers(
+    name: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    from pydoc_data.topics import topics
+
+    trained = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
+    trained.pre_tokenizer = PRE_TOKENIZERS[name]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"]
+    )
+    trained.train_from_iterator([*topics.values(), *TEXTS], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>")
+    check_prompt_ids(fast, tmp_path / "model", f"tokenizer.ggml.pre={name}")
+
+
+def check_prompt_ids(
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    entry: str,
+    texts: Sequence[str] = (*TEXTS, "<s>Hello</s>"),
+) -> None:
+    make_tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    file = slimgpt.export(str(directory)).output
+    key, value = entry.split("=")
+    assert fields(file)[key] == value
+    expected = AutoTokenizer.from_pretrained(directory)
+    engine = LlamaCpp(file)
+    assert [engine.tokenize(text) for text in texts] == [expected(t).input_ids for t in texts]
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True)])
+def test_special_tokens_around_the_prompt(
+    bos: bool, eos: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    template = ["<s>"] * bos + ["$A"] + ["</s>"] * eos
+    tokens = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join(template), special_tokens=tokens
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    check_prompt_ids(fast, tmp_path / "model", "tokenizer.ggml.pre=gpt-2")
+
+
+def test_prompt_ids_of_sentencepiece_tokenizers(tmp_path: Path) -> None:
+    from pydoc_data.topics import topics
+
+    from sentencepiece import SentencePieceTrainer
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join([*topics.values(), *TEXTS]))
+    (tmp_path / "trained").mkdir()
+    SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "trained" / "tokenizer"),
+        model_type="bpe",
+        vocab_size=2000,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    tokenizer = LlamaTokenizer.from_pretrained(tmp_path / "trained")
+    # llama.cpp puts a space before every text, transformers not if there is one already.
+    texts = [text for text in TEXTS if not text.startswith(" ")]
+    check_prompt_ids(tokenizer, tmp_path / "model", "tokenizer.ggml.model=llama", texts)
+
+
+def test_unknown_tokenizers_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    directory = wide_checkpoint(tmp_path / "model", tokenizer)
+    file = directory / "tokenizer.json"
+    state = json.loads(file.read_text())
+    by_words = state | {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    unmerged = state | {"model": state["model"] | {"byte_fallback": True}}
+    for broken, message in (
+        (by_words, "no known name for the way in which this tokenizer splits text"),
+        (unmerged, "merges characters in a way that llama.cpp does not"),
+    ):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ExportError, match=message):
+            slimgpt.export(str(directory))
+
+
+def test_a_model_that_was_a_gguf_file_gets_its_tokenizer_back(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it was pruned."""
+    monkeypatch.chdir(tmp_path)
+    base = slimgpt.export(str(tiny_checkpoint("llama")), "base.gguf", type="f32").output
+    for source, output in ((base.name, "once"), ("once", "twice")):
+        slimgpt.prune(source, output, ratio=0.2, **PRUNE_OPTIONS)
+    monkeypatch.delattr("slimgpt.gguf_vocab._convert")
+    entries, wanted = (
+        {name: value for name, value in fields(file).items() if name.startswith("tokenizer.")}
+        for file in (slimgpt.export("twice", type="f32").output, base)
+    )
+    assert entries == wanted
+
+
+def test_a_gguf_file_can_be_written_again(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "base.gguf", type="f32").output
+    again = slimgpt.export(str(base), tmp_path / "again.gguf", type="f32").output
+    written, wanted = tensors(again), tensors(base)
+    assert written.keys() == wanted.keys()
+    assert all(np.array_equal(written[name], wanted[name]) for name in wanted)
+
+
+def test_modelfile_for_ollama(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "tiny"
+    shutil.copytree(tiny_checkpoint("llama"), directory)
+    generation = directory / "generation_config.json"
+    values = json.loads(generation.read_text()) | {"temperature": 0.6, "repetition_penalty": 1.1}
+    generation.write_text(json.dumps(values))
+    assert slimgpt.export(str(directory)).output == directory / "tiny-f16.gguf"
+    modelfile = directory / "Modelfile"
+    lines = "FROM ./tiny-f16.gguf\nPARAMETER temperature 0.6\nPARAMETER repeat_penalty 1.1\n"
+    assert modelfile.read_text() == lines
+    modelfile.write_text("FROM mine\n")
+    slimgpt.export(str(directory), type="f32")
+    assert modelfile.read_text() == "FROM mine\n"
+
+
+def test_export_from_the_command_line(
+    run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, file = tiny_checkpoint("llama"), tmp_path / "new" / "model.gguf"
+    arguments = ("export", source, "--to", "gguf", "--type", "f32", "--output", file)
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert str(file) in out
+    assert "llama" in out
+    written = file.stat()
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert f"{file} exists" in err
+    assert file.stat() == written
+    code, _, err = run("export", source, "--type", "q5_0")
+    assert code == 2
+    assert "did you mean 'q8_0'?" in err
+    monkeypatch.setattr("slimgpt.exporting.find_spec", lambda name: None)
+    code, _, err = run("export", source, "--output", tmp_path / "other.gguf")
+    assert code == 2
+    assert "slimgpt[gguf]" in err
+    assert {path.name for path in file.parent.iterdir()} == {"model.gguf", "Modelfile"}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
