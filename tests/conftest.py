@@ -12,6 +12,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import slimgpt
 from slimgpt.model import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
 
 TINY = {
@@ -53,9 +54,9 @@ VARIANTS = {
 }
 
 
-def make_tiny_model(variant: str) -> PreTrainedModel:
+def make_tiny_model(variant: str, **options: Any) -> PreTrainedModel:
     spec = VARIANTS[variant]
-    config = AutoConfig.for_model(spec.model_type, **TINY | spec.options)
+    config = AutoConfig.for_model(spec.model_type, **TINY | spec.options | options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -88,6 +89,24 @@ def tiny_checkpoint(
             make_tiny_model(variant).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             written[variant] = directory
+        return written[variant]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def slim_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Directory with a pruned tiny model of the named variant, written once."""
+    written: dict[str, Path] = {}
+
+    def write(variant: str) -> Path:
+        if variant not in written:
+            output = tmp_path_factory.mktemp(f"slim-{variant}") / "slim"
+            options = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+            slimgpt.prune(str(tiny_checkpoint(variant)), output, ratio=0.45, **options)
+            written[variant] = output
         return written[variant]
 
     return write

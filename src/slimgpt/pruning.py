@@ -367,8 +367,9 @@ def _report(
     nsamples, seqlen = samples.shape
     packages = ("slimgpt", "torch", "transformers", "safetensors")
     return {
-        "base_model": source.name,
-        "config": config.model_dump(),
+        # The report goes to the hub with the model, so it holds no local paths.
+        "base_model": source.title,
+        "config": config.model_dump() | {"calibration": Path(config.calibration).name},
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "calibration": {
