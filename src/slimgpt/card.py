@@ -38,7 +38,7 @@ remaining weights are updated so that each layer's output changes as little as p
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(path{trust})
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
 ```
 {why}
 ## Perplexity
