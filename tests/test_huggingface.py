@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import peft
 import pytest
@@ -32,8 +31,8 @@ def slim(slim_checkpoint: Callable[[str], Path]) -> Path:
     return slim_checkpoint("llama")
 
 
-def load(directory: Path, **options: Any) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options)
+def load(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -56,12 +55,9 @@ def test_lora_is_trained_saved_loaded_and_merged(
 
     reloaded = peft.PeftModel.from_pretrained(load(directory), adapter)
     assert torch.equal(reloaded(batch).logits, trained.logits)
-    merged = reloaded.merge_and_unload()
-    merged.save_pretrained(tmp_path / "merged")
+    reloaded.merge_and_unload().save_pretrained(tmp_path / "merged")
     again = load(tmp_path / "merged")
     torch.testing.assert_close(again(batch).logits, trained.logits, rtol=0, atol=2e-5)
-    pruned, merged_back = (slimgpt.inspect(str(d)) for d in (directory, tmp_path / "merged"))
-    assert merged_back.blocks == pruned.blocks
 
 
 def test_pipeline_generates_what_the_model_does(slim: Path) -> None:
@@ -108,7 +104,7 @@ def test_exported_program_agrees_at_other_shapes(slim: Path, strict: bool) -> No
 def test_lm_eval_takes_it_from_the_command_line(slim: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(slim)
     texts = [text[:80] for text in list(topics.values())[:3]]
-    data, output = tmp_path / "texts.jsonl", tmp_path / "results.json"
+    data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     task = {
         "task": "texts",
@@ -124,7 +120,7 @@ def test_lm_eval_takes_it_from_the_command_line(slim: Path, tmp_path: Path) -> N
     command = (
         *("--model", "hf", "--model_args", f"pretrained={slim},trust_remote_code=True"),
         *("--include_path", tmp_path, "--tasks", "texts", "--device", "cpu"),
-        *("--output_path", output),
+        *("--output_path", tmp_path / "results.json"),
     )
     subprocess.run(
         [sys.executable, "-m", "lm_eval", *command],

@@ -69,7 +69,7 @@ class Source:
     @property
     def title(self) -> str:
         """What others may read: the hub id, or the last part of a local path."""
-        return Path(self.name).name if Path(self.location).is_dir() else self.name
+        return Path(self.name).resolve().name if Path(self.location).is_dir() else self.name
 
 
 def find_model(name: str) -> Source:

@@ -25,11 +25,17 @@ class SlimForCausalLM(LlamaForCausalLM):
 
 
 def _decoder_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    config = vllm_config.model_config.hf_config.per_layer_config[extract_layer_index(prefix)]
+    index = extract_layer_index(prefix)
+    config = vllm_config.model_config.hf_config.per_layer_config[index]
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     if model_type == "qwen3":
+        slides = config.layer_types[index] == "sliding_attention"
         return Qwen3DecoderLayer(
-            config, vllm_config.cache_config, vllm_config.quant_config, prefix=prefix
+            config,
+            vllm_config.cache_config,
+            vllm_config.quant_config,
+            prefix=prefix,
+            per_layer_sliding_window=config.sliding_window if slides else None,
         )
     if model_type == "qwen2":
         config.qkv_bias = True  # always there in Qwen2, so its config does not say so

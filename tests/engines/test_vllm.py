@@ -192,17 +192,26 @@ def test_plugin_without_remote_code(
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama-biases", "llama-tied", "mistral", "qwen2", "qwen2-sliding", "qwen3"]
+    ("variant", "window"),
+    [
+        ("llama-biases", {}),
+        ("llama-tied", {}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen2-sliding", {}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    ],
 )
 def test_plugin_builds_every_family(
     variant: str,
+    window: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     check: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     dense, slim = tmp_path / "dense", tmp_path / "slim"
     # 32 is the least that vLLM's attention on the CPU takes.
-    make_tiny_model(variant, head_dim=32).save_pretrained(dense)
+    make_tiny_model(variant, head_dim=32, **window).save_pretrained(dense)
     tokenizer.save_pretrained(dense)
     options = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
     slimgpt.prune(str(dense), slim, ratio=0.45, **options)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run pruned models in vLLM on the CPU and compare it with transformers. Takes some ten minutes, and
-# at the first run 4 GB for vLLM's own environment ($VENV). Needs Python 3.11.
+# at the first run 4 GB for vLLM's own environment ($VENV). Needs Python 3.11. Options go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 VENV=${VENV:-.venv-vllm}
@@ -19,4 +19,4 @@ fi
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=WARNING
 export HF_HUB_OFFLINE=1
 # vLLM's own imports warn, and warnings are errors in the configuration of our tests.
-exec "$VENV/bin/python" -m pytest -W default tests/engines/test_vllm.py
+exec "$VENV/bin/python" -m pytest -W default tests/engines/test_vllm.py "$@"
