@@ -13,6 +13,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import slimgpt
 from slimgpt import cli
 from slimgpt.model import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
 
@@ -111,6 +112,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return exit_.value.code or 0, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def slim_checkpoint(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Directory with a pruned tiny model of the named variant, written once."""
+    written: dict[str, Path] = {}
+
+    def write(variant: str) -> Path:
+        if variant not in written:
+            output = tmp_path_factory.mktemp(f"slim-{variant}") / "slim"
+            options = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+            slimgpt.prune(str(tiny_checkpoint(variant)), output, ratio=0.45, **options)
+            written[variant] = output
+        return written[variant]
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ remaining weights are updated so that each layer's output changes as little as p
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(path{trust})
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
 ```
 {why}
 ## Perplexity
@@ -69,16 +69,15 @@ def write_card(directory: Path) -> None:
     report = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     config, calibration = report["config"], report["calibration"]
     uniform, base = config["uniform"], report["base_model"]
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     card = _CARD.format(
         **{key: report[key] for key in ("params_before", "params_after")},
         **{key: report[key] for key in ("target_ratio", "block_ratio", "total_ratio")},
         **{key: calibration[key] for key in ("data", "nsamples", "seqlen")},
         **{key: config[key] for key in ("schedule", "seed", "damping", "damping_mode")},
         **{key: config[key] for key in ("channel_selection", "head_error")},
-        hub_base=f"base_model: {base}\n" if is_hub_id else "",
+        hub_base=f"base_model: {base}\n" if "/" in base else "",
         percent=round(100 * report["target_ratio"], 4),
-        base_name=base if is_hub_id else Path(base).name,
+        base_name=base,
         version=report["versions"]["slimgpt"],
         first_ratio=report["layer_ratios"][0],
         last_ratio=report["layer_ratios"][-1],

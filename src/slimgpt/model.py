@@ -70,6 +70,11 @@ class Source:
         """What ``from_pretrained`` needs beside the location."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
+    @property
+    def title(self) -> str:
+        """What others may read: the hub id, or the last part of a local path."""
+        return Path(self.name).resolve().name if Path(self.location).is_dir() else self.name
+
 
 def find_model(name: str) -> Source:
     """Resolve what the user calls a model.

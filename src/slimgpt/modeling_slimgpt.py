@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.integrations.heterogeneity import HeterogeneousConfigMixin
 
 PREFIX = "Slim"
 
@@ -24,8 +25,8 @@ class _SlimConfig:
 
     def __getattribute__(self, key: str) -> Any:
         # The stock lookup, less its warning that layers may differ from the global value.
-        names = object.__getattribute__(self, "attribute_map")
-        return object.__getattribute__(self, names.get(key, key))
+        lookup = super(HeterogeneousConfigMixin, self).__getattribute__
+        return lookup(lookup("attribute_map").get(key, key))
 
     def validate_architecture(self) -> None:
         """Accept a number of heads that does not divide ``hidden_size``: ``head_dim`` is given."""

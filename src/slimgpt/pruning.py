@@ -330,8 +330,9 @@ def _report(
     metadata = [read_metadata(run.block_file(index)) for index in range(len(planned.widths))]
     costs = [json.loads(block["cost"]) for block in metadata]
     return {
-        "base_model": streamed.weights.source.name,
-        "config": config.model_dump(),
+        # The report goes to the hub with the model, so it holds no local paths.
+        "base_model": streamed.weights.source.title,
+        "config": config.model_dump() | {"calibration": Path(config.calibration).name},
         "dtype": str(streamed.weights.dtype).removeprefix("torch."),
         "device": str(streamed.device),
         "calibration": {

@@ -1,4 +1,4 @@
-"""Make transformers know pruned models, so that they load without remote code.
+"""Make transformers and vLLM know pruned models, so that they load without remote code.
 
 ``import slimgpt`` has `register` called as soon as transformers is imported, before or after (see
 ``slimgpt/__init__.py``). This module can therefore be entered while another one is importing
@@ -8,6 +8,10 @@ transformers, and imports what it needs from there inside the functions.
 from typing import Any
 
 from slimgpt.families import load_families
+
+# Model types whose decoder layers `slimgpt.modeling_vllm` builds from vLLM's own. Pruned models of
+# other types run on vLLM's Transformers backend, which needs no more than `register`.
+VLLM_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def pruned_classes(model_type: str) -> dict[str, Any]:
@@ -45,3 +49,12 @@ def register() -> None:
         for auto_name, pruned_class in classes.items():
             # With its auto class known, save_pretrained brings the modelling file along.
             pruned_class.register_for_auto_class(auto_name)
+
+
+def register_with_vllm() -> None:
+    """Register pruned models with vLLM, which calls this because it is its plugin."""
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+
+    for model_type in VLLM_MODEL_TYPES:
+        architecture = pruned_classes(model_type)["AutoModelForCausalLM"].__name__
+        ModelRegistry.register_model(architecture, "slimgpt.modeling_vllm:SlimForCausalLM")
