@@ -11,7 +11,7 @@ PHASES = {
     "read": ["weights.Weights.read"],
     "forward": ["calibrate.run_sublayer", "blocks.propagate", "blocks.pass_through"],
     "gram": ["blocks.collect"],
-    "solve": ["blocks._solve"],
+    "solve": ["obs.prepare", "blocks._select", "obs.compensate"],
     "write": ["pruning.write_file", "checkpoint.write_file", "run._sync"],
 }
 

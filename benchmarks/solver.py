@@ -161,8 +161,7 @@ def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_s
         removed_U = obs.eliminate_units(*matrices, num_remove, unit_size).order_R
     parts["eliminate"] = lap()
     removed_R = columns(removed_U, unit_size)
-    kept_K = kept(len(hessian_II), removed_R)
-    obs.compensate(problem.weight_OI, problem.hessian_II, kept_K, problem.inverse_II)
+    obs.compensate(problem, kept(len(hessian_II), removed_R))
     parts["compensate"] = lap()
     return Run(parts, removed_R)
 
@@ -282,7 +281,8 @@ def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Mea
     shape = SHAPES[name]
     weight_OI, hessian_II = synthetic_layer(shape, seed)
     problem = obs.prepare(weight_OI, hessian_II, DAMPING)
-    power = float(((problem.weight_OI @ problem.hessian_II) * problem.weight_OI).sum())
+    damped_II = hessian_II + torch.diag(problem.added_I)
+    power = float(((problem.weight_OI @ damped_II) * problem.weight_OI).sum())
     results = []
     for ratio in ratios:
         num_remove = max(1, round(ratio * shape.num_in / shape.unit_size))
@@ -291,7 +291,7 @@ def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Mea
         removed: dict[str, Tensor] = {}
         for _ in range(repeats):
             lap = Stopwatch()
-            invert(problem.hessian_II)
+            invert(damped_II)
             floor.seconds.append(lap())
             for solver, row in rows.items():
                 if row.note:  # extrapolated: once is enough

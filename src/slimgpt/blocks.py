@@ -175,20 +175,29 @@ def _prune_sublayer(
     plan, new_weight = None, weight.new_empty(len(weight), num_keep * sublayer.unit_size)
     if is_main():
         try:
-            plan, solution_OK = _solve(sublayer, num_keep, hessian_II, config)
+            problem = obs.prepare(
+                weight.to(hessian_II.device), hessian_II, config.damping, config.damping_mode
+            )
         except NumericalError as err:
             place = f"block {block.index}, {sublayer.kind}"
             raise NumericalError(f"{place}: {err}", hint=err.hint) from err
-        new_weight.copy_(solution_OK)
-        if plan.damping > config.damping:
+        del hessian_II
+        if problem.damping > config.damping:
             log.warning(
                 "block %d, %s: the Hessian is singular to rounding, so its damping was raised "
                 "from %g to %g",
                 block.index,
                 sublayer.kind,
                 config.damping,
-                plan.damping,
+                problem.damping,
             )
+        kept_units = _select(problem, sublayer, num_keep, config)
+        columns_K = unit_columns(kept_units, sublayer.unit_size)
+        solution_OK, error = obs.compensate(problem, columns_K)
+        new_weight.copy_(solution_OK)
+        relative = error / problem.power if problem.power else 0.0
+        plan = SublayerPlan(tuple(kept_units.tolist()), error, relative, problem.damping)
+        del problem, solution_OK
     plan = from_main(plan)
     kept_units = torch.tensor(plan.keep, device=weight.device)
     _apply(block, sublayer, stream, kept_units, tensor_from_main(new_weight), kept)
@@ -208,31 +217,9 @@ def _apply(
     shrink_sublayer(sublayer, kept_units, new_weight)
 
 
-def _solve(
-    sublayer: Sublayer, num_keep: int, hessian_II: Tensor, config: PruneConfig
-) -> tuple[SublayerPlan, Tensor]:
-    """What to keep, and the weight of the output projection that goes with it."""
-    weight_OI, diagonal_I = (
-        sublayer.output.weight.to(hessian_II.device),
-        hessian_II.diagonal().clone(),
-    )
-    weight_OI, hessian_II, inverse_II, damping = obs.prepare(
-        weight_OI, hessian_II, config.damping, config.damping_mode, overwrite=True
-    )
-    kept_units = _select(weight_OI, inverse_II, sublayer, num_keep, config)
-    columns_K = unit_columns(kept_units, sublayer.unit_size)
-    new_weight_OK = obs.compensate(weight_OI, hessian_II, columns_K, inverse_II)
-    hessian_II.diagonal().copy_(diagonal_I)
-    error, power = obs.output_error(weight_OI, hessian_II, columns_K, new_weight_OK)
-    relative = error / power if power else 0.0
-    return SublayerPlan(tuple(kept_units.tolist()), error, relative, damping), new_weight_OK
-
-
-def _select(
-    weight_OI: Tensor, inverse_II: Tensor, sublayer: Sublayer, num_keep: int, config: PruneConfig
-) -> Tensor:
+def _select(problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig) -> Tensor:
     """Indices of the units to keep, sorted."""
-    matrices = weight_OI, inverse_II
+    matrices = problem.weight_OI, problem.inverse_II
     num_remove = sublayer.num_units - num_keep
     if sublayer.kind == "attention":
         removed = obs.eliminate_units(*matrices, num_remove, sublayer.unit_size, config.head_error)

@@ -101,12 +101,11 @@ def estimate(
 def solver_bytes(num_out: int, num_in: int, num_removed: int) -> int:
     """Bytes of the solver's matrices for one output projection.
 
-    H and its inverse (I × I each), the pivot rows of two factors (I × R each), the weight, its
-    transpose and the panels of pivots (O × I, three times), all float64. Counted at its peak in
-    `slimgpt.obs.eliminate_channels`.
+    First H and its factor (I × I each), then the inverse and two factors of the removed columns
+    (I × R each); beside them three of the size of the weight (O × I). All are float64.
     """
-    square, factors, weights = num_in**2, num_in * num_removed, num_out * num_in
-    return FLOAT64 * (2 * square + 2 * factors + 3 * weights)
+    square, factors, weight = num_in**2, num_in * num_removed, num_out * num_in
+    return FLOAT64 * (max(2 * square, square + 2 * factors) + 3 * weight)
 
 
 def gib(num_bytes: int) -> str:

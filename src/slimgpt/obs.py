@@ -31,17 +31,21 @@ class Problem(NamedTuple):
     ----------
     weight_OI : Tensor
         W; columns that never see an input are zero.
-    hessian_II : Tensor
-        H = E[x xᵀ] with damping added.
     inverse_II : Tensor
-        Its inverse.
+        (H + D)⁻¹, where H = E[x xᵀ] and D is the damping of each column. Everywhere else in this
+        module H stands for the damped matrix.
+    added_I : Tensor
+        The diagonal of D.
+    power : float
+        E‖y‖² = tr(W H Wᵀ), from float32 products.
     damping : float
         The damping that was needed, at least what was asked for.
     """
 
     weight_OI: Tensor
-    hessian_II: Tensor
     inverse_II: Tensor
+    added_I: Tensor
+    power: float
     damping: float
 
 
@@ -57,7 +61,6 @@ def prepare(
     hessian_II: Tensor,
     damping: float = 0.01,
     mode: Literal["relative", "mean"] = "relative",
-    overwrite: bool = False,
 ) -> Problem:
     """Damp and invert the Hessian of a layer.
 
@@ -70,8 +73,6 @@ def prepare(
     damping : float
         λ. ``relative`` adds λ·H_jj to each diagonal entry, ``mean`` adds λ·mean(diag H). It is
         multiplied by ten, up to 0.1, for as long as the Cholesky decomposition fails.
-    overwrite : bool
-        Let the damped matrix take the place of a float64 `hessian_II`, to save its memory.
 
     Returns
     -------
@@ -93,17 +94,19 @@ def prepare(
     diagonal_I = hessian_II.diagonal().clone()
     dead_I = diagonal_I == 0
     weight_OI = weight_OI.to(torch.float64, copy=True).masked_fill_(dead_I, 0)
-    added_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
+    power = _power(weight_OI, hessian_II)
+    scale_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
-    damped_II = hessian_II if overwrite else hessian_II.clone()
     while True:
-        damped_II.diagonal().copy_(diagonal_I + used * added_I + dead_I)
+        added_I = used * scale_I + dead_I
+        hessian_II.diagonal().add_(added_I)
         # No scaling to unit diagonal: the rounding errors of Cholesky do not depend on it.
-        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        factor_II, failed = torch.linalg.cholesky_ex(hessian_II)
+        hessian_II.diagonal().copy_(diagonal_I)
         if not failed:
             # Symmetric, stored by columns: its transpose has the rows in one piece.
             inverse_II = torch.cholesky_inverse(factor_II, out=factor_II).mT
-            return Problem(weight_OI, damped_II, inverse_II, used)
+            return Problem(weight_OI, inverse_II, added_I, power, used)
         if used >= MAX_DAMPING:
             raise NumericalError(
                 f"the Hessian is not positive definite, even with a damping of {used:g}",
@@ -154,13 +157,8 @@ def downdate(
     tuple of Tensor
         weight_OK and inverse_KK.
     """
-    inverse_RI = inverse_II.index_select(0, removed_R)
-    factor_RR = torch.linalg.cholesky(inverse_RI[:, removed_R])
-    half_RK = torch.linalg.solve_triangular(factor_RR, inverse_RI[:, kept_K], upper=False)
-    half_RO = torch.linalg.solve_triangular(factor_RR, weight_OI[:, removed_R].T, upper=False)
-    weight_OK = weight_OI.index_select(1, kept_K)
+    weight_OK, _, half_RK = _remove(weight_OI, inverse_II, removed_R, kept_K)
     inverse_KK = inverse_II.index_select(0, kept_K).index_select(1, kept_K)
-    weight_OK.addmm_(half_RO.T, half_RK, alpha=-1)
     return weight_OK, inverse_KK.addmm_(half_RK.T, half_RK, alpha=-1)
 
 
@@ -298,60 +296,58 @@ def eliminate_channel_groups(
     return _elimination(order, errors, inverse_II)
 
 
-def compensate(
-    weight_OI: Tensor, hessian_II: Tensor, kept_K: Tensor, inverse_II: Tensor | None = None
-) -> Tensor:
-    """Weights of the kept columns that change the layer's output least.
+def compensate(problem: Problem, kept_K: Tensor) -> tuple[Tensor, float]:
+    """Weights of the kept columns that change the layer's output least, and by how much.
 
-    W_K + W_R H_RK (H_KK)⁻¹ = W H_:K (H_KK)⁻¹, the least-squares solution, is equal to the update of
-    Optimal Brain Surgeon, W_K − W_R [(H⁻¹)_RR]⁻¹ (H⁻¹)_RK. The smaller system is solved.
+    W_K − W_R [(H⁻¹)_RR]⁻¹ (H⁻¹)_RK, the update of Optimal Brain Surgeon, is the least-squares
+    solution W H_:K (H_KK)⁻¹. With L Lᵀ = (H⁻¹)_RR it costs tr(ΔW H ΔWᵀ) = ‖L⁻¹ W_Rᵀ‖²_F, of which
+    tr(ΔW D ΔWᵀ) is due to the damping D and not to the output.
 
     Parameters
     ----------
-    weight_OI : Tensor
-        The layer's weight.
-    hessian_II : Tensor
-        H, damped.
+    problem : Problem
+        The layer.
     kept_K : Tensor
         Indices of the kept columns, sorted.
-    inverse_II : Tensor, optional
-        H⁻¹, without which only the first form is possible.
 
     Returns
     -------
-    Tensor
-        weight_OK.
+    tuple of Tensor and float
+        weight_OK, and the mean squared change of the output E‖Δy‖², summed over the out features.
     """
-    is_kept_I = torch.zeros(len(hessian_II), dtype=torch.bool, device=hessian_II.device)
-    is_kept_I[kept_K] = True
-    removed_R = (~is_kept_I).nonzero().squeeze(1)
-    weight_OK, weight_OR = weight_OI.index_select(1, kept_K), weight_OI.index_select(1, removed_R)
-    if inverse_II is not None and len(removed_R) < len(kept_K):
-        inverse_RI = inverse_II.index_select(0, removed_R)
-        factor_RR = torch.linalg.cholesky(inverse_RI.index_select(1, removed_R))
-        solved_RO = torch.cholesky_solve(weight_OR.T, factor_RR)
-        return weight_OK.addmm_(solved_RO.T, inverse_RI.index_select(1, kept_K), alpha=-1)
-    hessian_KI = hessian_II.index_select(0, kept_K)
-    factor_KK = torch.linalg.cholesky(hessian_KI.index_select(1, kept_K))
-    target_OK = weight_OR @ hessian_KI.index_select(1, removed_R).T
-    return torch.cholesky_solve(target_OK.T, factor_KK).T.add_(weight_OK)
+    weight_OI = problem.weight_OI
+    is_removed_I = torch.ones(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)
+    is_removed_I[kept_K] = False
+    removed_R = is_removed_I.nonzero().squeeze(1)
+    weight_OK, half_RO, _ = _remove(weight_OI, problem.inverse_II, removed_R, kept_K)
+    change_I = weight_OI.square().sum(dim=0)
+    change_I[kept_K] = (weight_OK - weight_OI[:, kept_K]).square().sum(dim=0)
+    error = half_RO.square().sum() - problem.added_I @ change_I
+    return weight_OK, max(float(error), 0.0)
 
 
-def output_error(
-    weight_OI: Tensor, hessian_II: Tensor, kept_K: Tensor, new_weight_OK: Tensor
-) -> tuple[float, float]:
-    """Mean squared change of the layer's output, and the mean square of the output itself.
+def _remove(
+    weight_OI: Tensor, inverse_II: Tensor, removed_R: Tensor, kept_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The compensated weight, L⁻¹ W_Rᵀ and L⁻¹ (H⁻¹)_RK, where L Lᵀ = (H⁻¹)_RR."""
+    inverse_RI = inverse_II.index_select(0, removed_R)
+    factor_RR = torch.linalg.cholesky(inverse_RI[:, removed_R])
+    half_RK = torch.linalg.solve_triangular(factor_RR, inverse_RI[:, kept_K], upper=False)
+    half_RO = torch.linalg.solve_triangular(factor_RR, weight_OI[:, removed_R].T, upper=False)
+    weight_OK = weight_OI.index_select(1, kept_K).addmm_(half_RO.T, half_RK, alpha=-1)
+    return weight_OK, half_RO, half_RK
 
-    Returns
-    -------
-    tuple of float
-        tr(ΔW H ΔWᵀ) and tr(W H Wᵀ), summed over the out features, per calibration token if H is
-        the undamped E[x xᵀ].
-    """
-    delta_OI = weight_OI.clone()
-    delta_OI[:, kept_K] -= new_weight_OK
-    error, power = (float(((w_OI @ hessian_II) * w_OI).sum()) for w_OI in (delta_OI, weight_OI))
-    return error, power
+
+def _power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 1024) -> float:
+    """tr(W H Wᵀ), a panel of columns at a time."""
+    panels = zip(
+        weight_OI.split(panel_size, dim=1), hessian_II.split(panel_size, dim=1), strict=True
+    )
+    weight32_OI = weight_OI.float()
+    return sum(
+        float((weight32_OI @ hessian_IP.float()).double().mul_(weight_OP).sum())
+        for weight_OP, hessian_IP in panels
+    )
 
 
 def _unit_blocks(weight_OI: Tensor, inverse_II: Tensor, unit_size: int) -> tuple[Tensor, Tensor]:
