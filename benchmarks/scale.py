@@ -25,6 +25,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import slimgpt
 from slimgpt.footprint import gib
 from slimgpt.model import build_skeleton
+from slimgpt.run import peak_memory
 from slimgpt.weights import write_file
 
 
@@ -73,11 +74,8 @@ def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, he
 def prune(model: str, output: str, ratio: float) -> None:
     """Prune in this process, and print what it took."""
     with timed_phases() as clock:
-        result = slimgpt.prune(
-            model, output, ratio=ratio, calibration="pydocs", nsamples=4, seqlen=256
-        )
-    report = result.report
-    print(json.dumps({"phases": clock.seconds, "peak": report["peak_memory_bytes"]}))
+        slimgpt.prune(model, output, ratio=ratio, calibration="pydocs", nsamples=4, seqlen=256)
+    print(json.dumps({"phases": clock.seconds, "peak": peak_memory()}))
 
 
 def main() -> None:

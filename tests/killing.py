@@ -1,9 +1,9 @@
 """Kill runs at chosen points, and print what happened. A program of its own: it forks.
 
-Usage: python killing.py DIRECTORY KILLS SEED ARGUMENT…, with the arguments of `slimgpt.prune` as
-JSON. A first run to the end, in DIRECTORY/whole, counts the function calls inside the package and
-in which phase each falls. Then runs in DIRECTORY/0, 1, … die by SIGKILL at calls drawn from every
-phase, and are repeated until they end.
+Usage: python killing.py DIRECTORY KILLS SEED ARGUMENTS, with the arguments of `slimgpt.prune` as
+JSON. A first run to the end, in DIRECTORY/whole, counts the function calls inside the package by
+phase. Then each run in DIRECTORY/0, 1, … dies by SIGKILL at a call drawn from one of the phases, is
+repeated and dies in the replay of finished blocks if there are any, and is repeated to its end.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import sys
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from types import FrameType
 
@@ -33,19 +33,16 @@ def phase(frame: FrameType | None) -> str:
     return "other"
 
 
-def run(output: Path, options: dict, die_at: int | None = None) -> dict[str, list[int]]:
+def run(output: Path, options: dict, die_in: str = "", die_at: int = 0) -> Counter[str]:
     """Prune; count the calls by phase, or die at one of them."""
-    count, seen = 0, defaultdict(list)
+    seen: Counter[str] = Counter()
 
     def profile(frame: FrameType, event: str, _: object) -> None:
-        nonlocal count
-        if event not in ("call", "c_call") or not frame.f_code.co_filename.startswith(PACKAGE):
-            return
-        count += 1
-        if die_at is None:
-            seen[phase(frame)].append(count)
-        elif count == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event in ("call", "c_call") and frame.f_code.co_filename.startswith(PACKAGE):
+            name = phase(frame)
+            seen[name] += 1
+            if name == die_in and seen[name] == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(profile)
     try:
@@ -72,11 +69,11 @@ def main() -> None:
     draw = random.Random(seed)
     outcomes = []
     for index in range(kills):
-        name = sorted(calls)[index % len(calls)]
-        call = draw.choice(calls[name])
-        killed = in_child(directory / str(index), options, call)
-        resumed = in_child(directory / str(index), options)
-        outcomes.append({"phase": name, "call": call, "killed": killed, "resumed": resumed})
+        output, name = directory / str(index), sorted(calls)[index % len(calls)]
+        first = in_child(output, options, name, draw.randint(1, calls[name]))
+        second = in_child(output, options, "replay_block", draw.randint(1, 40))
+        last = in_child(output, options) if second else 0
+        outcomes.append({"phase": name, "codes": [first, second, last]})
     print(json.dumps(outcomes))
 
 

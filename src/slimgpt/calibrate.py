@@ -25,6 +25,7 @@ from slimgpt import distributed
 from slimgpt.families import Block, Sublayer, blocks_of, decoder_of, family_of
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
+CHUNK = 2**24  # bytes
 PANEL_SIZE = 512  # of the symmetric products, of which only one half is computed
 
 
@@ -231,7 +232,16 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None
     if directory is None:
         return torch.empty(shape, dtype=dtype)
     size = math.prod(shape)
-    with tempfile.NamedTemporaryFile(dir=directory) as file:
+    descriptor, name = tempfile.mkstemp(dir=directory)
+    with os.fdopen(descriptor, "wb") as file:
         # A hole in a mapped file would crash the process where the disk is full.
-        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+        num_bytes = size * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        else:
+            for start in range(0, num_bytes, CHUNK):
+                file.write(bytes(min(CHUNK, num_bytes - start)))
+    try:
+        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+    finally:
+        os.unlink(name)

@@ -84,9 +84,9 @@ def prune(
     try:
         result = slimgpt.prune(model, output, restart=restart, **values)
     except KeyboardInterrupt:
-        command = shlex.join(["slimgpt", *sys.argv[1:]])
-        if "WORLD_SIZE" in os.environ:
-            command = "the same torchrun command"
+        arguments = [argument for argument in sys.argv[1:] if argument != "--restart"]
+        launcher = "torchrun … -m slimgpt" if "TORCHELASTIC_RUN_ID" in os.environ else "slimgpt"
+        command = f"{launcher} {shlex.join(arguments)}"
         stderr.print(f"interrupted; this goes on with it:\n  {command}", soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:

@@ -153,7 +153,7 @@ class PruneConfig(_ModelOptions):
     )
     preset: Preset = Field("default", description="Defaults of the method; paper is as published.")
     activation_memory: ByteSize = Field(
-        ByteSize(4 * 2**30),
+        ByteSize(4 * 10**9),
         description="Memory for activations, e.g. 8GB. A residual stream beyond it is mapped to a "
         "file; sublayer activations beyond it are computed twice.",
     )

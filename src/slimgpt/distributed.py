@@ -7,6 +7,7 @@ message that fails raises a `RunStateError`.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,14 +30,29 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     ------
     torch.device
         That of this process: each one has its own GPU.
+
+    Raises
+    ------
+    ConfigError
+        If there are more processes than GPUs on this machine, or one GPU is asked for.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not dist.is_torchelastic_launched():
         yield device
         return
+    backend = "gloo"
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None or rank >= num_devices:
+            raise ConfigError(
+                f"process {rank} of this machine cannot have a GPU of its own: --device {device}, "
+                f"{num_devices} GPUs",
+                hint="use --device cuda and not more processes than GPUs, or --device cpu",
+            )
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    # The others wait for the main process to solve; torchrun ends them if it dies.
+    dist.init_process_group(backend, timeout=timedelta(days=7))
     try:
         yield device
     finally:

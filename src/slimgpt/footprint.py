@@ -1,5 +1,6 @@
 """What a run needs of memory and disk, worked out before it begins."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,26 +54,32 @@ class Footprint:
             f"activations ({gib(self.stream)}) are {place}"
         )
 
-    def check(self, output: Path) -> None:
+    def check(self, output: Path, written: int) -> None:
         """Check that the machine has as much.
+
+        Parameters
+        ----------
+        output : Path
+            Where the product will be.
+        written : int
+            Bytes that an interrupted run has on disk already.
 
         Raises
         ------
         ConfigError
             With the numbers, if it has not.
         """
-        memory = psutil.virtual_memory().available
+        # The processes of torchrun on this machine share its memory.
+        memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if self.memory > memory:
             raise ConfigError(
                 f"the run needs about {gib(self.memory)} of memory, and {gib(memory)} are free",
                 hint="use a smaller --activation-memory, fewer --nsamples, or a larger machine",
             )
-        existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-        disk = shutil.disk_usage(existing).free
-        if self.disk > disk:
+        disk, needed = shutil.disk_usage(output).free, self.disk - written
+        if needed > disk:
             raise ConfigError(
-                f"the run needs about {gib(self.disk)} of disk, and {gib(disk)} are free at "
-                f"{existing}",
+                f"the run needs about {gib(needed)} of disk, and {gib(disk)} are free at {output}",
                 hint="free some space, or choose another --output",
             )
 

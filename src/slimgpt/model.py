@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from slimgpt.config import did_you_mean
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
@@ -217,11 +219,24 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
 
 
 def load_generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
-    """Read the generation settings of a checkpoint; those of the config where it has none."""
+    """Read the generation settings of a checkpoint; those of the config where it has none.
+
+    Raises
+    ------
+    ConfigError
+        If they cannot be read.
+    """
     try:
-        return GenerationConfig.from_pretrained(source.location)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+        found = not source.gguf_file and cached_file(
+            source.location,
+            GENERATION_CONFIG_NAME,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if found:
+            return GenerationConfig.from_pretrained(source.location)
+    except LOAD_ERRORS as err:
+        raise cannot_load(f"the generation config of {source.name}", err) from err
+    return GenerationConfig.from_model_config(config)
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

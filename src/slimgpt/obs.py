@@ -93,7 +93,8 @@ def prepare(
         )
     diagonal_I = hessian_II.diagonal().clone()
     dead_I = diagonal_I == 0
-    weight_OI = weight_OI.to(torch.float64, copy=True).masked_fill_(dead_I, 0)
+    # Stored by columns, as they are what is removed.
+    weight_OI = weight_OI.T.to(torch.float64).contiguous().T.masked_fill(dead_I, 0)
     power = _power(weight_OI, hessian_II)
     scale_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping

@@ -12,8 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slimgpt.blocks import BlockPlan, prune_block, replay_block
 from slimgpt.calibrate import Stream, choose_batch_size
@@ -28,7 +35,7 @@ from slimgpt.data import (
     sample_from_model,
 )
 from slimgpt.distributed import from_main, is_main, own_part, process_group
-from slimgpt.families import bind
+from slimgpt.families import Block, bind
 from slimgpt.footprint import Footprint, estimate, solver_bytes
 from slimgpt.model import (
     Source,
@@ -40,7 +47,15 @@ from slimgpt.model import (
     load_model,
     load_tokenizer,
 )
-from slimgpt.run import STATE_DIR, Run, open_run, peak_memory, replacing, writing
+from slimgpt.run import (
+    STATE_DIR,
+    Run,
+    describe_file,
+    open_run,
+    peak_memory,
+    replacing,
+    writing,
+)
 from slimgpt.schedule import BlockWidths, plan_widths, removed_params
 from slimgpt.streaming import StreamedModel
 from slimgpt.weights import (
@@ -172,26 +187,35 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         model_config = load_config(source)
         planned = _plan(build_skeleton(model_config), config)
         tokenizer = load_tokenizer(source)
-        samples = _draw(source, tokenizer, config, model_config)
-        weights = open_weights(source, model_config, config.dtype)
-        skeleton = build_skeleton(model_config, weights.dtype)
-        streamed = StreamedModel(skeleton, weights, device)
-        batch_size = choose_batch_size(*samples.shape)
-        own_samples = own_part(samples, batch_size)
-        footprint = _footprint(skeleton, planned, own_samples, config)
-        log.info("%s", footprint)
-        footprint.check(output)
-        prepared = time.monotonic() - start
-        identity = _identity(source, config, weights, samples)
-        with open_run(output, identity, restart) if is_main() else nullcontext() as run:
+        generation_config = load_generation_config(source, model_config)
+        seqlen = min(config.seqlen, model_config.max_position_embeddings)
+        if seqlen < config.seqlen:
+            log.warning(
+                "seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen
+            )
+        batch_size = choose_batch_size(config.nsamples, seqlen)
+        own_N = own_part(torch.arange(config.nsamples), batch_size)
+        with open_run(output) if is_main() else nullcontext() as run:
+            weights = open_weights(source, model_config, config.dtype)
+            streamed = StreamedModel(build_skeleton(model_config, weights.dtype), weights, device)
+            footprint = _footprint(streamed.skeleton, planned, len(own_N), seqlen, config)
+            if run:
+                identity = _identity(weights, model_config, generation_config, config, device)
+                run.identify(identity, restart)
+                if not run.is_written:
+                    log.info("%s", footprint)
+                    footprint.check(output, run.size)
             if not from_main(run and run.is_written):
+                samples_NT = from_main(run and _samples(run, source, tokenizer, seqlen, config))
+                prepared = time.monotonic() - start
                 directory = output / STATE_DIR if footprint.is_mapped else None
-                stream = streamed.embed(own_samples, batch_size, directory)
+                with writing(output):
+                    stream = streamed.embed(samples_NT[own_N], batch_size, directory)
                 _prune(streamed, stream, planned, config, footprint.kept, Run(output))
                 if run:
                     log.info("saving to %s", output)
-                    report = _report(run, streamed, planned, config, samples, prepared)
-                    _write(run, streamed, planned, config, tokenizer, report)
+                    report = _report(run, streamed, planned, config, seqlen, prepared)
+                    _write(run, streamed, planned, config, tokenizer, generation_config, report)
             if run:
                 run.publish()
         report = from_main(is_main() and json.loads((output / REPORT_FILE).read_text("utf-8")))
@@ -199,29 +223,35 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
     return PruneResult(output, planned, blocks, report)
 
 
-def _draw(
+def _samples(
+    run: Run,
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
     config: PruneConfig,
-    model_config: PreTrainedConfig,
 ) -> Tensor:
-    """The calibration samples of all processes."""
-    seqlen = min(config.seqlen, model_config.max_position_embeddings)
-    if seqlen < config.seqlen:
-        log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
-    draw = (tokenizer, config.nsamples, seqlen, config.seed)
-    samples = None
-    if is_main() and config.calibration == SELF:
-        samples = sample_from_model(load_model(source, config.dtype, config.device), *draw)
-    elif is_main():
-        samples = calibration_tokens(config.calibration, *draw, text_field=config.text_field)
-    return from_main(samples)
+    """The calibration samples: those of the interrupted run, or new ones."""
+    file = run.state / "samples.safetensors"
+    if not file.exists():
+        draw = (tokenizer, config.nsamples, seqlen, config.seed)
+        if config.calibration == SELF:
+            samples = sample_from_model(load_model(source, config.dtype, config.device), *draw)
+        else:
+            samples = calibration_tokens(config.calibration, *draw, text_field=config.text_field)
+        with writing(run.output), replacing(file) as temporary:
+            temporary.write_bytes(save({"tokens": samples}))
+    return read_tensor(file, "tokens")
 
 
 def _footprint(
-    skeleton: PreTrainedModel, planned: PrunePlan, samples: Tensor, config: PruneConfig
+    skeleton: PreTrainedModel,
+    planned: PrunePlan,
+    num_samples: int,
+    seqlen: int,
+    config: PruneConfig,
 ) -> Footprint:
     size = skeleton.dtype.itemsize
+    activation = num_samples * seqlen * size
     blocks = list(bind(skeleton))
     outputs = [
         (sublayer.output, (sublayer.num_units - num_keep) * sublayer.unit_size)
@@ -234,8 +264,8 @@ def _footprint(
     solvers = [solver_bytes(o.out_features, o.in_features, removed) for o, removed in outputs]
     embedding = next(skeleton.get_input_embeddings().parameters())
     return estimate(
-        stream=samples.numel() * skeleton.config.hidden_size * size,
-        widest=samples.numel() * max(output.in_features for output, _ in outputs) * size,
+        stream=activation * skeleton.config.hidden_size,
+        widest=activation * max(output.in_features for output, _ in outputs),
         budget=config.activation_memory,
         block=max(block.shape.params for block in blocks) * size,
         solver=max(solvers),
@@ -245,15 +275,22 @@ def _footprint(
 
 
 def _identity(
-    source: Source, config: PruneConfig, weights: Weights, samples: Tensor
+    weights: Weights,
+    model_config: PreTrainedConfig,
+    generation_config: GenerationConfig,
+    config: PruneConfig,
+    device: torch.device,
 ) -> dict[str, Any]:
     """All that the result depends on."""
-    tokens = sha256(samples.numpy().tobytes()).hexdigest()
+    configs = {"model config": model_config, "generation config": generation_config}
+    data = Path(config.calibration)
     return {
-        "model": source.name,
-        **weights.identity,
+        "model": weights.source.name,
+        **{name: sha256(c.to_json_string().encode()).hexdigest() for name, c in configs.items()},
+        **{file.name: describe_file(file) for file in weights.files},
         **config.model_dump(exclude={"activation_memory"}),
-        "calibration tokens": tokens,
+        **({"calibration file": describe_file(data)} if data.is_file() else {}),
+        "device": device.type,
         **_versions(),
     }
 
@@ -277,15 +314,19 @@ def _prune(
         else:
             plan = prune_block(block, width, stream, activation_memory, config)
             if is_main():
-                cost = {"seconds": time.monotonic() - start, "peak_memory_bytes": peak_memory()}
-                metadata = {"plan": json.dumps(asdict(plan)), "cost": json.dumps(cost)}
-                with writing(run.output), replacing(file) as temporary:
-                    state = block.module.state_dict()
-                    tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
-                    write_file(temporary, tensors, metadata)
+                _save_block(run, block, plan, time.monotonic() - start)
         done = block.index + 1
         left = (time.monotonic() - begun) / done * (num_blocks - done)
         log.info("block %d/%d: %s; %.0f s left", done, num_blocks, plan, left)
+
+
+def _save_block(run: Run, block: Block, plan: BlockPlan, seconds: float) -> None:
+    state = block.module.state_dict()
+    tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
+    cost = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+    metadata = {"plan": json.dumps(asdict(plan)), "cost": json.dumps(cost)}
+    with writing(run.output), replacing(run.block_file(block.index)) as temporary:
+        write_file(temporary, tensors, metadata)
 
 
 def _write(
@@ -294,6 +335,7 @@ def _write(
     planned: PrunePlan,
     config: PruneConfig,
     tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig,
     report: dict[str, Any],
 ) -> None:
     """Put the product together from the finished blocks and the tensors that stay."""
@@ -305,12 +347,12 @@ def _write(
         file = finished.get(name)
         return read_tensor(file, name) if file else streamed.weights.read(name)
 
-    model, source = streamed.skeleton, streamed.weights.source
+    model = streamed.skeleton
     small_config = pruned_config(model.config, planned.widths, config.uniform)
     small_config.dtype = streamed.weights.dtype
     with run.product() as directory:
         small_config.save_pretrained(directory)
-        load_generation_config(source, model.config).save_pretrained(directory)
+        generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         write_shards(directory, saved_tensors(model), read, config.max_shard_size)
         report["seconds"]["save"] = round(time.monotonic() - start, 3)
@@ -323,10 +365,9 @@ def _report(
     streamed: StreamedModel,
     planned: PrunePlan,
     config: PruneConfig,
-    samples: Tensor,
+    seqlen: int,
     prepared: float,
 ) -> dict[str, Any]:
-    nsamples, seqlen = samples.shape
     metadata = [read_metadata(run.block_file(index)) for index in range(len(planned.widths))]
     costs = [json.loads(block["cost"]) for block in metadata]
     return {
@@ -337,7 +378,7 @@ def _report(
         "device": str(streamed.device),
         "calibration": {
             "data": describe_dataset(config.calibration, "calibration"),
-            "nsamples": nsamples,
+            "nsamples": config.nsamples,
             "seqlen": seqlen,
         },
         **asdict(planned),

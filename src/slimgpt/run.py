@@ -12,8 +12,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from slimgpt.errors import RunStateError
 STATE_DIR = ".slimgpt"
 LAST_FILE = "config.json"
 
-_MANIFEST, _RESULT = "manifest.json", "result"
+_MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The state of a run that this process owns.
+    """The output directory of a run, and its state.
 
     Attributes
     ----------
@@ -54,9 +55,54 @@ class Run:
         """Whether the product is complete, if perhaps not yet in its place."""
         return self.is_published or (self.state / _RESULT).exists()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the state."""
+        return sum(path.stat().st_size for path in self.state.rglob("*") if path.is_file())
+
     def block_file(self, index: int) -> Path:
         """Where the result of a block is or will be; it exists only when it is whole."""
         return self.state / f"block-{index:05d}.safetensors"
+
+    def blocks(self) -> list[Path]:
+        """Files of the finished blocks."""
+        return sorted(self.state.glob("block-*.safetensors"))
+
+    def identify(self, identity: dict[str, Any], restart: bool) -> None:
+        """Compare with the identity of an interrupted run, or note that of a new one.
+
+        Parameters
+        ----------
+        identity : dict
+            All that the result depends on, as JSON values.
+        restart : bool
+            Throw away the state of an interrupted run.
+
+        Raises
+        ------
+        RunStateError
+            If the interrupted run has another identity; names what differs. If the run to throw
+            away is finished.
+        """
+        manifest, now = self.state / _MANIFEST, json.loads(json.dumps(identity))
+        if restart:
+            if self.is_published:
+                raise _occupied(self.output)
+            self._forget()
+        if not manifest.exists():
+            with writing(self.output):
+                write_atomically(manifest, json.dumps(now, indent=1) + "\n")
+        before = json.loads(manifest.read_text(encoding="utf-8"))
+        differences = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in before | now
+            if before.get(key) != now.get(key)
+        ]
+        if differences:
+            raise RunStateError(
+                f"{self.output} holds an interrupted run that differs: {'; '.join(differences)}",
+                hint="give the same options to go on with it, or --restart to throw it away",
+            )
 
     @contextmanager
     def product(self) -> Iterator[Path]:
@@ -67,7 +113,7 @@ class Run:
         Path
             An empty directory for its files; they are synced to disk when the block ends.
         """
-        draft = self.state / f"{_RESULT}.tmp"
+        draft = self.state / _DRAFT
         with writing(self.output):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir()
@@ -82,51 +128,58 @@ class Run:
         with writing(self.output):
             if not self.is_published:
                 result = self.state / _RESULT
-                for path in sorted(result.iterdir(), key=lambda path: path.name == LAST_FILE):
-                    path.rename(self.output / path.name)
+                for path in result.iterdir():
+                    if path.name != LAST_FILE:
+                        path.rename(self.output / path.name)
                 _sync(self.output)
+                (result / LAST_FILE).rename(self.output / LAST_FILE)
+                _sync(self.output)
+
+    def _forget(self) -> None:
+        """Remove the state, but for the lock; an unfinished product first, the manifest last."""
+        result = self.state / _RESULT
+        if result.exists():
+            shutil.rmtree(self.state / _DRAFT, ignore_errors=True)
+            result.rename(self.state / _DRAFT)
+        if not self.is_published:
+            for path in self.output.iterdir():  # parts of that product
+                if path.name != STATE_DIR:
+                    path.unlink()
+        shutil.rmtree(self.state / _DRAFT, ignore_errors=True)
+        for path in sorted(self.state.iterdir(), key=lambda path: path.name == _MANIFEST):
+            if path.name != _LOCK:
+                path.unlink()
 
 
 @contextmanager
-def open_run(output: Path, identity: dict[str, Any], restart: bool = False) -> Iterator[Run]:
-    """Begin a run, or go on with one that was interrupted.
+def open_run(output: Path) -> Iterator[Run]:
+    """Take possession of an output directory.
 
     Parameters
     ----------
     output : Path
         The output directory: missing, empty, or with the state of a run.
-    identity : dict
-        All that the result depends on, as JSON values. An interrupted run goes on only if its
-        identity is the same.
-    restart : bool
-        Throw away the state of an interrupted run.
 
     Yields
     ------
     Run
-        The state is removed when the product is published, or when the block raises before any
+        Its state is removed when the product is published, or when the block raises before any
         block of the model was finished.
 
     Raises
     ------
     RunStateError
-        If the output has other files, another process works on it, it cannot be written, or the
-        interrupted run has another identity; names what differs.
+        If the output has other files, another process works on it, or it cannot be written.
     """
     run = Run(output)
-    if run.is_published and not (run.state / _MANIFEST).exists():
-        shutil.rmtree(run.state, ignore_errors=True)  # the end of a clean-up
     if output.exists() and not output.is_dir():
         raise RunStateError(f"the output {output} exists and is not a directory")
     if output.is_dir() and not run.state.exists() and any(output.iterdir()):
-        raise RunStateError(
-            f"the output directory {output} exists and is not empty",
-            hint="choose another --output, or remove it first",
-        )
+        raise _occupied(output)
     is_new = not output.exists()
     with writing(output):
         run.state.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run.state / "lock")
+        lock = FileLock(run.state / _LOCK)
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -135,46 +188,25 @@ def open_run(output: Path, identity: dict[str, Any], restart: bool = False) -> I
                 hint="wait for it to end, or choose another --output",
             ) from None
     try:
-        _identify(run, identity, restart)
+        if run.is_published and not (run.state / _MANIFEST).exists():
+            raise _occupied(output)  # but for the end of a clean-up
         yield run
     finally:
-        useless = run.is_published or not _blocks(run)
+        if run.is_published or not run.blocks():
+            run._forget()
+            (run.state / _LOCK).unlink()  # while it is held: who comes next has another one
+            with suppress(OSError):
+                run.state.rmdir()
+                if is_new and not run.is_published:
+                    output.rmdir()
         lock.release()
-        if useless:
-            for file in _blocks(run):
-                file.unlink()
-            shutil.rmtree(run.state, ignore_errors=True)
-            if is_new and not run.is_published:
-                output.rmdir()
 
 
-def _blocks(run: Run) -> list[Path]:
-    return sorted(run.state.glob("block-*.safetensors"))
-
-
-def _identify(run: Run, identity: dict[str, Any], restart: bool) -> None:
-    """Compare with the identity of an interrupted run, or note that of a new one."""
-    if restart:
-        shutil.rmtree(run.state / _RESULT, ignore_errors=True)
-        for file in _blocks(run):
-            file.unlink()
-    manifest = run.state / _MANIFEST
-    now = json.loads(json.dumps(identity))
-    if not _blocks(run) and not run.is_written:
-        with writing(run.output):
-            write_atomically(manifest, json.dumps(now, indent=1) + "\n")
-        return
-    before = json.loads(manifest.read_text(encoding="utf-8"))
-    differences = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in before | now
-        if before.get(key) != now.get(key)
-    ]
-    if differences:
-        raise RunStateError(
-            f"{run.output} holds an interrupted run that differs: {'; '.join(differences)}",
-            hint="give the same options to go on with it, or --restart to throw it away",
-        )
+def _occupied(output: Path) -> RunStateError:
+    return RunStateError(
+        f"the output directory {output} exists and is not empty",
+        hint="choose another --output, or remove it first",
+    )
 
 
 @contextmanager
@@ -220,6 +252,12 @@ def write_atomically(file: Path, text: str) -> None:
     """Replace a text file in one step."""
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def describe_file(file: Path) -> str:
+    """Size and time of change of a file, which tell a changed one."""
+    stat = file.stat()
+    return f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC)}"
 
 
 def peak_memory() -> int | None:

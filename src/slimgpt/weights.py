@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,21 +43,12 @@ class Weights:
         files: Sequence[Path],
     ) -> None:
         self.source, self.dtype = source, dtype
-        self._tensors, self.files = tensors, files
+        self._tensors, self.files = dict(tensors), files
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names of all tensors, with their shapes."""
         return {name: tuple(shape) for name, (_, shape, _) in self._tensors.items()}
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Size and time of change of each file."""
-        stats = {file.name: file.stat() for file in self.files}
-        return {
-            name: f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC)}"
-            for name, stat in stats.items()
-        }
 
     def check(self, skeleton: PreTrainedModel) -> None:
         """Check that a model can be filled.
@@ -71,8 +61,17 @@ class Weights:
         Raises
         ------
         UnsupportedModelError
-            If tensors are missing, or have another shape or no floating-point type.
+            If tensors are missing, have another shape or no floating-point type, or differ where
+            the config says that they are one.
         """
+        for name, origin in skeleton.all_tied_weights_keys.items():
+            if name in self._tensors and origin not in self._tensors:
+                self._tensors[origin] = self._tensors[name]
+            elif name in self._tensors and not torch.equal(self.read(name), self.read(origin)):
+                raise UnsupportedModelError(
+                    f"{self.source.name}: the config ties {name} to {origin}, but they differ",
+                    hint="set tie_word_embeddings to false in its config.json",
+                )
         problems = []
         for name, parameter in saved_tensors(skeleton).items():
             _, shape, dtype = self._tensors.get(name, (None, None, "F32"))
