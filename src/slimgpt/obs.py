@@ -93,8 +93,9 @@ def prepare(
         )
     diagonal_I = hessian_II.diagonal().clone()
     dead_I = diagonal_I == 0
-    # Stored by columns, as they are what is removed.
-    weight_OI = weight_OI.T.to(torch.float64).contiguous().T.masked_fill(dead_I, 0)
+    # Stored by columns, which are what is removed.
+    weight_IO = weight_OI.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    weight_OI = weight_IO.masked_fill_(dead_I[:, None], 0).T
     power = _power(weight_OI, hessian_II)
     scale_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
