@@ -51,7 +51,7 @@ def test_prune_eval_inspect(
         "--against", source, "--json",
     )  # fmt: skip
     assert code == 0
-    results = json.loads(out)
+    results = json.loads(out)["perplexity"]
     assert [result["seqlen"] for result in results] == [16, 32]
     assert [result["tokens"] for result in results] == [40 * 15, 20 * 31]
     assert all(result["kl_divergence"] > 0 for result in results)

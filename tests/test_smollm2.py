@@ -102,7 +102,9 @@ def test_eval_equals_the_loss_of_transformers(
     result: slimgpt.PruneResult, dense: PreTrainedModel, dense_directory: str
 ) -> None:
     options = {"data": ("pydocs",), "seqlen": (128,), "max_tokens": 512}
-    measured = slimgpt.evaluate(str(result.output), against=dense_directory, **options)[0]
+    measured = slimgpt.evaluate(str(result.output), against=dense_directory, **options).perplexity[
+        0
+    ]
     tokenizer = AutoTokenizer.from_pretrained(result.output)
     tokens = evaluation_tokens("pydocs", tokenizer, max_tokens=512).view(-1, 128)
     model = AutoModelForCausalLM.from_pretrained(result.output)

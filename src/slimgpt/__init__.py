@@ -11,17 +11,19 @@ import wrapt
 
 if TYPE_CHECKING:
     from slimgpt.errors import SlimGPTError
-    from slimgpt.evaluation import EvalResult, evaluate
+    from slimgpt.evaluation import EvalResult, Evaluation, TaskResult, evaluate
     from slimgpt.inspection import ModelSummary, inspect
     from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
 
 __version__ = version("slimgpt")
 __all__ = [
     "EvalResult",
+    "Evaluation",
     "ModelSummary",
     "PrunePlan",
     "PruneResult",
     "SlimGPTError",
+    "TaskResult",
     "evaluate",
     "inspect",
     "plan",
@@ -30,10 +32,12 @@ __all__ = [
 
 _HOMES = {
     "EvalResult": "evaluation",
+    "Evaluation": "evaluation",
     "ModelSummary": "inspection",
     "PrunePlan": "pruning",
     "PruneResult": "pruning",
     "SlimGPTError": "errors",
+    "TaskResult": "evaluation",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "plan": "pruning",

@@ -87,22 +87,40 @@ def prune(
 @app.command("eval")
 @options_of(EvalConfig)
 def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
-    """Measure the perplexity of MODEL, dense or pruned."""
+    """Measure the perplexity of MODEL, dense or pruned, and run benchmark tasks on it."""
     results = slimgpt.evaluate(model, **_given(recipe, options))
-    table = Table("text", "window", "tokens", "perplexity", title=model)
-    if results[0].base:
-        table.add_column("base")
-        table.add_column("KL to base")
-    for result in results:
-        numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
-        table.add_row(
-            result.data,
-            str(result.seqlen),
-            f"{result.tokens:,}",
-            *(f"{number:.3f}" for number in numbers if number is not None),
-        )
-    protocol = "windows do not overlap; every token but the first of a window is predicted"
-    _emit(results, (table, protocol), as_json)
+    shown: list[Any] = []
+    if results.perplexity:
+        table = Table("text", "window", "tokens", "perplexity", title=model)
+        if results.perplexity[0].base:
+            table.add_column("base")
+            table.add_column("KL to base")
+        for result in results.perplexity:
+            numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
+            table.add_row(
+                result.data,
+                str(result.seqlen),
+                f"{result.tokens:,}",
+                *(f"{number:.3f}" for number in numbers if number is not None),
+            )
+        protocol = "windows do not overlap; every token but the first of a window is predicted"
+        shown += [table, protocol]
+    if results.tasks:
+        table = Table("task", "metric", "examples", "questions", "data", "score", title=model)
+        if results.tasks[0].base:
+            table.add_column("base")
+        for score in results.tasks:
+            pairs = ((score.value, score.stderr), (score.base_value, score.base_stderr))
+            table.add_row(
+                score.task,
+                score.metric,
+                str(score.num_fewshot),
+                f"{score.num_docs:,}",
+                score.data,
+                *(f"{v:.4f}" + (f" ± {e:.4f}" if e else "") for v, e in pairs if v is not None),
+            )
+        shown += [table, f"lm-eval {results.tasks[0].lm_eval.split(',')[0]}"]
+    _emit(results, shown, as_json)
 
 
 @app.command("inspect")

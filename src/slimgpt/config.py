@@ -172,7 +172,9 @@ class EvalConfig(_ModelOptions):
     """Options of ``slimgpt eval``."""
 
     data: Annotated[tuple[str, ...], _Listed] = Field(
-        ("wikitext2",), min_length=1, description="Data sets or local files, comma-separated."
+        ("wikitext2",),
+        description="Texts for perplexity: data sets or local files, comma-separated. With tasks "
+        "and without texts, only the tasks are run.",
     )
     seqlen: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _Listed] = Field(
         (2048,), min_length=1, description="Window lengths in tokens, comma-separated."
@@ -181,8 +183,31 @@ class EvalConfig(_ModelOptions):
         None, ge=2, description="Stop after this many tokens. Default: the whole split."
     )
     against: str | None = Field(
-        None, description="Base model: its perplexity and the KL divergence to it are added."
+        None, description="Base model: its results and the KL divergence to it are added."
     )
+    tasks: Annotated[tuple[str, ...], _Listed] = Field(
+        (),
+        description="commonsense, mmlu, longbench or tasks of lm-eval, comma-separated.",
+    )
+    data_dir: Path | None = Field(
+        None, description="Folder with the tasks' data (JSON, JSONL, CSV, Parquet), not the hub."
+    )
+    limit: int | None = Field(None, ge=1, description="Only the first documents of each task.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Solved examples in a prompt. Default: 5 for mmlu, else the task's."
+    )
+    batch_size: int = Field(8, ge=1, description="Requests of a task in one forward pass.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_alone(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"data": ()} | values if values.get("tasks") else values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data and not self.tasks:
+            raise ValueError("neither data nor tasks to evaluate on")
+        return self
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import platform
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -324,34 +325,44 @@ def _pydocs(purpose: Purpose) -> str:
 
 
 def _file_documents(path: Path, text_field: str | None) -> Iterator[str]:
-    try:
-        if path.suffix == ".txt":
+    if path.suffix == ".txt":
+        with _reading(path):
             yield path.read_text(encoding="utf-8")
-            return
-        for index, record in enumerate(_records(path)):
-            yield _record_text(record, text_field, f"{path}, record {index}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise DataError(f"cannot read {path}: {err}") from err
+        return
+    for index, record in enumerate(read_records(path)):
+        yield _record_text(record, text_field, f"{path}, record {index}")
 
 
-def _records(path: Path) -> Iterator[Any]:
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
-    elif path.suffix == ".json":
-        records = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(records, list):
-            raise DataError(f"{path} is not a JSON list of records")
-        yield from records
-    else:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
+def read_records(path: Path) -> Iterator[Any]:
+    """Read the records of a local file ending in .jsonl, .json or .parquet, one by one.
 
-        try:
+    Raises
+    ------
+    DataError
+        If it cannot be read, or a JSON file is not a list.
+    """
+    with _reading(path):
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                yield from (json.loads(line) for line in lines if line.strip())
+        elif path.suffix == ".json":
+            records = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(records, list):
+                raise DataError(f"{path} is not a JSON list of records")
+            yield from records
+        else:
+            from pyarrow.parquet import ParquetFile
+
             for batch in ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
-        except ArrowInvalid as err:
-            raise DataError(f"cannot read {path}: {err}") from err
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as err:  # of JSON, UTF-8 and Parquet, too
+        raise DataError(f"cannot read {path}: {err}") from err
 
 
 def _record_text(record: Any, text_field: str | None, where: str) -> str:
