@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slimgpt.evaluation import EvalResult, Evaluation, TaskResult, evaluate
     from slimgpt.inspection import ModelSummary, inspect
     from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
+    from slimgpt.recovery import RecoverResult, recover
 
 __version__ = version("slimgpt")
 __all__ = [
@@ -22,12 +23,14 @@ __all__ = [
     "ModelSummary",
     "PrunePlan",
     "PruneResult",
+    "RecoverResult",
     "SlimGPTError",
     "TaskResult",
     "evaluate",
     "inspect",
     "plan",
     "prune",
+    "recover",
 ]
 
 _HOMES = {
@@ -36,12 +39,14 @@ _HOMES = {
     "ModelSummary": "inspection",
     "PrunePlan": "pruning",
     "PruneResult": "pruning",
+    "RecoverResult": "recovery",
     "SlimGPTError": "errors",
     "TaskResult": "evaluation",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "plan": "pruning",
     "prune": "pruning",
+    "recover": "recovery",
 }
 
 

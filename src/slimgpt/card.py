@@ -9,6 +9,7 @@ from slimgpt.run import write_atomically
 REPORT_FILE = "pruning_report.json"
 PERPLEXITY_FILE = "eval/perplexity.json"
 TASKS_FILE = "eval/tasks.json"
+RECOVERY_FILE = "recovery_report.json"
 CARD_FILE = "README.md"
 
 _CARD = """---
@@ -41,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(path{trust})
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```
-{why}
+{why}{recovery}
 ## Perplexity
 
 {perplexity}
@@ -65,9 +66,17 @@ The layers differ in width, so a small modelling file comes with the checkpoint
 (`trust_remote_code=True`). After `import slimgpt` it is not needed.
 """
 
+_RECOVERY = """
+## Recovery
+
+After pruning, trained for {steps} steps of {batch_size} examples on {data}: method {method},
+learning rate {learning_rate:g}, {seqlen} tokens per example. Perplexity on {held_out}, windows of
+{seqlen} tokens: {before:.2f} before and {after:.2f} after. Curves: `{recovery_file}`.
+"""
+
 
 def write_card(directory: Path) -> None:
-    """Write ``README.md`` from ``pruning_report.json``.
+    """Write ``README.md`` from ``pruning_report.json`` and, if there is one, the recovery report.
 
     Parameters
     ----------
@@ -92,6 +101,7 @@ def write_card(directory: Path) -> None:
         last_ratio=report["layer_ratios"][-1],
         trust="" if uniform else ", trust_remote_code=True",
         why="" if uniform else _WHY,
+        recovery=_recovery(directory / RECOVERY_FILE),
         perplexity=_PERPLEXITY[0],
         end_of_perplexity=_PERPLEXITY[1],
         tasks=_TASKS[0],
@@ -99,6 +109,20 @@ def write_card(directory: Path) -> None:
         report_file=REPORT_FILE,
     )
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _recovery(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    config, curve = report["config"], report["held_out_perplexity"]
+    return _RECOVERY.format(
+        **{key: report[key] for key in ("steps", "data", "held_out")},
+        **{key: config[key] for key in ("batch_size", "method", "learning_rate", "seqlen")},
+        before=curve[0][1],
+        after=curve[-1][1],
+        recovery_file=RECOVERY_FILE,
+    )
 
 
 def update_card(directory: Path) -> None:
@@ -141,7 +165,7 @@ def _perplexity_table(results: list[dict[str, Any]]) -> str:
 
 def _tasks_table(results: list[dict[str, Any]]) -> str:
     rows = [
-        "| Task | Metric | Examples | Questions | Data | Base | This model |",
+        "| Task | Metric | Shots | Questions | Data | Base | This model |",
         "|---|---|---|---|---|---|---|",
         *(
             f"| {r['task']} | {r['metric']} | {r['num_fewshot']} | {r['num_docs']:,} | {r['data']} "

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import slimgpt
-from slimgpt.config import EvalConfig, PruneConfig, load_recipe
+from slimgpt.config import EvalConfig, PruneConfig, RecoverConfig, load_recipe
 from slimgpt.errors import ConfigError, SlimGPTError
 from slimgpt.flags import options_of
 
@@ -106,7 +107,7 @@ def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **optio
         protocol = "windows do not overlap; every token but the first of a window is predicted"
         shown += [table, protocol]
     if results.tasks:
-        table = Table("task", "metric", "examples", "questions", "data", "score", title=model)
+        table = Table("task", "metric", "shots", "questions", "data", "score", title=model)
         if results.tasks[0].base:
             table.add_column("base")
         for score in results.tasks:
@@ -121,6 +122,28 @@ def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **optio
             )
         shown += [table, f"lm-eval {results.tasks[0].lm_eval.split(',')[0]}"]
     _emit(results, shown, as_json)
+
+
+@app.command()
+@options_of(RecoverConfig)
+def recover(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Directory for the recovered model.")],
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")
+    ] = False,
+    recipe: Recipe = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Train a pruned MODEL a little, to win back quality."""
+    result = slimgpt.recover(model, output, restart=restart, **_given(recipe, options))
+    report = result.report
+    table = Table("step", "held-out perplexity", title=report["held_out"])
+    for step, perplexity in report["held_out_perplexity"]:
+        table.add_row(str(step), f"{perplexity:.3f}")
+    where = f"the recovered model is in {result.output}"
+    _emit({"output": str(result.output), **report}, (table, where), as_json)
 
 
 @app.command("inspect")
@@ -143,6 +166,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of dependencies to each other
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     log.setLevel(logging.INFO)
     log.handlers = [_StderrHandler()]
     log.propagate = False

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from slimgpt.card import PERPLEXITY_FILE, REPORT_FILE, TASKS_FILE, update_card
 from slimgpt.config import EvalConfig
 from slimgpt.data import check_dataset, describe_dataset, evaluation_tokens
-from slimgpt.errors import ConfigError, DataError
-from slimgpt.model import Source, find_model, load_config, load_model, load_tokenizer
+from slimgpt.errors import DataError
+from slimgpt.model import check_same_vocabulary, find_model, load_model, load_tokenizer
 from slimgpt.run import write_atomically
 from slimgpt.tasks import Score, load_tasks, run_tasks
 
@@ -122,7 +122,7 @@ def evaluate(model: str, **options: Any) -> Evaluation:
         check_dataset(name, "evaluation")
     tokenizer = load_tokenizer(source)
     if base_source and config.data:
-        _check_same_vocabulary(source, base_source, tokenizer)
+        check_same_vocabulary(source, base_source)
     texts = {
         name: evaluation_tokens(name, tokenizer, config.max_tokens, config.text_field)
         for name in config.data
@@ -178,19 +178,6 @@ def evaluate(model: str, **options: Any) -> Evaluation:
         _add_to_card(directory, PERPLEXITY_FILE, perplexity, TEXT_PROTOCOL)
         _add_to_card(directory, TASKS_FILE, scores, TASK_PROTOCOL)
     return Evaluation(tuple(perplexity), tuple(scores))
-
-
-def _check_same_vocabulary(
-    source: Source, base: Source, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Both models must give the same token the same number, or the KL means nothing."""
-    sizes = [load_config(s).vocab_size for s in (source, base)]
-    if sizes[0] != sizes[1] or load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"{source.name} and {base.name} have different vocabularies ({sizes[0]} and {sizes[1]} "
-            "tokens), so their predictions cannot be compared",
-            hint="give the model that was pruned as --against",
-        )
 
 
 def _usable_lengths(

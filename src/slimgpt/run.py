@@ -29,15 +29,9 @@ def staging(output: Path) -> Iterator[Path]:
     Raises
     ------
     RunStateError
-        If the output exists and is not an empty directory, or cannot be made.
+        If `check_output` raises it, or the directory cannot be made.
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise RunStateError(
-            f"the output directory {output} exists and is not empty",
-            hint="choose another --output, or remove it first",
-        )
-    if output.exists() and not output.is_dir():
-        raise RunStateError(f"the output {output} exists and is not a directory")
+    check_output(output)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -51,6 +45,23 @@ def staging(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
+
+
+def check_output(output: Path) -> None:
+    """Check that a result can be put into an output directory: it must not exist, or be empty.
+
+    Raises
+    ------
+    RunStateError
+        If the output exists and is not an empty directory.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise RunStateError(
+            f"the output directory {output} exists and is not empty",
+            hint="choose another --output, or remove it first",
+        )
+    if output.exists() and not output.is_dir():
+        raise RunStateError(f"the output {output} exists and is not a directory")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,9 +162,7 @@ def load_tasks(
         raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
     if data_dir and not data_dir.is_dir():
         raise ConfigError(f"the data directory {data_dir} does not exist")
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+    manager = _manager()
     means: dict[str, Suite] = {}
     shots: dict[str, int | None] = {}
     for name in names:
@@ -289,6 +288,14 @@ def find_split(data_dir: Path, task: str, dataset_name: str | None, split: str) 
             hint="give a --data-dir with one of them",
         )
     return found[0] if found else None
+
+
+@cache
+def _manager() -> Any:
+    """The index of lm-eval's tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _words(name: str) -> list[str]:
