@@ -260,6 +260,8 @@ def test_mistakes(
     assert "--teacher" in str(no_report.value.hint)
     with pytest.raises(ConfigError, match="no multiple of micro_batch_size=3"):
         run(slim, output, data, micro_batch_size=3)
+    with pytest.raises(ConfigError, match="is text for calibration"):
+        run(slim, output, "self")
     with pytest.raises(ConfigError, match="has no teacher"):
         run(slim, output, data, teacher="smollm2-135m")
     with pytest.raises(ConfigError, match="float16 cannot be trained on a CPU"):

@@ -169,7 +169,7 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of dependencies to each other
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if _is_main_process() else logging.WARNING)
     log.handlers = [_StderrHandler()]
     log.propagate = False
     try:
@@ -208,7 +208,14 @@ def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     return (load_recipe(recipe) if recipe else {}) | flags
 
 
+def _is_main_process() -> bool:
+    """Whether this process speaks to the user: under torchrun, only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
+    if not _is_main_process():
+        return
     if as_json:
         print(json.dumps(result, indent=1, default=asdict))
         return

@@ -251,6 +251,8 @@ class RecoverConfig(_ModelOptions):
                 f"batch_size={self.batch_size} is no multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
+        if self.data == "self":
+            raise ValueError("data='self' is text for calibration, not for training")
         if self.teacher and self.method != "distill":
             raise ValueError(f"method={self.method!r} has no teacher; did you mean 'distill'?")
         return self

@@ -324,11 +324,12 @@ def training_examples(
     examples: list[dict[str, list[int]]] = []
     text: list[int] = []
     num_dropped = 0
+    eos_token: Any = tokenizer.eos_token_id
     for prompt, answer in _documents(name, "calibration", text_field):
         if prompt:
             tokens = _tokenize(prompt + answer, tokenizer)
-            if tokenizer.eos_token_id is not None:
-                tokens.append(tokenizer.eos_token_id)
+            if eos_token is not None:
+                tokens.append(eos_token)
             start = len(_tokenize(prompt, tokenizer))
             labels = [IGNORED] * start + tokens[start:]
             if start < min(seqlen, len(tokens)):

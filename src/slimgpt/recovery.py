@@ -34,7 +34,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
 from slimgpt.checkpoint import save_checkpoint
@@ -125,6 +125,7 @@ def recover(
     _check_packages(config)
     check_output(output)
     tokenizer = load_tokenizer(source)
+    pad_token: Any = tokenizer.pad_token_id or 0
     examples = training_examples(
         config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
     )
@@ -150,14 +151,12 @@ def recover(
         args=arguments,
         train_dataset=examples,
         eval_dataset=held_out,
-        data_collator=partial(_pad, pad_token=tokenizer.pad_token_id or 0),
+        data_collator=partial(_pad, pad_token=pad_token),
         callbacks=[_MetricsWriter(state / METRICS_FILE)],
     )
     trainer.remove_callback(PrinterCallback)
     log.info("training on %d examples of %s", len(examples), config.data)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step % config.eval_steps:
-        trainer.evaluate()
     trainer.save_model(str(state / "trained"))
     metrics = [_metrics(entry) for entry in trainer.state.log_history]
     report = {
@@ -209,7 +208,8 @@ class Distiller(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Add the divergence to the loss of the labels, in training only."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
         if model.training:
             read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
             with torch.no_grad():
@@ -391,7 +391,7 @@ def _training_arguments(
     return arguments
 
 
-def _trainable(source: Source, config: RecoverConfig) -> PreTrainedModel:
+def _trainable(source: Source, config: RecoverConfig) -> Any:
     """The model with what is trained in float32: adapters, or all weights."""
     set_seed(config.seed)
     if config.method == "full":
@@ -412,7 +412,7 @@ def _trainable(source: Source, config: RecoverConfig) -> PreTrainedModel:
 
 
 def _make_trainer(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
+    model: Any, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
 ) -> Trainer:
     if teacher is None:
         return Trainer(model=model, **kwargs)

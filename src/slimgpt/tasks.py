@@ -210,12 +210,14 @@ def run_tasks(
     batch_size : int
         Requests in one forward pass; changes the time, not the scores.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
 
     log.info("running %s", ", ".join(found.tasks))
-    results: Any = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+    make_lm: Any = huggingface.HFLM  # its decorators hide its signature
+    simple_evaluate: Any = evaluator.simple_evaluate
+    results = simple_evaluate(
+        make_lm(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(found.tasks.values()),
         limit=limit,
         log_samples=False,
