@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,38 +90,11 @@ def prune(
 def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
     """Measure the perplexity of MODEL, dense or pruned, and run benchmark tasks on it."""
     results = slimgpt.evaluate(model, **_given(recipe, options))
-    shown: list[Any] = []
-    if results.perplexity:
-        table = Table("text", "window", "tokens", "perplexity", title=model)
-        if results.perplexity[0].base:
-            table.add_column("base")
-            table.add_column("KL to base")
-        for result in results.perplexity:
-            numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
-            table.add_row(
-                result.data,
-                str(result.seqlen),
-                f"{result.tokens:,}",
-                *(f"{number:.3f}" for number in numbers if number is not None),
-            )
-        protocol = "windows do not overlap; every token but the first of a window is predicted"
-        shown += [table, protocol]
-    if results.tasks:
-        table = Table("task", "metric", "shots", "questions", "data", "score", title=model)
-        if results.tasks[0].base:
-            table.add_column("base")
-        for score in results.tasks:
-            pairs = ((score.value, score.stderr), (score.base_value, score.base_stderr))
-            table.add_row(
-                score.task,
-                score.metric,
-                str(score.num_fewshot),
-                f"{score.num_docs:,}",
-                score.data,
-                *(f"{v:.4f}" + (f" ± {e:.4f}" if e else "") for v, e in pairs if v is not None),
-            )
-        shown += [table, f"lm-eval {results.tasks[0].lm_eval.split(',')[0]}"]
-    _emit(results, shown, as_json)
+    tables = (
+        *(_perplexity_table(results.perplexity) if results.perplexity else ()),
+        *(_tasks_table(results.tasks) if results.tasks else ()),
+    )
+    _emit(results, tables, as_json)
 
 
 @app.command()
@@ -221,6 +194,39 @@ def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
         return
     for renderable in renderables:
         stdout.print(renderable)
+
+
+def _perplexity_table(results: "Sequence[slimgpt.EvalResult]") -> tuple[Any, ...]:
+    table = Table("text", "window", "tokens", "perplexity", title=results[0].model)
+    if results[0].base:
+        table.add_column("base")
+        table.add_column("KL to base")
+    for result in results:
+        numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
+        table.add_row(
+            result.data,
+            str(result.seqlen),
+            f"{result.tokens:,}",
+            *(f"{number:.3f}" for number in numbers if number is not None),
+        )
+    return table, "windows do not overlap; every token but the first of a window is predicted"
+
+
+def _tasks_table(results: "Sequence[slimgpt.TaskResult]") -> tuple[Any, ...]:
+    table = Table("task", "metric", "shots", "questions", "data", "score", title=results[0].model)
+    if results[0].base:
+        table.add_column("base")
+    for result in results:
+        pairs = ((result.value, result.stderr), (result.base_value, result.base_stderr))
+        table.add_row(
+            result.task,
+            result.metric,
+            str(result.num_fewshot),
+            f"{result.num_docs:,}",
+            result.data,
+            *(f"{v:.4f}" + (f" ± {e:.4f}" if e else "") for v, e in pairs if v is not None),
+        )
+    return table, f"lm-eval {results[0].lm_eval.split(',')[0]}; ± is one standard error"
 
 
 def _ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
