@@ -106,7 +106,7 @@ def test_local_files_render_as_lm_eval_writes_prompts(
         (
             "hellaswag",
             "hellaswag_val.json",
-            FILES["hellaswag_val_2_rows.jsonl"][0] | {"label": "2"},
+            HELLASWAG | {"label": "2"},
         ),
         (
             "mmlu_astronomy",

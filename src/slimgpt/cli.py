@@ -216,6 +216,8 @@ def _tasks_table(results: "Sequence[slimgpt.TaskResult]") -> tuple[Any, ...]:
     table = Table("task", "metric", "shots", "questions", "data", "score", title=results[0].model)
     if results[0].base:
         table.add_column("base")
+    for column in (table.columns[0], *table.columns[5:]):
+        column.no_wrap = True
     for result in results:
         pairs = ((result.value, result.stderr), (result.base_value, result.base_stderr))
         table.add_row(
@@ -224,7 +226,11 @@ def _tasks_table(results: "Sequence[slimgpt.TaskResult]") -> tuple[Any, ...]:
             str(result.num_fewshot),
             f"{result.num_docs:,}",
             result.data,
-            *(f"{v:.4f}" + (f" ± {e:.4f}" if e else "") for v, e in pairs if v is not None),
+            *(
+                f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+                for value, stderr in pairs
+                if value is not None
+            ),
         )
     return table, f"lm-eval {results[0].lm_eval.split(',')[0]}; ± is one standard error"
 

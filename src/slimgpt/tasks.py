@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
-SPLIT_NAMES = {"validation": ("validation", "valid", "val", "dev")}
+SPLIT_NAMES = {"validation": {"validation", "valid", "val", "dev"}}
 SUPER_GLUE, MMLU = "aps/super_glue", "cais/mmlu"
 
 
@@ -145,7 +145,7 @@ def load_tasks(
         Keys of `SUITES`, or tasks, groups and tags of lm-eval.
     data_dir : Path, optional
         Folder with the data (see `find_split`); by default it comes from the hub. Tasks of a
-        suite that have no file there are left out, with a warning.
+        suite or group that have no file there are left out, with a warning.
     num_fewshot : int, optional
         Solved examples in front of a question; by default the suite's or the task's number.
 
@@ -273,17 +273,16 @@ def find_split(data_dir: Path, task: str, dataset_name: str | None, split: str) 
         If there is more than one.
     """
     prefixes = [_words(name) for name in (task, dataset_name) if name]
-    aliases = SPLIT_NAMES.get(split, (split,))
-    found = [
-        path
-        for path in sorted(data_dir.rglob("*"))
-        for words in [_words(path.stem)]
-        if path.suffix in SUFFIXES
-        and any(
-            words[: len(prefix)] == prefix and set(aliases).intersection(words[len(prefix) :])
+    aliases = SPLIT_NAMES.get(split, {split})
+
+    def fits(path: Path) -> bool:
+        words = _words(path.stem)
+        return path.suffix in SUFFIXES and any(
+            words[: len(prefix)] == prefix and not aliases.isdisjoint(words[len(prefix) :])
             for prefix in prefixes
         )
-    ]
+
+    found = sorted(filter(fits, data_dir.rglob("*")))
     if len(found) > 1:
         raise DataError(
             f"more than one file fits the {split} split of {task}: {found[0]} and {found[1]}",
