@@ -4,7 +4,7 @@ For each ratio the model is pruned once and recovered with each method; texts an
 of `slimgpt eval`. What is there already in the folder --work is not computed again. Usage:
 
     python benchmarks/recovery.py --calibration c4.jsonl --data alpaca.json --eval-data valid.txt \
-        --texts test.txt --data-dir tasks --limit 500 --max-steps 60 --json recovery.json
+        --texts test.txt --data-dir tasks --limit 500 --learning-rate 1e-3 --json recovery.json
 """
 
 import argparse
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True, help="texts measured at the end")
     parser.add_argument("--data-dir", type=Path, help="measure commonsense with this data")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--max-steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-steps", type=int, default=80)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--work", type=Path, default=Path(".recovery"))

@@ -190,8 +190,8 @@ class Distiller(Trainer):
     teacher : PreTrainedModel
         Of the same vocabulary as the model; in evaluation mode, on the device of training.
     kl_weight : float
-        Weight of KL(teacher ‖ model), in nats per token; the mean is over prompt and answer, as
-        the teacher says something about every token.
+        Weight of KL(teacher ‖ model), which is a mean over the same tokens as the loss: those
+        with a label, of all examples of a step.
     **kwargs
         Of the `Trainer`.
     """
@@ -205,7 +205,7 @@ class Distiller(Trainer):
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Add the divergence to the loss of the labels, in training only."""
         result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -214,14 +214,16 @@ class Distiller(Trainer):
             read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 target = self._teacher(**read, use_cache=False).logits
-            is_read = read["attention_mask"].bool()
+            is_label = inputs["labels"][:, 1:] != IGNORED
             divergence = functional.kl_div(
-                outputs["logits"][is_read].float().log_softmax(-1),
-                target[is_read].float().log_softmax(-1),
-                reduction="batchmean",
+                outputs["logits"][:, :-1][is_label].float().log_softmax(-1),
+                target[:, :-1][is_label].float().log_softmax(-1),
+                reduction="sum",
                 log_target=True,
             )
-            loss = loss + self._kl_weight * divergence / self.current_gradient_accumulation_steps
+            # The number is of all processes, over which the gradient is averaged.
+            weight = self._kl_weight * self.accelerator.num_processes / num_items_in_batch
+            loss = loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
 
 
