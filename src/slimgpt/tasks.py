@@ -217,7 +217,7 @@ def run_tasks(
     make_lm: Any = huggingface.HFLM  # its decorators hide its signature
     simple_evaluate: Any = evaluator.simple_evaluate
     results = simple_evaluate(
-        make_lm(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        make_lm(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(found.tasks.values()),
         limit=limit,
         log_samples=False,
