@@ -23,7 +23,7 @@ def main(output: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     start = time.monotonic()
     result = slimgpt.prune(BASE, output, ratio=0.2, calibration="pydocs", nsamples=64, seqlen=512)
-    measured = slimgpt.evaluate(output, data=("pydocs",), seqlen=(512,), against=BASE)[0]
+    measured = slimgpt.evaluate(output, data=("pydocs",), seqlen=(512,), against=BASE).perplexity[0]
     tokenizer = AutoTokenizer.from_pretrained(output)
 
     table = Table("", "dense", "pruned", title=f"{BASE}, pruned by 20 %")

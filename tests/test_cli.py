@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from slimgpt import data, model
-from slimgpt.config import PRESETS, EvalConfig, PruneConfig
+from slimgpt.config import PRESETS, EvalConfig, PruneConfig, RecoverConfig
 
 PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
 
@@ -35,7 +35,7 @@ def test_prune_eval_inspect(
         "--against", source, "--json",
     )  # fmt: skip
     assert code == 0
-    results = json.loads(out)
+    results = json.loads(out)["perplexity"]
     assert [result["seqlen"] for result in results] == [16, 32]
     assert [result["tokens"] for result in results] == [40 * 15, 20 * 31]
     assert all(result["kl_divergence"] > 0 for result in results)
@@ -50,6 +50,40 @@ def test_prune_eval_inspect(
     code, out, _ = run("inspect", source)
     assert code == 0
     assert "kv heads" in out
+
+
+def test_recover_and_tasks(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, slim, output = tiny_checkpoint("llama"), tmp_path / "slim", tmp_path / "recovered"
+    assert run("prune", base, "--output", slim, "--ratio", "0.3", *PRUNE_OPTIONS)[0] == 0
+    code, out, err = run(
+        "recover", slim, "--output", output, "--data", "pydocs", "--eval-data", "pydocs",
+        "--max-steps", "2", "--batch-size", "2", "--micro-batch-size", "1", "--seqlen", "32",
+        "--method", "distill", "--teacher", base, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert "step 2/2: loss" in err
+    assert str(output) in out
+    assert "method distill" in (output / "README.md").read_text()
+
+    row = {"goal": "boil water", "sol1": "heat it", "sol2": "cool it", "label": 0}
+    (tmp_path / "piqa_valid.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    code, out, err = run(
+        "eval", output, "--tasks", "piqa", "--data-dir", tmp_path, "--limit", "2",
+        "--against", base, "--json",
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads(out)
+    assert results["perplexity"] == []
+    assert [task["metric"] for task in results["tasks"]] == ["acc", "acc_norm"]
+    assert {(task["num_docs"], task["data"]) for task in results["tasks"]} == {
+        (2, "piqa_valid.jsonl")
+    }
+    assert json.loads((output / "eval" / "tasks.json").read_text()) == results["tasks"]
+    scored = results["tasks"][0]
+    line = f"| piqa | acc | 0 | 2 | piqa_valid.jsonl | {scored['base_value']:.4f} ± "
+    assert line in (output / "README.md").read_text()
 
 
 def test_dry_run_needs_no_weights(
@@ -92,9 +126,10 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
 
 
 def test_every_option_is_a_flag_and_every_preset_an_option(run: Run) -> None:
-    _, out, _ = run("prune", "--help")
-    for name in PruneConfig.model_fields:
-        assert f"--{name.replace('_', '-')} " in out
+    for verb, config in (("prune", PruneConfig), ("eval", EvalConfig), ("recover", RecoverConfig)):
+        _, out, _ = run(verb, "--help")
+        for name in config.model_fields:
+            assert f"--{name.replace('_', '-')} " in out
     assert all(set(values) <= set(PruneConfig.model_fields) for values in PRESETS.values())
 
 

@@ -7,7 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from slimgpt.data import calibration_tokens, evaluation_tokens, format_instruction
+from slimgpt.data import (
+    IGNORED,
+    calibration_tokens,
+    evaluation_tokens,
+    instruction_prompt,
+    training_examples,
+)
 from slimgpt.errors import DataError
 
 
@@ -71,9 +77,42 @@ def test_instructions_are_formatted(tokenizer: PreTrainedTokenizerFast, tmp_path
     ]
     name = write(tmp_path / "alpaca.json", json.dumps(records))
     text = tokenizer.decode(evaluation_tokens(name, tokenizer))
-    assert text == "\n\n".join(map(format_instruction, records))
+    assert text == "\n\n".join(instruction_prompt(r) + r["output"] for r in records)
     assert "### Input:\n1 2\n\n### Response:\n3" in text
     assert "### Instruction:\nSay hi.\n\n### Response:\nhi" in text
+
+
+def test_only_answers_are_trained_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    records = [
+        {"instruction": "Add.", "input": "1 2", "output": "three"},
+        {"instruction": "Say much.", "input": "", "output": "much " * 200},
+        {"instruction": "Long. " * 400, "input": "", "output": "never seen"},
+    ]
+    name = write(tmp_path / "alpaca.json", json.dumps(records))
+    examples = training_examples(name, tokenizer, seqlen=256)
+    assert len(examples) == 2
+    for example, record in zip(examples, records, strict=False):
+        pairs = list(zip(example["input_ids"], example["labels"], strict=True))
+        prompt = [token for token, label in pairs if label == IGNORED]
+        answer = [token for token, label in pairs if label == token]
+        assert prompt + answer == example["input_ids"]
+        assert tokenizer.decode(prompt) == instruction_prompt(record)
+        assert (record["output"] + "</s>").startswith(tokenizer.decode(answer))
+    assert tokenizer.decode(examples[0]["input_ids"]).endswith("three</s>")
+    assert len(examples[1]["input_ids"]) == 256
+    assert len(training_examples(name, tokenizer, seqlen=256, max_examples=1)) == 1
+
+
+def test_plain_text_is_trained_on_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    from pydoc_data.topics import topics
+
+    examples = training_examples("pydocs", tokenizer, seqlen=64, max_examples=5)
+    tokens = [token for example in examples for token in example["input_ids"]]
+    assert len(tokens) == 5 * 64
+    assert "\n\n".join(topics[key] for key in sorted(topics)).startswith(tokenizer.decode(tokens))
+    assert all(example["labels"] == example["input_ids"] for example in examples)
+    with pytest.raises(DataError, match="not one example"):
+        training_examples("pydocs", tokenizer, seqlen=10**7)
 
 
 def test_max_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -103,7 +103,9 @@ def test_eval_equals_the_loss_of_transformers(
     result: slimgpt.PruneResult, dense: PreTrainedModel, dense_directory: str
 ) -> None:
     options = {"data": ("pydocs",), "seqlen": (128,), "max_tokens": 512}
-    measured = slimgpt.evaluate(str(result.output), against=dense_directory, **options)[0]
+    measured = slimgpt.evaluate(str(result.output), against=dense_directory, **options).perplexity[
+        0
+    ]
     tokenizer = AutoTokenizer.from_pretrained(result.output)
     tokens = evaluation_tokens("pydocs", tokenizer, max_tokens=512).view(-1, 128)
     model = AutoModelForCausalLM.from_pretrained(result.output)
@@ -144,3 +146,37 @@ def test_c4_file_calibrates(dense_directory: str, benchmark_texts: Path, tmp_pat
         dense_directory, tmp_path / "slim", calibration=text, nsamples=2, seqlen=64
     )
     assert done.report["calibration"]["data"] == "train_1000.jsonl"
+
+
+def test_recovery(result: slimgpt.PruneResult, dense_directory: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    recovered = slimgpt.recover(
+        str(result.output), tmp_path / "recovered", method="distill", teacher=dense_directory,
+        data="pydocs", eval_data="pydocs", eval_tokens=512, seqlen=64, max_steps=4, batch_size=4,
+        warmup_steps=1, learning_rate=1e-3, dtype="bfloat16",
+    )  # fmt: skip
+    (_, before), (_, after) = recovered.report["held_out_perplexity"]
+    assert after < 0.97 * before
+    model = AutoModelForCausalLM.from_pretrained(recovered.output)
+    assert model.dtype == torch.float32
+    assert model.num_parameters() == result.plan.params_after
+
+
+def test_tasks_on_the_original_files(dense_directory: str, benchmark_texts: Path) -> None:
+    """Every file is found and fits its task; a trained model does better than chance."""
+    pytest.importorskip("lm_eval")
+    *scores, mean = slimgpt.evaluate(
+        dense_directory, tasks="commonsense", data_dir=benchmark_texts / "tasks", limit=12,
+        dtype="bfloat16",
+    ).tasks  # fmt: skip
+    files = {score.task: score.data for score in scores}
+    assert files == {
+        "boolq": "boolq_validation.jsonl",
+        "piqa": "piqa_valid.jsonl",
+        "hellaswag": "hellaswag_val_1000_rubriks.jsonl",
+        "winogrande": "winogrande_xl_validation.jsonl",
+        "arc_easy": "arc_easy_test.jsonl",
+        "openbookqa": "openbookqa_test.jsonl",
+    }
+    assert mean.num_docs == 6 * 12
+    assert next(score for score in scores if score.task == "piqa").value > 0.5

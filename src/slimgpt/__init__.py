@@ -12,42 +12,51 @@ import wrapt
 if TYPE_CHECKING:
     from slimgpt.benchmarking import BenchResult, bench
     from slimgpt.errors import SlimGPTError
-    from slimgpt.evaluation import EvalResult, evaluate
+    from slimgpt.evaluation import EvalResult, Evaluation, TaskResult, evaluate
     from slimgpt.exporting import ExportResult, export
     from slimgpt.inspection import ModelSummary, inspect
     from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
+    from slimgpt.recovery import RecoverResult, recover
 
 __version__ = version("slimgpt")
 __all__ = [
     "BenchResult",
     "EvalResult",
+    "Evaluation",
     "ExportResult",
     "ModelSummary",
     "PrunePlan",
     "PruneResult",
+    "RecoverResult",
     "SlimGPTError",
+    "TaskResult",
     "bench",
     "evaluate",
     "export",
     "inspect",
     "plan",
     "prune",
+    "recover",
 ]
 
 _HOMES = {
     "BenchResult": "benchmarking",
     "EvalResult": "evaluation",
+    "Evaluation": "evaluation",
     "ExportResult": "exporting",
     "ModelSummary": "inspection",
     "PrunePlan": "pruning",
     "PruneResult": "pruning",
+    "RecoverResult": "recovery",
     "SlimGPTError": "errors",
+    "TaskResult": "evaluation",
     "bench": "benchmarking",
     "evaluate": "evaluation",
     "export": "exporting",
     "inspect": "inspection",
     "plan": "pruning",
     "prune": "pruning",
+    "recover": "recovery",
 }
 
 

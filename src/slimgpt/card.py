@@ -7,7 +7,9 @@ from typing import Any
 from slimgpt.run import write_atomically
 
 REPORT_FILE = "pruning_report.json"
-EVAL_FILE = "eval/perplexity.json"
+PERPLEXITY_FILE = "eval/perplexity.json"
+TASKS_FILE = "eval/tasks.json"
+RECOVERY_FILE = "recovery_report.json"
 CARD_FILE = "README.md"
 
 _CARD = """---
@@ -40,26 +42,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(path{trust})
 tokenizer = AutoTokenizer.from_pretrained(path{trust})
 ```
-{why}
+{why}{recovery}
 ## Perplexity
 
-{start}
+{perplexity}
 Not measured. `slimgpt eval` measures it and fills this section.
-{end}
+{end_of_perplexity}
+
+## Tasks
+
+{tasks}
+Not measured. `slimgpt eval --tasks commonsense` measures them and fills this section.
+{end_of_tasks}
 
 Kept indices, errors and versions: `{report_file}`.
 """
 
-_START, _END = "<!-- perplexity -->", "<!-- end of perplexity -->"
+_PERPLEXITY = "<!-- perplexity -->", "<!-- end of perplexity -->"
+_TASKS = "<!-- tasks -->", "<!-- end of tasks -->"
 
 _WHY = """
 The layers differ in width, so a small modelling file comes with the checkpoint
 (`trust_remote_code=True`). After `import slimgpt` it is not needed.
 """
 
+_RECOVERY = """
+## Recovery
+
+After pruning, trained for {steps} steps of {batch_size} examples on {data}: method {method},
+learning rate {learning_rate:g}, {seqlen} tokens per example. Perplexity on {held_out}, windows of
+{seqlen} tokens: {before:.2f} before and {after:.2f} after. Curves: `{recovery_file}`.
+"""
+
 
 def write_card(directory: Path) -> None:
-    """Write ``README.md`` from ``pruning_report.json``.
+    """Write ``README.md`` from ``pruning_report.json`` and, if there is one, the recovery report.
 
     Parameters
     ----------
@@ -83,28 +100,52 @@ def write_card(directory: Path) -> None:
         last_ratio=report["layer_ratios"][-1],
         trust="" if uniform else ", trust_remote_code=True",
         why="" if uniform else _WHY,
-        start=_START,
-        end=_END,
+        recovery=_recovery(directory / RECOVERY_FILE),
+        perplexity=_PERPLEXITY[0],
+        end_of_perplexity=_PERPLEXITY[1],
+        tasks=_TASKS[0],
+        end_of_tasks=_TASKS[1],
         report_file=REPORT_FILE,
     )
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
+def _recovery(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    config, curve = report["config"], report["held_out_perplexity"]
+    return _RECOVERY.format(
+        **{key: report[key] for key in ("steps", "data", "held_out")},
+        **{key: config[key] for key in ("batch_size", "method", "learning_rate", "seqlen")},
+        before=curve[0][1],
+        after=curve[-1][1],
+        recovery_file=RECOVERY_FILE,
+    )
+
+
 def update_card(directory: Path) -> None:
-    """Replace the perplexities in ``README.md`` by those of the evaluations, and nothing else.
+    """Replace the results in ``README.md`` by those of the evaluations, and nothing else.
 
     Parameters
     ----------
     directory : Path
-        Of a pruned model that has been evaluated. A card without the section stays as it is.
+        Of a pruned model that has been evaluated. A card without the sections stays as it is.
     """
     card = (directory / CARD_FILE).read_text(encoding="utf-8")
-    before, start, rest = card.partition(_START)
-    _, end, after = rest.partition(_END)
-    if start and end:
-        results = json.loads((directory / EVAL_FILE).read_text(encoding="utf-8"))
-        table = _perplexity_table(results)
-        write_atomically(directory / CARD_FILE, f"{before}{start}\n{table}\n{end}{after}")
+    new = card
+    sections = (
+        (_PERPLEXITY, PERPLEXITY_FILE, _perplexity_table),
+        (_TASKS, TASKS_FILE, _tasks_table),
+    )
+    for (start, end), file, make_table in sections:
+        before, found_start, rest = new.partition(start)
+        _, found_end, after = rest.partition(end)
+        if found_start and found_end and (directory / file).is_file():
+            results = json.loads((directory / file).read_text(encoding="utf-8"))
+            new = f"{before}{start}\n{make_table(results)}\n{end}{after}"
+    if new != card:
+        write_atomically(directory / CARD_FILE, new)
 
 
 def _perplexity_table(results: list[dict[str, Any]]) -> str:
@@ -121,5 +162,25 @@ def _perplexity_table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*rows, "", protocol])
 
 
+def _tasks_table(results: list[dict[str, Any]]) -> str:
+    rows = [
+        "| Task | Metric | Shots | Questions | Data | Base | This model |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {r['task']} | {r['metric']} | {r['num_fewshot']} | {r['num_docs']:,} | {r['data']} "
+            f"| {_score(r['base_value'], r['base_stderr'])} | {_score(r['value'], r['stderr'])} |"
+            for r in results
+        ),
+    ]
+    versions = ", ".join(sorted({r["lm_eval"].split(",")[0] for r in results}))
+    return "\n".join([*rows, "", f"lm-eval {versions}, ± one standard error."])
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _score(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

@@ -8,7 +8,9 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 import slimgpt
-from slimgpt.config import BenchConfig, EvalConfig, ExportConfig, PruneConfig, load_recipe
+from slimgpt.config import (
+    BenchConfig,
+    EvalConfig,
+    ExportConfig,
+    PruneConfig,
+    RecoverConfig,
+    load_recipe,
+)
 from slimgpt.errors import ConfigError, SlimGPTError
 from slimgpt.flags import options_of
 
@@ -81,14 +90,8 @@ def prune(
         return
     if output is None:
         raise ConfigError("--output is missing", hint="name a directory for the pruned model")
-    try:
+    with _resumable():
         result = slimgpt.prune(model, output, restart=restart, **values)
-    except KeyboardInterrupt:
-        arguments = [argument for argument in sys.argv[1:] if argument != "--restart"]
-        launcher = "torchrun … -m slimgpt" if "TORCHELASTIC_RUN_ID" in os.environ else "slimgpt"
-        command = f"{launcher} {shlex.join(arguments)}"
-        stderr.print(f"interrupted; this goes on with it:\n  {command}", soft_wrap=True)
-        raise typer.Exit(130) from None
     if as_json:
         _emit({"output": str(result.output), **result.report}, (), as_json=True)
         return
@@ -102,22 +105,36 @@ def prune(
 @app.command("eval")
 @options_of(EvalConfig)
 def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
-    """Measure the perplexity of MODEL, dense or pruned."""
+    """Measure the perplexity of MODEL, dense or pruned, and run benchmark tasks on it."""
     results = slimgpt.evaluate(model, **_given(recipe, options))
-    table = Table("text", "window", "tokens", "perplexity", title=model)
-    if results[0].base:
-        table.add_column("base")
-        table.add_column("KL to base")
-    for result in results:
-        numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
-        table.add_row(
-            result.data,
-            str(result.seqlen),
-            f"{result.tokens:,}",
-            *(f"{number:.3f}" for number in numbers if number is not None),
-        )
-    protocol = "windows do not overlap; every token but the first of a window is predicted"
-    _emit(results, (table, protocol), as_json)
+    tables = (
+        *(_perplexity_table(results.perplexity) if results.perplexity else ()),
+        *(_tasks_table(results.tasks) if results.tasks else ()),
+    )
+    _emit(results, tables, as_json)
+
+
+@app.command()
+@options_of(RecoverConfig)
+def recover(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Directory for the recovered model.")],
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")
+    ] = False,
+    recipe: Recipe = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Train a pruned MODEL a little, to win back quality."""
+    with _resumable():
+        result = slimgpt.recover(model, output, restart=restart, **_given(recipe, options))
+    report = result.report
+    table = Table("step", "held-out perplexity", title=report["held_out"])
+    for step, perplexity in report["held_out_perplexity"]:
+        table.add_row(str(step), f"{perplexity:.3f}")
+    where = f"the recovered model is in {result.output}"
+    _emit({"output": str(result.output), **report}, (table, where), as_json)
 
 
 @app.command("inspect")
@@ -164,10 +181,13 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    process = int(os.environ.get("RANK", "0"))  # of a job of torchrun; the first one reports
-    if process:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of dependencies to each other
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    is_main = os.environ.get("RANK", "0") == "0"  # under torchrun, one process reports
+    if not is_main:
         sys.stdout = io.StringIO()
-    log.setLevel(logging.WARNING if process else logging.INFO)
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
     log.handlers = [_StderrHandler()]
     log.propagate = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end jobs with it
@@ -196,6 +216,19 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Answer Ctrl-C with the command that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        arguments = [argument for argument in sys.argv[1:] if argument != "--restart"]
+        launcher = "torchrun … -m slimgpt" if "TORCHELASTIC_RUN_ID" in os.environ else "slimgpt"
+        command = f"{launcher} {shlex.join(arguments)}"
+        stderr.print(f"interrupted; this goes on with it:\n  {command}", soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
 class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
@@ -215,6 +248,45 @@ def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
         return
     for renderable in renderables:
         stdout.print(renderable)
+
+
+def _perplexity_table(results: "Sequence[slimgpt.EvalResult]") -> tuple[Any, ...]:
+    table = Table("text", "window", "tokens", "perplexity", title=results[0].model)
+    if results[0].base:
+        table.add_column("base")
+        table.add_column("KL to base")
+    for result in results:
+        numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
+        table.add_row(
+            result.data,
+            str(result.seqlen),
+            f"{result.tokens:,}",
+            *(f"{number:.3f}" for number in numbers if number is not None),
+        )
+    return table, "windows do not overlap; every token but the first of a window is predicted"
+
+
+def _tasks_table(results: "Sequence[slimgpt.TaskResult]") -> tuple[Any, ...]:
+    table = Table("task", "metric", "shots", "questions", "data", "score", title=results[0].model)
+    if results[0].base:
+        table.add_column("base")
+    for column in (table.columns[0], *table.columns[5:]):
+        column.no_wrap = True
+    for result in results:
+        pairs = ((result.value, result.stderr), (result.base_value, result.base_stderr))
+        table.add_row(
+            result.task,
+            result.metric,
+            str(result.num_fewshot),
+            f"{result.num_docs:,}",
+            result.data,
+            *(
+                f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+                for value, stderr in pairs
+                if value is not None
+            ),
+        )
+    return table, f"lm-eval {results[0].lm_eval.split(',')[0]}; ± is one standard error"
 
 
 def _ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:

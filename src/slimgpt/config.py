@@ -29,6 +29,7 @@ HeadError = Literal["exact", "diagonal"]
 DampingMode = Literal["relative", "mean"]
 Preset = Literal["default", "paper"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+RecoverMethod = Literal["lora", "full", "distill"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -189,7 +190,9 @@ class EvalConfig(_ModelOptions):
     """Options of ``slimgpt eval``."""
 
     data: Annotated[tuple[str, ...], _Listed] = Field(
-        ("wikitext2",), min_length=1, description="Data sets or local files, comma-separated."
+        ("wikitext2",),
+        description="Texts for perplexity: data sets or local files, comma-separated. With tasks "
+        "and without texts, only the tasks are run.",
     )
     seqlen: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _Listed] = Field(
         (2048,), min_length=1, description="Window lengths in tokens, comma-separated."
@@ -198,8 +201,78 @@ class EvalConfig(_ModelOptions):
         None, ge=2, description="Stop after this many tokens. Default: the whole split."
     )
     against: str | None = Field(
-        None, description="Base model: its perplexity and the KL divergence to it are added."
+        None, description="Base model: its results and the KL divergence to it are added."
     )
+    tasks: Annotated[tuple[str, ...], _Listed] = Field(
+        (),
+        description="commonsense, mmlu, longbench or tasks of lm-eval, comma-separated.",
+    )
+    data_dir: Path | None = Field(
+        None, description="Folder with the tasks' data (JSON, JSONL, CSV, Parquet), not the hub."
+    )
+    limit: int | None = Field(None, ge=1, description="Only the first documents of each task.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Solved examples in a prompt. Default: 5 for mmlu, else the task's."
+    )
+    batch_size: int = Field(8, ge=1, description="Requests of a task in one forward pass.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_alone(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {"data": ()} | values if values.get("tasks") else values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.data and not self.tasks:
+            raise ValueError("neither data nor tasks to evaluate on")
+        return self
+
+
+class RecoverConfig(_ModelOptions):
+    """Options of ``slimgpt recover``; the defaults are the paper's settings."""
+
+    method: RecoverMethod = Field(
+        "lora", description="What is trained: adapters, all weights, or adapters with a teacher."
+    )
+    data: str = Field("alpaca", description="Data set or local file: instructions or plain text.")
+    max_examples: int | None = Field(None, ge=1, description="Use only the first examples.")
+    seqlen: int = Field(256, ge=2, description="Tokens of an example; the rest is cut off.")
+    rank: int = Field(8, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(16, ge=1, description="Scale of the adapters, divided by the rank.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout in front of the adapters.")
+    learning_rate: float = Field(1e-4, gt=0, description="Its peak; it falls as a cosine to 0.")
+    warmup_steps: int = Field(10, ge=0, description="Steps until the peak.")
+    epochs: float = Field(1, gt=0, description="Passes over the data.")
+    max_steps: int | None = Field(None, ge=1, description="Train for this many steps instead.")
+    batch_size: int = Field(64, ge=1, description="Examples of a step, over all processes.")
+    micro_batch_size: int = Field(4, ge=1, description="Of these, at once in one process.")
+    teacher: str | None = Field(
+        None, description="Model to distil from. Default: the base model of the pruning report."
+    )
+    kl_weight: float = Field(
+        1.0, ge=0, description="Weight of the KL divergence to the teacher beside the loss."
+    )
+    eval_data: str = Field("wikitext2", description="Text for the held-out perplexity.")
+    eval_tokens: int = Field(16_384, ge=2, description="The first tokens of it.")
+    eval_steps: int = Field(20, ge=1, description="Steps between evaluations.")
+    save_steps: int = Field(20, ge=1, description="Steps between checkpoints to resume from.")
+    report_to: Annotated[tuple[str, ...], _Listed] = Field(
+        (), description="Trackers of transformers: tensorboard, wandb, mlflow, …"
+    )
+    seed: int = Field(0, ge=0, description="Seed of the adapters, the dropout and the order.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is no multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        if self.data == "self":
+            raise ValueError("data='self' is text for calibration, not for training")
+        if self.teacher and self.method != "distill":
+            raise ValueError(f"method={self.method!r} has no teacher; did you mean 'distill'?")
+        return self
 
 
 class ExportConfig(_Options):

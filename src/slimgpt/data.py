@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation, from data sets and local files to tokens."""
+"""Text for calibration, evaluation and training, from data sets and local files to tokens."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import logging
 import platform
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +22,10 @@ from slimgpt.errors import ConfigError, DataError, MissingDependencyError
 log = logging.getLogger(__name__)
 
 Purpose = Literal["calibration", "evaluation"]
+Document = tuple[str, str]  # a prompt, empty for plain text, and what follows it
 
 SELF = "self"
+IGNORED = -100  # the label of a token that is not trained on, as in PyTorch
 BLANK_LINE = "\n\n"
 PYDOCS = "pydocs"
 PYDOCS_CALIBRATION = 0.8
@@ -43,7 +46,7 @@ class HubDataset:
     options : dict
         Further arguments of ``datasets.load_dataset``.
     text_field : str or None
-        Field of the text; None for instructions (see `format_instruction`).
+        Field of the text; None for instructions (see `instruction_prompt`).
     separator : str
         What stands between two documents for evaluation, as published results have it.
     evaluation_documents : int or None
@@ -173,7 +176,7 @@ def calibration_tokens(
     """
     tokens: list[int] = []
     needed = nsamples * seqlen
-    documents = filter(str.strip, _documents(name, "calibration", text_field))
+    documents = filter(str.strip, map("".join, _documents(name, "calibration", text_field)))
     for text in _shuffled(documents, seed):
         tokens += _tokenize(text + BLANK_LINE, tokenizer)
         if len(tokens) >= needed:
@@ -223,7 +226,7 @@ def evaluation_tokens(
         If the data cannot be read.
     """
     separator = HUB_DATASETS[name].separator if name in HUB_DATASETS else BLANK_LINE
-    text = separator.join(_documents(name, "evaluation", text_field))
+    text = separator.join(map("".join, _documents(name, "evaluation", text_field)))
     return torch.tensor(_tokenize(text, tokenizer)[:max_tokens], dtype=torch.long)
 
 
@@ -281,17 +284,92 @@ def sample_from_model(
     return torch.cat(samples)
 
 
-def format_instruction(record: dict[str, Any]) -> str:
-    """Text of an instruction record, in the layout of the Alpaca data set."""
+def training_examples(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    max_examples: int | None = None,
+    text_field: str | None = None,
+) -> list[dict[str, list[int]]]:
+    """Tokenise examples to train on.
+
+    An instruction becomes one example: the prompt of Alpaca, the answer and, where it fits, an
+    EOS token; the labels are those of the answer. Plain text is joined and cut into windows that
+    do not overlap, every token of which is a label.
+
+    Parameters
+    ----------
+    name : str
+        See `check_dataset`; not ``self``.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    seqlen : int
+        Tokens of a window, and the most of an instruction; what is longer is cut off.
+    max_examples : int, optional
+        Stop after this many.
+    text_field : str, optional
+        Field of the text in local data files; by default ``text``, or an instruction record.
+
+    Returns
+    -------
+    list of dict
+        ``input_ids`` and ``labels``, of equal length; the labels are `IGNORED` in the prompt.
+        Instructions whose prompt alone fills `seqlen` tokens are left out.
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read or has not one example.
+    """
+    examples: list[dict[str, list[int]]] = []
+    text: list[int] = []
+    num_dropped = 0
+    eos_token: Any = tokenizer.eos_token_id
+    for prompt, answer in _documents(name, "calibration", text_field):
+        if prompt:
+            tokens = _tokenize(prompt + answer, tokenizer)
+            if eos_token is not None:
+                tokens.append(eos_token)
+            start = len(_tokenize(prompt, tokenizer))
+            labels = [IGNORED] * start + tokens[start:]
+            if start < min(seqlen, len(tokens)):
+                examples.append({"input_ids": tokens[:seqlen], "labels": labels[:seqlen]})
+            else:
+                num_dropped += 1
+        else:
+            text += _tokenize(answer + BLANK_LINE, tokenizer)
+            num_whole = len(text) // seqlen * seqlen
+            windows = [text[i : i + seqlen] for i in range(0, num_whole, seqlen)]
+            examples += [{"input_ids": window, "labels": window} for window in windows]
+            text = text[num_whole:]
+        if max_examples and len(examples) >= max_examples:
+            break
+    if num_dropped:
+        log.warning("%d prompts of %s leave no room for an answer: left out", num_dropped, name)
+    if not examples:
+        raise DataError(
+            f"{name} has not one example of {seqlen} tokens",
+            hint="give a longer text or a smaller --seqlen",
+        )
+    return examples[:max_examples]
+
+
+def instruction_prompt(record: dict[str, Any]) -> str:
+    """Prompt of an instruction record, in the template of Stanford Alpaca."""
     given = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
-    return f"### Instruction:\n{record['instruction']}\n\n{given}### Response:\n{record['output']}"
+    paired = ", paired with an input that provides further context" if given else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that "
+        f"appropriately completes the request.\n\n### Instruction:\n{record['instruction']}\n\n"
+        f"{given}### Response:\n"
+    )
 
 
-def _documents(name: str, purpose: Purpose, text_field: str | None) -> Iterator[str]:
+def _documents(name: str, purpose: Purpose, text_field: str | None) -> Iterator[Document]:
     if Path(name).suffix in FILE_SUFFIXES:
         return _file_documents(Path(name), text_field)
     if name == PYDOCS:
-        return iter([_pydocs(purpose)])
+        return iter([("", _pydocs(purpose))])
     dataset = HUB_DATASETS[name]
     documents = _hub_documents(name, dataset, dataset.splits[purpose])
     return (
@@ -301,12 +379,15 @@ def _documents(name: str, purpose: Purpose, text_field: str | None) -> Iterator[
     )
 
 
-def _hub_documents(name: str, dataset: HubDataset, split: str) -> Iterator[str]:
+def _hub_documents(name: str, dataset: HubDataset, split: str) -> Iterator[Document]:
     from datasets import load_dataset
 
     try:
         for record in load_dataset(dataset.path, split=split, streaming=True, **dataset.options):
-            yield record[dataset.text_field] if dataset.text_field else format_instruction(record)
+            if dataset.text_field:
+                yield "", record[dataset.text_field]
+            else:
+                yield instruction_prompt(record), record["output"]
     except Exception as err:  # whatever went wrong on the way, the data set cannot be read
         reason = " ".join(str(err).split())[:200]
         raise DataError(
@@ -323,45 +404,55 @@ def _pydocs(purpose: Purpose) -> str:
     return text[:cut] if purpose == "calibration" else text[cut:]
 
 
-def _file_documents(path: Path, text_field: str | None) -> Iterator[str]:
+def _file_documents(path: Path, text_field: str | None) -> Iterator[Document]:
+    if path.suffix == ".txt":
+        with _reading(path):
+            yield "", path.read_text(encoding="utf-8")
+        return
+    for index, record in enumerate(read_records(path)):
+        yield _record_document(record, text_field, f"{path}, record {index}")
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Read the records of a local file ending in .jsonl, .json or .parquet, one by one.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, or a JSON file is not a list.
+    """
+    with _reading(path):
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                yield from (json.loads(line) for line in lines if line.strip())
+        elif path.suffix == ".json":
+            records = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(records, list):
+                raise DataError(f"{path} is not a JSON list of records")
+            yield from records
+        else:
+            from pyarrow.parquet import ParquetFile
+
+            for batch in ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
-            return
-        for index, record in enumerate(_records(path)):
-            yield _record_text(record, text_field, f"{path}, record {index}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        yield
+    except (OSError, ValueError) as err:  # of JSON, UTF-8 and Parquet, too
         raise DataError(f"cannot read {path}: {err}") from err
 
 
-def _records(path: Path) -> Iterator[Any]:
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
-    elif path.suffix == ".json":
-        records = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(records, list):
-            raise DataError(f"{path} is not a JSON list of records")
-        yield from records
-    else:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            for batch in ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        except ArrowInvalid as err:
-            raise DataError(f"cannot read {path}: {err}") from err
-
-
-def _record_text(record: Any, text_field: str | None, where: str) -> str:
+def _record_document(record: Any, text_field: str | None, where: str) -> Document:
     if isinstance(record, dict):
         text = record.get(text_field or "text")
         if isinstance(text, str):
-            return text
+            return "", text
         parts = (record.get("instruction"), record.get("output"))
         if text_field is None and all(isinstance(part, str) for part in parts):
-            return format_instruction(record)
+            return instruction_prompt(record), record["output"]
     fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
     raise DataError(
         f"{where} has no text field {text_field or 'text'!r}; it has: {fields}",

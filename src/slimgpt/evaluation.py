@@ -1,11 +1,11 @@
-"""Perplexity of a model, and how far its predictions are from those of a base model."""
+"""Perplexity and benchmark tasks of a model, beside those of a base model."""
 
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from slimgpt.card import EVAL_FILE, REPORT_FILE, update_card
+from slimgpt.card import PERPLEXITY_FILE, REPORT_FILE, TASKS_FILE, update_card
 from slimgpt.config import EvalConfig
 from slimgpt.data import check_dataset, describe_dataset, evaluation_tokens
-from slimgpt.errors import ConfigError, DataError
-from slimgpt.model import Source, find_model, load_config, load_model, load_tokenizer
+from slimgpt.errors import DataError
+from slimgpt.model import check_same_vocabulary, find_model, load_model, load_tokenizer
 from slimgpt.run import write_atomically
+from slimgpt.tasks import Score, load_tasks, run_tasks
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOGS = 2.0
+# Results that agree in these differ in the model alone.
+TEXT_PROTOCOL = ("data_sha256", "seqlen", "base")
+TASK_PROTOCOL = ("task", "metric", "num_docs", "num_fewshot", "data", "base")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,34 @@ class EvalResult:
     kl_divergence: float | None
 
 
-def evaluate(model: str, **options: Any) -> list[EvalResult]:
-    """Measure perplexity; in a directory that SlimGPT wrote, put it into the model card.
+@dataclass(frozen=True)
+class TaskResult(Score):
+    """Score of the model on a task, and of the base.
+
+    Attributes
+    ----------
+    model, base : str, str or None
+        The models, as the user named them.
+    base_value, base_stderr : float or None
+        The base's score and standard error.
+    """
+
+    model: str
+    base: str | None
+    base_value: float | None
+    base_stderr: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured: on each text and window length, and in each task."""
+
+    perplexity: tuple[EvalResult, ...]
+    tasks: tuple[TaskResult, ...]
+
+
+def evaluate(model: str, **options: Any) -> Evaluation:
+    """Measure perplexity and run tasks; in a directory of SlimGPT's, also fill the model card.
 
     Parameters
     ----------
@@ -70,13 +100,14 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
 
     Returns
     -------
-    list of EvalResult
-        One for each text and window length.
+    Evaluation
+        Perplexity for each text and window length; metrics for each task.
 
     Raises
     ------
     SlimGPTError
-        If an option, a model or the data is wrong, or a text is shorter than one window.
+        If an option, a model or the data is wrong, a text is shorter than one window, or a
+        package for the tasks is missing.
 
     Examples
     --------
@@ -90,8 +121,8 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
     for name in config.data:
         check_dataset(name, "evaluation")
     tokenizer = load_tokenizer(source)
-    if base_source:
-        _check_same_vocabulary(source, base_source, tokenizer)
+    if base_source and config.data:
+        check_same_vocabulary(source, base_source)
     texts = {
         name: evaluation_tokens(name, tokenizer, config.max_tokens, config.text_field)
         for name in config.data
@@ -102,16 +133,17 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
                 f"{name} has {len(tokens)} tokens, less than one window of {min(config.seqlen)}",
                 hint="give a longer text, more --max-tokens or a smaller --seqlen",
             )
+    tasks = load_tasks(config.tasks, config.data_dir, config.num_fewshot) if config.tasks else None
     live = load_model(source, config.dtype, config.device)
     base = load_model(base_source, config.dtype, config.device) if base_source else None
 
-    results = []
+    perplexity = []
     for name, tokens in texts.items():
         for seqlen in _usable_lengths(config.seqlen, [live, base or live], len(tokens)):
             log.info("evaluating on %s, windows of %d tokens", name, seqlen)
             windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
             nll, base_nll, kl = mean_losses(live, base, windows)
-            results.append(
+            perplexity.append(
                 EvalResult(
                     model=model,
                     base=config.against,
@@ -124,23 +156,28 @@ def evaluate(model: str, **options: Any) -> list[EvalResult]:
                     kl_divergence=kl if base else None,
                 )
             )
+    scores: list[TaskResult] = []
+    if tasks:
+        size = config.limit, config.batch_size
+        ours = run_tasks(tasks, live, tokenizer, *size)
+        theirs: list[Score] | list[None] = [None] * len(ours)
+        if base and base_source:
+            theirs = run_tasks(tasks, base, load_tokenizer(base_source), *size)
+        scores = [
+            TaskResult(
+                **asdict(score),
+                model=model,
+                base=config.against,
+                base_value=other.value if other else None,
+                base_stderr=other.stderr if other else None,
+            )
+            for score, other in zip(ours, theirs, strict=True)
+        ]
     directory = Path(source.location)
     if (directory / REPORT_FILE).is_file():
-        _add_to_card(directory, results)
-    return results
-
-
-def _check_same_vocabulary(
-    source: Source, base: Source, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Both models must give the same token the same number, or the KL means nothing."""
-    sizes = [load_config(s).vocab_size for s in (source, base)]
-    if sizes[0] != sizes[1] or load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"{source.name} and {base.name} have different vocabularies ({sizes[0]} and {sizes[1]} "
-            "tokens), so their predictions cannot be compared",
-            hint="give the model that was pruned as --against",
-        )
+        _add_to_card(directory, PERPLEXITY_FILE, perplexity, TEXT_PROTOCOL)
+        _add_to_card(directory, TASKS_FILE, scores, TASK_PROTOCOL)
+    return Evaluation(tuple(perplexity), tuple(scores))
 
 
 def _usable_lengths(
@@ -199,14 +236,22 @@ def _log_probs(model: PreTrainedModel, inputs: Tensor) -> Tensor:
     return model(inputs, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
 
 
-def _add_to_card(directory: Path, results: list[EvalResult]) -> None:
-    """Keep the results with the pruned model; a failure to do so does not lose them."""
-    file = directory / EVAL_FILE
+def _add_to_card(
+    directory: Path,
+    name: str,
+    results: Sequence[EvalResult | TaskResult],
+    protocol: tuple[str, ...],
+) -> None:
+    """Keep the results with the pruned model, in place of older ones of the same protocol.
+
+    A failure to do so does not lose the results.
+    """
+    if not results:
+        return
+    file = directory / name
     try:
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        by_protocol = {
-            (r["data_sha256"], r["seqlen"], r["base"]): r for r in [*kept, *map(asdict, results)]
-        }
+        by_protocol = {tuple(r[key] for key in protocol): r for r in [*kept, *map(asdict, results)]}
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
         update_card(directory)

@@ -239,6 +239,24 @@ def load_generation_config(source: Source, config: PreTrainedConfig) -> Generati
     return GenerationConfig.from_model_config(config)
 
 
+def check_same_vocabulary(source: Source, base: Source) -> None:
+    """Check that two models give the same token the same number.
+
+    Raises
+    ------
+    ConfigError
+        If they do not, so that their predictions cannot be compared.
+    """
+    sizes = [load_config(s).vocab_size for s in (source, base)]
+    vocabularies = [load_tokenizer(s).get_vocab() for s in (source, base)]
+    if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
+        raise ConfigError(
+            f"{source.name} and {base.name} have different vocabularies ({sizes[0]} and {sizes[1]} "
+            "tokens), so their predictions cannot be compared",
+            hint=f"give the model that {source.name} was pruned from",
+        )
+
+
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build a model without weights: its parameters are on the meta device, its buffers are not."""
     with init_empty_weights():

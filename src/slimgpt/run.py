@@ -1,6 +1,7 @@
 """A run: its output directory, the state that outlives an interruption, and its cost.
 
-While a run is going on, ``OUT/.slimgpt`` holds its manifest and one file for each finished block.
+While a run is going on, ``OUT/.slimgpt`` holds its manifest and what is finished: blocks, or
+checkpoints of the training.
 Every file appears by a write to a temporary name, a sync to disk and a rename. The finished
 product is put together in ``OUT/.slimgpt/result`` and then moved into ``OUT``, ``config.json``
 last: a directory that has one is complete.
@@ -25,6 +26,7 @@ from slimgpt.errors import RunStateError
 STATE_DIR = ".slimgpt"
 LAST_FILE = "config.json"
 
+_PROGRESS = ("block-*.safetensors", "checkpoint-*/trainer_state.json")
 _MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
 
 
@@ -64,9 +66,10 @@ class Run:
         """Where the result of a block is or will be; it exists only when it is whole."""
         return self.state / f"block-{index:05d}.safetensors"
 
-    def blocks(self) -> list[Path]:
-        """Files of the finished blocks."""
-        return sorted(self.state.glob("block-*.safetensors"))
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to go on with: a block, a checkpoint of training."""
+        return any(next(self.state.glob(pattern), None) for pattern in _PROGRESS)
 
     def identify(self, identity: dict[str, Any], restart: bool) -> None:
         """Compare with the identity of an interrupted run, or note that of a new one.
@@ -145,9 +148,10 @@ class Run:
             for path in self.output.iterdir():  # parts of that product
                 if path.name != STATE_DIR:
                     path.unlink()
-        shutil.rmtree(self.state / _DRAFT, ignore_errors=True)
         for path in sorted(self.state.iterdir(), key=lambda path: path.name == _MANIFEST):
-            if path.name != _LOCK:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
                 path.unlink()
 
 
@@ -163,8 +167,7 @@ def open_run(output: Path) -> Iterator[Run]:
     Yields
     ------
     Run
-        Its state is removed when the product is published, or when the block raises before any
-        block of the model was finished.
+        Its state is removed when the product is published, or when there is nothing to go on with.
 
     Raises
     ------
@@ -192,7 +195,7 @@ def open_run(output: Path) -> Iterator[Run]:
             raise _occupied(output)  # but for the end of a clean-up
         yield run
     finally:
-        if run.is_published or not run.blocks():
+        if run.is_published or not run.has_begun:
             run._forget()
             (run.state / _LOCK).unlink()  # while it is held: who comes next has another one
             with suppress(OSError):

@@ -1,0 +1,456 @@
+"""Recover a pruned model with a little training, and write it as the same kind of checkpoint.
+
+Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) with the settings of SlimGPT (arXiv 2412.18110,
+section 4.1), all weights, or adapters that also learn from the dense model (Hinton et al. 2015,
+arXiv 1503.02531). The training loop is `transformers.Trainer`.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import platform
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
+from slimgpt.config import RecoverConfig
+from slimgpt.data import (
+    IGNORED,
+    check_dataset,
+    describe_dataset,
+    evaluation_tokens,
+    training_examples,
+)
+from slimgpt.distributed import from_main, is_main
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+from slimgpt.families import family_of
+from slimgpt.model import (
+    Source,
+    check_same_vocabulary,
+    find_device,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from slimgpt.run import Run, open_run, peak_memory
+
+log = logging.getLogger(__name__)
+
+Examples = list[dict[str, list[int]]]
+METRICS_FILE = "metrics.jsonl"
+TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """A finished run.
+
+    Attributes
+    ----------
+    output : Path
+        The directory with the recovered model.
+    report : dict
+        The content of ``recovery_report.json``.
+    """
+
+    output: Path
+    report: dict[str, Any]
+
+
+def recover(
+    model: str, output: str | Path, *, restart: bool = False, **options: Any
+) -> RecoverResult:
+    """Train a pruned model and write it as a checkpoint of the same kind.
+
+    The same call goes on from the last checkpoint of a run that was interrupted.
+
+    Parameters
+    ----------
+    model : str
+        A directory with a pruned model, or any model of a supported family.
+    output : str or Path
+        Directory for the result; must not exist, or be empty.
+    restart : bool
+        Throw away what an interrupted run has left.
+    **options
+        The fields of `slimgpt.config.RecoverConfig`, for example ``method="distill"``.
+
+    Returns
+    -------
+    RecoverResult
+        Where the model is, and the report with both curves.
+
+    Raises
+    ------
+    SlimGPTError
+        If an option, a model or the data is wrong, a package is missing, or the interrupted run
+        had other options. Nothing is half-written then.
+
+    Examples
+    --------
+    >>> import slimgpt
+    >>> slimgpt.recover("slim", "recovered", method="distill", max_steps=100)  # doctest: +SKIP
+    """
+    config = RecoverConfig.create(**options)
+    output = Path(output)
+    source = find_model(model)
+    teacher = _find_teacher(source, config) if config.method == "distill" else None
+    check_dataset(config.data, "calibration")
+    check_dataset(config.eval_data, "evaluation")
+    _check_packages(config)
+    tokenizer = load_tokenizer(source)
+    examples = training_examples(
+        config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
+    )
+    held_out = _held_out_windows(config, tokenizer)
+    identity = {
+        "model": source.name,
+        "teacher": teacher.name if teacher else None,
+        **config.model_dump(mode="json", exclude={"teacher", "device", "report_to"}),
+        "examples_sha256": _sha256(examples),
+        "held_out_sha256": _sha256(held_out),
+    }
+    PartialState()  # joins the other processes of torchrun
+    with open_run(output) if is_main() else nullcontext() as run:
+        if run:
+            run.identify(identity, restart)
+        if not from_main(run and run.is_written):
+            report = _train(source, teacher, tokenizer, examples, held_out, config, output)
+            if run:
+                _write(run, source, tokenizer, config, report)
+        if run:
+            run.publish()
+    report = from_main(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
+    return RecoverResult(output, report)
+
+
+def _train(
+    source: Source,
+    teacher: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    held_out: Examples,
+    config: RecoverConfig,
+    output: Path,
+) -> dict[str, Any]:
+    """Train, from the last checkpoint on if there is one; the report."""
+    state = Run(output).state
+    checkpoint = from_main(is_main() and _last_checkpoint(state))
+    start = time.monotonic()
+    arguments = _training_arguments(source, config, output, state)
+    arguments.eval_on_start = not checkpoint
+    pad_token: Any = tokenizer.pad_token_id or 0
+    trainer = _make_trainer(
+        _trainable(source, config),
+        load_model(teacher, config.dtype, str(arguments.device)) if teacher else None,
+        config,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        data_collator=partial(_pad, pad_token=pad_token),
+        callbacks=[_MetricsWriter(state / METRICS_FILE)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    log.info("training on %d examples of %s", len(examples), config.data)
+    trainer.train(resume_from_checkpoint=checkpoint or None)
+    trainer.save_model(str(state / TRAINED))
+    metrics = [_metrics(entry) for entry in trainer.state.log_history]
+    return {
+        "model": source.name,
+        "teacher": teacher.name if teacher else None,
+        "config": config.model_dump(mode="json"),
+        "data": describe_dataset(config.data, "calibration"),
+        "held_out": describe_dataset(config.eval_data, "evaluation"),
+        "num_examples": len(examples),
+        "steps": trainer.state.global_step,
+        "train_loss": [[m["step"], m["loss"]] for m in metrics if "loss" in m],
+        "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_bytes": peak_memory(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("slimgpt", "torch", "transformers")},
+    }
+
+
+class Distiller(Trainer):
+    """Trainer whose loss has the KL divergence to a teacher added.
+
+    Parameters
+    ----------
+    teacher : PreTrainedModel
+        Of the same vocabulary as the model; in evaluation mode, on the device of training.
+    kl_weight : float
+        Weight of KL(teacher ‖ model), which is a mean over the same tokens as the loss: those
+        with a label, of all examples of a step.
+    **kwargs
+        Of the `Trainer`.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, kl_weight: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._teacher, self._kl_weight = teacher, kl_weight
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Add the divergence to the loss of the labels, in training only."""
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
+        if model.training:
+            read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                target = self._teacher(**read, use_cache=False).logits
+            is_label = inputs["labels"][:, 1:] != IGNORED
+            divergence = functional.kl_div(
+                outputs["logits"][:, :-1][is_label].float().log_softmax(-1),
+                target[:, :-1][is_label].float().log_softmax(-1),
+                reduction="sum",
+                log_target=True,
+            )
+            # The number is of all processes, over which the gradient is averaged.
+            weight = self._kl_weight * self.accelerator.num_processes / num_items_in_batch
+            loss = loss + weight * divergence
+        return (loss, outputs) if return_outputs else loss
+
+
+class _MetricsWriter(TrainerCallback):
+    """Writes every metric to ``metrics.jsonl`` and to the log."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Keep the metrics of the steps that are not run again."""
+        self._start, self._first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            lines = [json.dumps(_metrics(entry)) + "\n" for entry in state.log_history]
+            self._file.write_text("".join(lines), encoding="utf-8")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Append the newest metrics."""
+        entry = _metrics(state.log_history[-1])
+        if not state.is_world_process_zero or list(entry) == ["step"]:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if "perplexity" in entry:
+            log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
+        else:
+            seconds_per_step = (time.monotonic() - self._start) / (entry["step"] - self._first_step)
+            left = seconds_per_step * (state.max_steps - entry["step"])
+            steps = entry["step"], state.max_steps
+            log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
+
+
+def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of an entry in the Trainer's log: all but times."""
+    kept = {
+        key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in entry
+    }
+    return kept | ({"perplexity": math.exp(entry["eval_loss"])} if "eval_loss" in entry else {})
+
+
+def _find_teacher(source: Source, config: RecoverConfig) -> Source:
+    """The model to distil from, which must have the vocabulary of the one that is trained."""
+    name, report = config.teacher, Path(source.location) / REPORT_FILE
+    if name is None and report.is_file():
+        name = json.loads(report.read_text(encoding="utf-8"))["base_model"]
+    if name is None:
+        raise ConfigError(
+            f"{source.name} has no pruning report that names its base model",
+            hint="name the model to distil from as --teacher",
+        )
+    try:
+        teacher = find_model(name)
+    except ConfigError as err:  # reports name a local model without its path
+        raise ConfigError(str(err), hint="name the model to distil from as --teacher") from err
+    check_same_vocabulary(source, teacher)
+    return teacher
+
+
+def _check_packages(config: RecoverConfig) -> None:
+    if config.method != "full" and find_spec("peft") is None:
+        raise MissingDependencyError(
+            "peft", f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
+        )
+    for tracker in config.report_to:
+        if tracker not in get_available_reporting_integrations():
+            raise MissingDependencyError(tracker, "this tracker", f"pip install {tracker}")
+
+
+def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    tokens = evaluation_tokens(config.eval_data, tokenizer, config.eval_tokens).tolist()
+    starts = range(0, len(tokens) - config.seqlen + 1, config.seqlen)
+    windows = [tokens[start : start + config.seqlen] for start in starts]
+    if not windows:
+        raise DataError(
+            f"{config.eval_data} has {len(tokens)} tokens, less than one window of {config.seqlen}",
+            hint="give a longer --eval-data, more --eval-tokens or a smaller --seqlen",
+        )
+    return [{"input_ids": window, "labels": window} for window in windows]
+
+
+def _sha256(examples: Examples) -> str:
+    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+
+
+def _last_checkpoint(state: Path) -> str | None:
+    """The last checkpoint that is whole: the Trainer writes its own state as the last file."""
+    found = {
+        int(path.parent.name.rpartition("-")[2]): str(path.parent)
+        for path in state.glob("checkpoint-*/trainer_state.json")
+        if path.read_bytes().endswith(b"}\n")
+    }
+    if not found:
+        return None
+    log.info("resuming after step %d", max(found))
+    return found[max(found)]
+
+
+def _training_arguments(
+    source: Source, config: RecoverConfig, output: Path, state: Path
+) -> TrainingArguments:
+    device = find_device(config.device)
+    dtype = load_config(source).dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if device.index is not None:
+        raise ConfigError(
+            f"--device {config.device} cannot be chosen for training",
+            hint="set CUDA_VISIBLE_DEVICES and give --device cuda",
+        )
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ConfigError("float16 cannot be trained on a CPU", hint="use --dtype bfloat16")
+    num_processes = PartialState().num_processes
+    at_once = config.micro_batch_size * num_processes
+    if config.batch_size % at_once:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is no multiple of {at_once}: "
+            f"micro_batch_size={config.micro_batch_size} in {num_processes} processes"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(state),
+        run_name=output.name,
+        report_to=list(config.report_to) or "none",
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // at_once,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # or the Trainer would use nn.DataParallel
+    return arguments
+
+
+def _trainable(source: Source, config: RecoverConfig) -> Any:
+    """The model with what is trained in float32: adapters, or all weights."""
+    set_seed(config.seed)
+    if config.method == "full":
+        return load_model(source, "float32", "cpu").requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(source, config.dtype, "cpu")
+    family = family_of(model.config.model_type)
+    adapted = [n for spec in (family.attention, family.ffn) for n in (*spec.inputs, spec.output)]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=adapted,
+    )
+    return get_peft_model(model, lora)
+
+
+def _make_trainer(
+    model: Any, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
+) -> Trainer:
+    if teacher is None:
+        return Trainer(model=model, **kwargs)
+    return Distiller(teacher, config.kl_weight, model=model, **kwargs)
+
+
+def _pad(examples: Examples, pad_token: int) -> dict[str, Tensor]:
+    """Batch examples of different lengths, padded on the right."""
+    padding = {"input_ids": pad_token, "labels": IGNORED, "attention_mask": 0}
+    columns = {key: [torch.tensor(example[key]) for example in examples] for key in examples[0]}
+    columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+    return {
+        key: pad_sequence(column, batch_first=True, padding_value=padding[key])
+        for key, column in columns.items()
+    }
+
+
+def _write(
+    run: Run,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RecoverConfig,
+    report: dict[str, Any],
+) -> None:
+    """Merge what was trained into the weights as they are in the checkpoint, and save them."""
+    trained = str(run.state / TRAINED)
+    model: Any = load_model(source, device="cpu")
+    if config.method == "full":
+        model = load_model(Source(trained, trained), str(model.dtype).removeprefix("torch."), "cpu")
+    else:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, trained).merge_and_unload()
+    log.info("saving to %s", run.output)
+    with run.product() as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        shutil.copy(run.state / METRICS_FILE, directory)
+        text = json.dumps(report, indent=1) + "\n"
+        (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
+        pruning_report = Path(source.location) / REPORT_FILE
+        if pruning_report.is_file():
+            shutil.copy(pruning_report, directory)
+            write_card(directory)

@@ -1,0 +1,451 @@
+"""Benchmark tasks of lm-eval on a live model, with their data from the hub or from local files.
+
+Prompts, metrics and standard errors are lm-eval's own; local files only take the place of the
+data set in a task's config.
+"""
+
+import csv
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.config import did_you_mean
+from slimgpt.data import read_records
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
+SPLIT_NAMES = {"validation": {"validation", "valid", "val", "dev"}}
+SUPER_GLUE, MMLU = "aps/super_glue", "cais/mmlu"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that are reported with their mean.
+
+    Attributes
+    ----------
+    metrics : dict
+        Metric of each task, or of each group of tasks, which gets a mean of its own; names are
+        lm-eval's.
+    num_fewshot : int
+        Solved examples in front of a question.
+    weight_by_size : bool
+        Whether a mean is over documents rather than over tasks.
+    """
+
+    metrics: dict[str, str]
+    num_fewshot: int
+    weight_by_size: bool = False
+
+
+SUITES = {
+    # acc_norm (per byte of the answer) wherever lm-eval defines it.
+    "commonsense": Suite(
+        {
+            "boolq": "acc",
+            "piqa": "acc_norm",
+            "hellaswag": "acc_norm",
+            "winogrande": "acc",
+            "arc_easy": "acc_norm",
+            "arc_challenge": "acc_norm",
+            "openbookqa": "acc_norm",
+        },
+        num_fewshot=0,
+    ),
+    "mmlu": Suite(
+        {
+            "mmlu_humanities": "acc",
+            "mmlu_social_sciences": "acc",
+            "mmlu_stem": "acc",
+            "mmlu_other": "acc",
+        },
+        num_fewshot=5,
+        weight_by_size=True,
+    ),
+    "longbench": Suite(
+        {
+            "longbench_single": "score",
+            "longbench_multi": "score",
+            "longbench_summarization": "score",
+            "longbench_fewshot": "score",
+        },
+        num_fewshot=0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task, or a mean over tasks.
+
+    Attributes
+    ----------
+    task, metric : str
+        lm-eval's names, a filter other than ``none`` after a comma; or the name of a mean.
+    value, stderr : float, float or None
+        The metric and its standard error.
+    num_docs : int
+        Questions answered.
+    num_fewshot : int
+        Solved examples in front of each.
+    data : str
+        Data set or file, and split; for a mean, over how many tasks it is.
+    lm_eval : str
+        Version of lm-eval, and of the task; the commit that lm-eval names, if any.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    num_docs: int
+    num_fewshot: int
+    data: str
+    lm_eval: str
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks with their data, ready to be run on any model; from `load_tasks`.
+
+    Attributes
+    ----------
+    tasks : dict
+        lm-eval's task objects, by name.
+    data : dict
+        Where the data of each is from.
+    means : dict
+        The means to report, as suites of single tasks; there may be no data for some of these.
+    """
+
+    tasks: dict[str, Any]
+    data: dict[str, str]
+    means: dict[str, Suite]
+
+
+def load_tasks(
+    names: Sequence[str], data_dir: Path | None = None, num_fewshot: int | None = None
+) -> TaskSet:
+    """Load tasks and their data.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Keys of `SUITES`, or tasks, groups and tags of lm-eval.
+    data_dir : Path, optional
+        Folder with the data (see `find_split`); by default it comes from the hub. Tasks of a
+        suite or group that have no file there are left out, with a warning.
+    num_fewshot : int, optional
+        Solved examples in front of a question; by default the suite's or the task's number.
+
+    Raises
+    ------
+    MissingDependencyError
+        If lm-eval, or a package that a task needs, is not installed.
+    ConfigError
+        If lm-eval has no such task, or the folder does not exist.
+    DataError
+        If the data of a task cannot be had.
+    """
+    if find_spec("lm_eval") is None:
+        raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
+    if data_dir and not data_dir.is_dir():
+        raise ConfigError(f"the data directory {data_dir} does not exist")
+    manager = _manager()
+    means: dict[str, Suite] = {}
+    shots: dict[str, int | None] = {}
+    for name in names:
+        suite = SUITES.get(name)
+        if suite:
+            means |= _means(name, suite, manager)
+        default = suite.num_fewshot if suite else None
+        for task in means[name].metrics if suite else _expand(name, manager):
+            shots.setdefault(task, default if num_fewshot is None else num_fewshot)
+    configs = {
+        task: (manager.task_index[task].cfg or {})
+        | ({} if number is None else {"num_fewshot": number})
+        for task, number in shots.items()
+    }
+    files: dict[str, dict[str, Path]] = {}
+    if data_dir:
+        files = _find_files(configs, data_dir, required=set(names))
+        configs = {task: configs[task] for task in files}
+    tasks, data = {}, {}
+    for task, config in configs.items():
+        local = files.get(task, {})
+        tasks[task] = _load_task(task, config, local, manager)
+        split = _tested_split(config)
+        data[task] = local[split].name if local else f"{config.get('dataset_path')}, {split}"
+    return TaskSet(tasks, data, means)
+
+
+def run_tasks(
+    found: TaskSet,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> list[Score]:
+    """Run tasks on a model.
+
+    Parameters
+    ----------
+    found : TaskSet
+        From `load_tasks`.
+    model, tokenizer
+        A causal language model, dense or pruned, and its tokenizer.
+    limit : int, optional
+        Only the first documents of each task.
+    batch_size : int
+        Requests in one forward pass; changes the time, not the scores.
+    """
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+
+    log.info("running %s", ", ".join(found.tasks))
+    make_lm: Any = huggingface.HFLM  # its decorators hide its signature
+    simple_evaluate: Any = evaluator.simple_evaluate
+    results = simple_evaluate(
+        make_lm(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(found.tasks.values()),
+        limit=limit,
+        log_samples=False,
+    )
+    commit = f", commit {results['git_hash']}" if results["git_hash"] else ""
+    lm_eval = f"{version('lm-eval')}{commit}"
+    scores = []
+    for task in found.tasks:
+        values = results["results"][task]
+        wanted = {mean.metrics[task] for mean in found.means.values() if task in mean.metrics}
+        for key, value in values.items():
+            metric, comma, filter_ = key.partition(",")
+            if not comma or metric.endswith("_stderr") or (wanted and metric not in wanted):
+                continue
+            stderr = values[f"{metric}_stderr,{filter_}"]
+            scores.append(
+                Score(
+                    task=task,
+                    metric=metric if filter_ == "none" else key,
+                    value=float(value),
+                    stderr=None if stderr == "N/A" else float(stderr),
+                    num_docs=values["sample_len"],
+                    num_fewshot=results["n-shot"][task],
+                    data=found.data[task],
+                    lm_eval=f"{lm_eval}, task version {results['versions'][task]}",
+                )
+            )
+    means = (_average(name, mean, scores) for name, mean in found.means.items())
+    return [*scores, *(mean for mean in means if mean)]
+
+
+def find_split(data_dir: Path, task: str, dataset_name: str | None, split: str) -> Path | None:
+    """Find the file with a split of a task's data.
+
+    Parameters
+    ----------
+    data_dir : Path
+        Searched with its subfolders.
+    task, dataset_name : str, str or None
+        The file's name begins with one of these, in words; case and kind of separator do not
+        matter: ``arc_easy_test.jsonl``, ``astronomy_dev.csv``.
+    split : str
+        A later word of the name, where ``validation`` is also called valid, val or dev.
+
+    Returns
+    -------
+    Path or None
+        None if there is no such file.
+
+    Raises
+    ------
+    DataError
+        If there is more than one.
+    """
+    prefixes = [_words(name) for name in (task, dataset_name) if name]
+    aliases = SPLIT_NAMES.get(split, {split})
+
+    def fits(path: Path) -> bool:
+        words = _words(path.stem)
+        return path.suffix in SUFFIXES and any(
+            words[: len(prefix)] == prefix and not aliases.isdisjoint(words[len(prefix) :])
+            for prefix in prefixes
+        )
+
+    found = sorted(filter(fits, data_dir.rglob("*")))
+    if len(found) > 1:
+        raise DataError(
+            f"more than one file fits the {split} split of {task}: {found[0]} and {found[1]}",
+            hint="give a --data-dir with one of them",
+        )
+    return found[0] if found else None
+
+
+@cache
+def _manager() -> Any:
+    """The index of lm-eval's tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", name.lower())
+
+
+def _expand(name: str, manager: Any) -> list[str]:
+    """The single tasks of a task, group or tag of lm-eval."""
+    if name not in manager.task_index:
+        raise ConfigError(
+            f"lm-eval has no task {name!r}",
+            hint=f"{did_you_mean(name, list(SUITES))}, or any task that `lm-eval ls tasks` lists",
+        )
+    entry = manager.task_index[name]
+    if name in manager.all_groups:
+        members = entry.cfg["task"]
+        if not all(isinstance(member, str) for member in members):
+            raise ConfigError(
+                f"the group {name!r} changes the tasks in it", hint="name its tasks one by one"
+            )
+    elif name in manager.all_tags:
+        members = sorted(entry.tags)
+    else:
+        return [name]
+    return [task for member in members for task in _expand(member, manager)]
+
+
+def _means(name: str, suite: Suite, manager: Any) -> dict[str, Suite]:
+    """The means of a suite in terms of single tasks: of each of its groups, and of all."""
+    means, all_metrics = {}, {}
+    for member, metric in suite.metrics.items():
+        metrics = dict.fromkeys(_expand(member, manager), metric)
+        all_metrics |= metrics
+        if list(metrics) != [member]:
+            means[member] = replace(suite, metrics=metrics)
+    return means | {name: replace(suite, metrics=all_metrics)}
+
+
+def _average(name: str, mean: Suite, scores: list[Score]) -> Score | None:
+    from lm_eval.api import metrics
+
+    members = [score for score in scores if mean.metrics.get(score.task) == score.metric]
+    if not members:
+        return None
+    values = [score.value for score in members]
+    sizes = [score.num_docs for score in members]
+    stderrs = [score.stderr for score in members if score.stderr is not None]
+    stderr = None
+    if len(stderrs) == len(members):
+        stderr = float(
+            metrics.pooled_sample_stderr(stderrs, sizes)
+            if mean.weight_by_size
+            else metrics.unweighted_mean_stderr(stderrs)
+        )
+    return Score(
+        task=name,
+        metric="mean",
+        value=metrics.aggregate_subtask_metrics(values, sizes, mean.weight_by_size),
+        stderr=stderr,
+        num_docs=sum(sizes),
+        num_fewshot=members[0].num_fewshot,
+        data=f"{len(members)} of {len(mean.metrics)} tasks",
+        lm_eval=members[0].lm_eval.rpartition(",")[0],
+    )
+
+
+def _tested_split(config: dict[str, Any]) -> str:
+    return config.get("test_split") or config.get("validation_split") or ""
+
+
+def _find_files(
+    configs: dict[str, dict[str, Any]], data_dir: Path, required: set[str]
+) -> dict[str, dict[str, Path]]:
+    """Files of the splits that each task needs, for the tasks that have them all."""
+    files, missing = {}, []
+    for task, config in configs.items():
+        splits = {_tested_split(config)}
+        if config.get("num_fewshot"):
+            shots = (config.get(key) for key in ("fewshot_split", "training_split"))
+            splits.add(next(filter(None, shots), "validation"))
+        found = {s: find_split(data_dir, task, config.get("dataset_name"), s) for s in splits}
+        if None in found.values():
+            missing.append((task, next(split for split, path in found.items() if not path)))
+        else:
+            files[task] = found
+    if missing and (not files or required.intersection(task for task, _ in missing)):
+        task, split = missing[0]
+        raise DataError(
+            f"no {split} split of {task} in {data_dir}",
+            hint=f"looked for {task}_*{split}*{{{','.join(SUFFIXES)}}}, in subfolders too",
+        )
+    if missing:
+        log.warning(
+            "left out, without data in %s: %s", data_dir, ", ".join(task for task, _ in missing)
+        )
+    return files
+
+
+def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manager: Any) -> Any:
+    changes = {"num_fewshot": config["num_fewshot"]} if "num_fewshot" in config else {}
+    try:
+        if files:
+            dataset = _local_dataset(files, config["dataset_path"])
+            splits = {key: config.get(key) for key in SPLIT_KEYS}
+            changes |= {key: split if split in files else None for key, split in splits.items()}
+            changes["custom_dataset"] = lambda **_: dataset
+        return manager.load([{"group": task, "task": [{"task": task, **changes}]}])["tasks"][task]
+    except ImportError as err:  # the extras of lm-eval are named after its tasks
+        package = f"lm-eval[{task.partition('_')[0]}]"
+        raise MissingDependencyError(
+            package, f"the task {task!r}", f"pip install '{package}'"
+        ) from err
+    except Exception as err:  # whatever went wrong on the way, there is no data
+        source = ", ".join(map(str, files.values())) or f"the hub ({config.get('dataset_path')})"
+        raise DataError(
+            f"cannot load the task {task} from {source}: {' '.join(str(err).split())[:200]}",
+            hint="a local file has the fields of the original data set; its folder is --data-dir",
+        ) from err
+
+
+def _local_dataset(files: dict[str, Path], dataset_path: str) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict(
+        {
+            split: Dataset.from_list(
+                [_as_on_the_hub(row, dataset_path) for row in _read_rows(path, dataset_path)]
+            )
+            for split, path in files.items()
+        }
+    )
+
+
+def _read_rows(path: Path, dataset_path: str) -> list[dict[str, Any]]:
+    if path.suffix != ".csv":
+        return list(read_records(path))
+    header = ("question", "A", "B", "C", "D", "answer") if dataset_path == MMLU else None
+    with path.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, fieldnames=header))
+
+
+def _as_on_the_hub(row: dict[str, Any], dataset_path: str) -> dict[str, Any]:
+    """Give a record of the original release the fields of the hub's copy, where they differ."""
+    if dataset_path == SUPER_GLUE and "label" not in row:
+        return row | {"label": int(row["answer"])}
+    if dataset_path == MMLU and "choices" not in row:
+        return {
+            "question": row["question"],
+            "choices": [row[letter] for letter in "ABCD"],
+            "answer": "ABCD".index(row["answer"]),
+        }
+    return row

@@ -1,0 +1,282 @@
+"""Training of pruned models: what is trained on, merged, resumed and written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import slimgpt
+from slimgpt import recovery
+from slimgpt.data import IGNORED
+from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError
+from slimgpt.run import STATE_DIR
+
+pytest.importorskip("peft")
+
+OPTIONS: dict[str, Any] = {
+    "eval_data": "pydocs",
+    "eval_tokens": 256,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "max_steps": 4,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "seqlen": 64,
+    "rank": 4,
+    "alpha": 12,
+    "warmup_steps": 1,
+    "learning_rate": 3e-3,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def slim(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pruned") / "slim"
+    base = str(tiny_checkpoint("llama"))
+    slimgpt.prune(base, output, ratio=0.4, calibration="pydocs", nsamples=4, seqlen=32)
+    report = output / "pruning_report.json"  # which names a model of the hub so that it is found
+    values = json.loads(report.read_text(encoding="utf-8")) | {"base_model": base}
+    report.write_text(json.dumps(values), encoding="utf-8")
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    records = [
+        {"instruction": f"Count to {i}.", "input": "", "output": " ".join(map(str, range(i + 1)))}
+        for i in range(24)
+    ]
+    file = tmp_path_factory.mktemp("data") / "instructions.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+    return str(file)
+
+
+def run(slim: Path, output: Path, data: str, **options: Any) -> dict[str, Any]:
+    given = OPTIONS | {"data": data, "seqlen": 128} | options
+    return slimgpt.recover(str(slim), output, **given).report
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def test_adapters_are_merged_exactly(
+    slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = recovery._write
+
+    def keep_adapters(opened: Any, *args: Any) -> None:
+        shutil.copytree(opened.state / "trained", tmp_path / "adapters")
+        write(opened, *args)
+
+    monkeypatch.setattr(recovery, "_write", keep_adapters)
+    report = run(slim, tmp_path / "out", data)
+    before, after = weights(slim), weights(tmp_path / "out")
+    adapters = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    adapted = {
+        key.removeprefix("base_model.model.").replace("lora_A.", ""): key
+        for key in adapters
+        if "lora_A" in key
+    }
+    assert len(adapted) == 4 * 7
+    assert set(before) == set(after)
+    for name, weight in before.items():
+        expected = weight
+        if name in adapted:
+            a_RI = adapters[adapted[name]]
+            b_OR = adapters[adapted[name].replace("lora_A", "lora_B")]
+            assert b_OR.abs().max() > 0
+            expected = weight + 12 / 4 * b_OR @ a_RI
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-6)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "SlimLlamaForCausalLM"
+    assert (tmp_path / "out" / "modeling_slimgpt.py").is_file()
+    for name in ("config.json", "pruning_report.json"):
+        assert (tmp_path / "out" / name).read_text() == (slim / name).read_text()
+    assert report == json.loads((tmp_path / "out" / "recovery_report.json").read_text())
+    assert f"4 steps of 4 examples on {Path(data).name}" in (tmp_path / "out/README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_curves(slim: Path, data: str, tmp_path: Path) -> None:
+    """Held-out perplexity is that of the model before and after; the loss falls."""
+    report = run(slim, tmp_path / "out", data, max_steps=9)
+    curve = report["held_out_perplexity"]
+    assert [step for step, _ in curve] == [0, 2, 4, 6, 8, 9]
+    for directory, (_, perplexity) in ((slim, curve[0]), (tmp_path / "out", curve[-1])):
+        (measured,) = slimgpt.evaluate(
+            str(directory), data="pydocs", max_tokens=256, seqlen=128
+        ).perplexity
+        assert perplexity == pytest.approx(measured.perplexity, rel=1e-4)
+    losses = dict(report["train_loss"])
+    assert list(losses) == list(range(1, 10))
+    assert losses[9] < losses[1]
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [[m["step"], m["loss"]] for m in metrics if "loss" in m] == report["train_loss"]
+    assert [m["step"] for m in metrics if "perplexity" in m] == [0, 2, 4, 6, 8, 9]
+
+
+def test_micro_batches_do_not_change_the_result(slim: Path, data: str, tmp_path: Path) -> None:
+    """The loss of a step is the mean over its answer tokens, however it is accumulated."""
+    for size in (1, 4):
+        run(slim, tmp_path / str(size), data, method="distill", micro_batch_size=size, dropout=0)
+    one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
+    assert any(not torch.equal(one[name], weight) for name, weight in weights(slim).items())
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, four[name], rtol=0, atol=2e-4)
+
+
+def test_all_weights_are_trained_and_saved_in_their_precision(
+    tiny_checkpoint: Callable[[str], Path], data: str, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(tiny_checkpoint("llama"), half)
+    make_tiny_model("llama").bfloat16().save_pretrained(half)
+    run(half, tmp_path / "out", data, method="full")
+    before, after = weights(half), weights(tmp_path / "out")
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not (tmp_path / "out" / "pruning_report.json").exists()
+
+
+class InterruptedError_(BaseException):
+    """Ends a run as abruptly as a signal does, as far as its files are concerned."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    on_log = recovery._MetricsWriter.on_log
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_log(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise InterruptedError_
+
+    monkeypatch.setattr(recovery._MetricsWriter, "on_log", stop)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "distill"])
+def test_resumed_run_equals_an_uninterrupted_one(
+    slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    options = {"method": method, "max_steps": 7}
+    whole = run(slim, tmp_path / "whole", data, **options)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=5)
+        with pytest.raises(InterruptedError_):
+            run(slim, tmp_path / "out", data, **options)
+    state = tmp_path / "out" / STATE_DIR
+    assert [path.name for path in state.parent.iterdir()] == [STATE_DIR]
+    assert (state / "checkpoint-4").is_dir()
+    shutil.copytree(state / "checkpoint-4", state / "checkpoint-6")  # killed while it was written
+    (state / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1')
+    resumed = run(slim, tmp_path / "out", data, **options)
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weight, weights(tmp_path / "out")[name])
+    for curve in ("train_loss", "held_out_perplexity"):
+        assert resumed[curve] == whole[curve]
+    one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
+    assert one.read_text() == other.read_text()
+    assert not state.exists()
+
+
+def test_other_options_do_not_resume(
+    slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=3)
+        with pytest.raises(InterruptedError_):
+            run(slim, tmp_path / "out", data)
+    with pytest.raises(RunStateError, match="rank was 4 and is 2") as refused:
+        run(slim, tmp_path / "out", data, rank=2)
+    assert "--restart" in str(refused.value.hint)
+    shorter = tmp_path / Path(data).name
+    shorter.write_text(json.dumps(json.loads(Path(data).read_text())[:12]), encoding="utf-8")
+    with pytest.raises(RunStateError, match="examples_sha256"):
+        run(slim, tmp_path / "out", str(shorter))
+    report = run(slim, tmp_path / "out", data, rank=2, restart=True)
+    assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4]
+
+
+def test_loss_of_the_distiller(tmp_path: Path) -> None:
+    """Negative log-likelihood plus divergence, both per token with a label."""
+    model, teacher = make_tiny_model("llama"), make_tiny_model("llama-mha")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    distiller = recovery.Distiller(teacher, 0.7, model=model, args=arguments)
+    examples = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, 7, 8, 9]},
+        {"input_ids": [10, 11, 12], "labels": [IGNORED, 11, 12]},
+    ]
+    batch = recovery._pad(examples, pad_token=1)
+    assert batch["labels"][1].tolist() == [IGNORED, 11, 12, IGNORED, IGNORED]
+    nll, divergence = 0.0, 0.0
+    for example in examples:
+        tokens = torch.tensor([example["input_ids"]])
+        log_p, log_q = (m(tokens).logits[0].double().log_softmax(-1) for m in (teacher, model))
+        targets = torch.tensor(example["labels"])[1:]
+        divergence += float((log_p.exp() * (log_p - log_q))[:-1][targets != IGNORED].sum())
+        nll += float(functional.nll_loss(log_q[:-1], targets, reduction="sum"))
+    model.train()
+    loss = distiller.compute_loss(model, batch, num_items_in_batch=torch.tensor(9))
+    assert float(loss) == pytest.approx((nll + 0.7 * divergence) / 9, rel=1e-5)
+    model.eval()
+    loss = distiller.compute_loss(model, batch, num_items_in_batch=torch.tensor(9))
+    assert float(loss) == pytest.approx(nll / 9, rel=1e-5)
+
+
+def test_distillation_follows_the_teacher(slim: Path, data: str, tmp_path: Path) -> None:
+    """With the KL, the model comes closer to the base than it does without."""
+    options = {"max_steps": 8, "dropout": 0.0}
+    base = json.loads((slim / "pruning_report.json").read_text())["base_model"]
+    assert run(slim, tmp_path / "lora", data, **options)["teacher"] is None
+    report = run(slim, tmp_path / "distill", data, **options, method="distill", kl_weight=10)
+    assert report["teacher"] == base
+    to_base = {"data": "pydocs", "seqlen": 64, "max_tokens": 640, "against": base}
+    lora, distilled = (
+        slimgpt.evaluate(str(tmp_path / name), **to_base).perplexity[0].kl_divergence
+        for name in ("lora", "distill")
+    )
+    assert distilled < lora
+
+
+def test_mistakes(
+    slim: Path,
+    data: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(ConfigError, match="no pruning report") as no_report:
+        run(tiny_checkpoint("llama"), output, data, method="distill")
+    assert "--teacher" in str(no_report.value.hint)
+    with pytest.raises(ConfigError, match="no multiple of micro_batch_size=3"):
+        run(slim, output, data, micro_batch_size=3)
+    with pytest.raises(ConfigError, match="is text for calibration"):
+        run(slim, output, "self")
+    with pytest.raises(ConfigError, match="has no teacher"):
+        run(slim, output, data, teacher="smollm2-135m")
+    with pytest.raises(ConfigError, match="float16 cannot be trained on a CPU"):
+        run(slim, output, data, dtype="float16")
+    with pytest.raises(MissingDependencyError, match="'clearml'"):
+        run(slim, output, data, report_to="clearml")
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "find_spec", lambda _: None)
+        with pytest.raises(MissingDependencyError, match="'peft'"):
+            run(slim, output, data)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(RunStateError, match="not empty"):
+        run(slim, tmp_path / "full", data)
+    assert not output.exists()
