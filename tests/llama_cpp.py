@@ -1,9 +1,9 @@
 """llama.cpp itself, as the reference that exported files are held against."""
 
 import json
-import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
 import xllamacpp
@@ -40,8 +40,8 @@ class LlamaCpp:
 
     def post(self, path: str, **body: Any) -> Any:
         url = self.server.listening_address + path
-        request = urllib.request.Request(url, json.dumps(body).encode())
-        with urllib.request.urlopen(request) as response:
+        request = Request(url, json.dumps(body).encode())
+        with build_opener(ProxyHandler({})).open(request) as response:
             return json.load(response)
 
     def tokenize(self, text: str) -> list[int]:
@@ -89,4 +89,5 @@ def check_agreement(
         expected = model(torch.tensor([prefix])).logits[0, -1].float().log_softmax(-1)
         assert token == int(expected.argmax())
         top, log_probs = engine.top_log_probs(prefix, 20)
+        assert len(top) == 20
         assert (log_probs - expected[top]).abs().max() < tolerance

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt.errors import ExportError
+from slimgpt.errors import ExportError, UnsupportedModelError
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS
 
 PROMPT = [5, 17, 100]
@@ -70,43 +70,27 @@ def test_llama_cpp_agrees(
     check_agreement(file, AutoModelForCausalLM.from_pretrained(directory), PROMPT)
 
 
-def without(directory: Path, output: Path, attention: set[int], ffn: set[int]) -> Path:
-    """A copy of a tiny model whose named layers have no heads, or no channels, at all."""
-    shutil.copytree(directory, output)
-    config = json.loads((output / "config.json").read_text())
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_channels(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """llama.cpp computes them wrongly: it leaves out their attention."""
+    source, directory, empty = tiny_checkpoint("llama"), tmp_path / "slim", 1
+    shutil.copytree(source, directory)
+    config = json.loads((directory / "config.json").read_text())
     widths = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     layers = [{key: config[key] for key in widths} for _ in range(config["num_hidden_layers"])]
-    weights = load_file(output / "model.safetensors")
-    for index in attention:
-        layers[index] |= {"num_attention_heads": 0, "num_key_value_heads": 0}
-        for name in ("q_proj", "k_proj", "v_proj"):
-            weights[f"model.layers.{index}.self_attn.{name}.weight"] = torch.empty(0, 48)
-        weights[f"model.layers.{index}.self_attn.o_proj.weight"] = torch.empty(48, 0)
-    for index in ffn:
-        layers[index] |= {"intermediate_size": 0}
-        for name in ("gate_proj", "up_proj"):
-            weights[f"model.layers.{index}.mlp.{name}.weight"] = torch.empty(0, 48)
-        weights[f"model.layers.{index}.mlp.down_proj.weight"] = torch.empty(48, 0)
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    layers[empty] |= {"intermediate_size": 0}
+    weights = load_file(directory / "model.safetensors")
+    for name in ("gate_proj", "up_proj"):
+        weights[f"model.layers.{empty}.mlp.{name}.weight"] = torch.empty(0, 48)
+    weights[f"model.layers.{empty}.mlp.down_proj.weight"] = torch.empty(48, 0)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     pruned = {"model_type": "slimgpt_llama", "architectures": ["SlimLlamaForCausalLM"]}
     config |= pruned | {"per_layer_config": dict(enumerate(layers))}
-    (output / "config.json").write_text(json.dumps(config))
-    return output
-
-
-def test_layers_without_heads_or_channels(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """llama.cpp fails to load the former in layer 0, and computes the latter wrongly."""
-    attention, ffn = {0, 2}, {1}
-    source = tiny_checkpoint("llama")
-    directory = without(source, tmp_path / "slim", attention, ffn)
+    (directory / "config.json").write_text(json.dumps(config))
     file = slimgpt.export(str(directory), type="f32").output
-    assert fields(file)["deci.attention.head_count_kv"] == [1, 4, 1, 4]
     assert fields(file)["deci.feed_forward_length"] == [64, 1, 64, 64]
     expected = AutoModelForCausalLM.from_pretrained(source)
-    for index in attention:
-        expected.model.layers[index].self_attn.o_proj.weight.data.zero_()
-    for index in ffn:
-        expected.model.layers[index].mlp.down_proj.weight.data.zero_()
+    expected.model.layers[empty].mlp.down_proj.weight.data.zero_()
     check_agreement(file, expected, PROMPT)
 
 
@@ -118,7 +102,10 @@ def wide_checkpoint(directory: Path, tokenizer: PreTrainedTokenizerFast, **optio
     return directory
 
 
-def test_q8_0_pads_rows_to_whole_blocks(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "per-layer"])
+def test_q8_0_pads_rows_to_whole_blocks(
+    pruned: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     directory = wide_checkpoint(
         tmp_path / "wide",
         tokenizer,
@@ -127,12 +114,17 @@ def test_q8_0_pads_rows_to_whole_blocks(tokenizer: PreTrainedTokenizerFast, tmp_
         num_key_value_heads=2,
         head_dim=12,
     )
+    if pruned:
+        slimgpt.prune(str(directory), tmp_path / "slim", ratio=0.3, **PRUNE_OPTIONS)
+        directory = tmp_path / "slim"
     exact = slimgpt.export(str(directory), type="f32").output
     file = slimgpt.export(str(directory), type="q8_0").output
-    assert file.stat().st_size < exact.stat().st_size / 2
+    assert ("deci.block_count" in fields(file)) == pruned
     written, wanted = tensors(file), tensors(exact)
-    assert written["blk.0.attn_output.weight"].shape == (64, 96)
-    assert written["blk.0.ffn_down.weight"].shape == (64, 64)
+    if not pruned:
+        assert file.stat().st_size < exact.stat().st_size / 2
+        assert written["blk.0.attn_output.weight"].shape == (64, 96)
+        assert written["blk.0.ffn_down.weight"].shape == (64, 64)
     for name, tensor in wanted.items():
         padded = np.zeros_like(written[name])
         padded[tuple(map(slice, tensor.shape))] = tensor
@@ -189,7 +181,24 @@ def test_needless_and_missing_tensors(tiny_checkpoint: Checkpoint, tmp_path: Pat
     assert not any("rot" in name for name in written)
     del weights["model.layers.3.mlp.down_proj.weight"]
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=r"lacks 1 weights, .* blk\.3\.ffn_down"):
+    missing = r"lacks 1 weights .*layers\.3\.mlp\.down_proj"
+    with pytest.raises(UnsupportedModelError, match=missing):
+        slimgpt.export(str(directory), type="bf16")
+
+
+def test_tied_heads_are_compared(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "tied"
+    shutil.copytree(tiny_checkpoint("llama-tied"), directory)
+    weights = load_file(directory / "model.safetensors")
+    embedding = weights.pop("model.embed_tokens.weight")
+    only_head = weights | {"lm_head.weight": embedding}
+    save_file(only_head, directory / "model.safetensors", metadata={"format": "pt"})
+    written = tensors(slimgpt.export(str(directory), type="f32").output)
+    assert np.array_equal(written["token_embd.weight"], embedding)
+    assert "output.weight" not in written
+    differs = weights | {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding + 1}
+    save_file(differs, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"ties lm_head\.weight to .*, but they differ"):
         slimgpt.export(str(directory), type="bf16")
 
 
@@ -208,11 +217,16 @@ LLAMA3_ROPE = {
     [LLAMA3_ROPE, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}],
     ids=lambda rope: rope["rope_type"],
 )
+@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "per-layer"])
 def test_scaled_rotary_frequencies(
-    rope: dict[str, float], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    rope: dict[str, float], pruned: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     directory = wide_checkpoint(tmp_path / "rope", tokenizer, rope_parameters=rope)
+    if pruned:
+        slimgpt.prune(str(directory), tmp_path / "slim", ratio=0.3, **PRUNE_OPTIONS)
+        directory = tmp_path / "slim"
     file = slimgpt.export(str(directory), type="f32").output
+    assert ("deci.block_count" in fields(file)) == pruned
     ids = list(range(10, 70))
     check_agreement(file, AutoModelForCausalLM.from_pretrained(directory), ids)
 

@@ -23,7 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from slimgpt.errors import ExportError
 from slimgpt.families import PRUNED_PREFIX, family_of
 from slimgpt.gguf_vocab import add_tokenizer
-from slimgpt.model import Source, load_config
+from slimgpt.model import Source, build_skeleton, load_config
 from slimgpt.weights import Weights, open_weights
 
 log = logging.getLogger(__name__)
@@ -62,20 +62,20 @@ class _Tensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    qtype: GGMLQuantizationType
     read: Callable[[], Tensor]
 
     @property
     def num_bytes(self) -> int:
-        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        block, size = gguf.GGML_QUANT_SIZES[self.qtype]
         return math.prod(self.shape) // block * size
 
 
-def write_gguf(source: Source, file: Path, kind: str) -> str:
+def write_gguf(source: Source, file: Path, type_name: str) -> str:
     """Write a checkpoint, dense or pruned, as one GGUF file.
 
     Widths that llama.cpp cannot take are padded with zeros, which does not change what the model
-    computes: a layer without heads or channels, and rows that do not fill whole blocks of q8_0.
+    computes: a layer without channels, and rows that do not fill whole blocks of q8_0.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def write_gguf(source: Source, file: Path, kind: str) -> str:
         From `slimgpt.model.find_model`.
     file : Path
         Is overwritten; incomplete if an error is raised.
-    kind : {"f32", "f16", "bf16", "q8_0"}
+    type_name : {"f32", "f16", "bf16", "q8_0"}
         Type of the matrices; vectors are float32.
 
     Returns
@@ -95,22 +95,24 @@ def write_gguf(source: Source, file: Path, kind: str) -> str:
     ------
     ExportError
         If llama.cpp cannot compute the model as it is, or the type cannot hold its values.
+    UnsupportedModelError
+        If weights are missing, have another shape than the config says, or are not finite.
     """
     config = load_config(source)
-    qtype = GGMLQuantizationType[kind.upper()]
+    qtype = GGMLQuantizationType[type_name.upper()]
     weights = open_weights(source, config, "float32")
     layers = _padded_widths(config, gguf.GGML_QUANT_SIZES[qtype][0])
     arch = _find_arch(config, layers, weights)
+    weights.check(build_skeleton(config))
     writer = GGUFWriter(file, arch)
     _add_hyperparameters(writer, config, layers)
     writer.add_name(Path(source.name).name)
-    writer.add_file_type(_FILE_TYPES[kind])
+    writer.add_file_type(_FILE_TYPES[type_name])
     add_tokenizer(writer, source, config)
     tensors = [*_rope_factors(config, arch), *_tensors(config, layers, arch, qtype, weights)]
-    _check_complete(config, {tensor.name for tensor in tensors})
     for tensor in tensors:
         writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.kind
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.qtype
         )
     try:
         writer.write_header_to_file()
@@ -212,15 +214,15 @@ def _add_hyperparameters(
 
 def _rope_factors(config: PreTrainedConfig, arch: str) -> Iterator[_Tensor]:
     """What llama.cpp divides the rotary frequencies by, for models with scaled ones."""
-    kind = config.rope_parameters["rope_type"]
-    if kind == "default":
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type == "default":
         return
-    if kind not in _STATIC_ROPE or arch not in _ROTATES_NEIGHBOURS:
+    if rope_type not in _STATIC_ROPE or arch not in _ROTATES_NEIGHBOURS:
         raise ExportError(
-            f"rotary embeddings of type {kind!r} cannot be written for the graph {arch}",
+            f"rotary embeddings of type {rope_type!r} cannot be written for the graph {arch}",
             hint=f"types that can, in graphs like llama's: default, {', '.join(_STATIC_ROPE)}",
         )
-    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
+    scaled, _ = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu")
     exponents = torch.arange(len(scaled)) / len(scaled)
     plain = config.rope_parameters["rope_theta"] ** -exponents
     factors = plain / scaled
@@ -238,7 +240,6 @@ def _tensors(
     """The tensors of the checkpoint under llama.cpp's names, padded to their widths."""
     names = _name_map(arch, len(layers))
     block = gguf.GGML_QUANT_SIZES[qtype][0]
-    sizes = [_sizes(config, layer) for layer in _stored_widths(config)]
     padded_sizes = [_sizes(config, layer) for layer in layers]
     for name, stored_shape in weights.shapes.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -246,42 +247,26 @@ def _tensors(
         found = names.get_type_and_name(name, (".weight", ".bias"))
         if found is None:
             raise ExportError(f"llama.cpp's graph {arch} has no place for the tensor {name}")
-        kind, gguf_name = found
-        if kind == T.ATTN_ROT_EMBD:  # old checkpoints hold what follows from the config
+        role, gguf_name = found
+        if role == T.ATTN_ROT_EMBD:  # old checkpoints hold what follows from the config
             continue
         shape = list(stored_shape)
         index = int(gguf_name.split(".")[1]) if gguf_name.startswith("blk.") else 0
-        dim, size = sizes[index].get(kind, (0, shape[0]))
-        if dim < len(shape):
-            if shape[dim] != size:
-                raise ExportError(f"{name} has {shape[dim]} channels, but the config says {size}")
-            _, shape[dim] = padded_sizes[index].get(kind, (0, size))
+        if role in padded_sizes[index]:
+            dim, size = padded_sizes[index][role]
+            if dim < len(shape):  # the bias of an output projection has no such dimension
+                shape[dim] = size
         if len(shape) > 1 and shape[-1] % block:
             raise ExportError(
                 f"{name} has rows of {shape[-1]} values, but {qtype.name} has blocks of {block}",
                 hint="choose --type f16",
             )
-        swap = kind in (T.ATTN_Q, T.ATTN_K) and arch in _ROTATES_NEIGHBOURS
+        swap = role in (T.ATTN_Q, T.ATTN_K) and arch in _ROTATES_NEIGHBOURS
         yield _Tensor(
             gguf_name,
             tuple(shape),
             qtype if len(shape) > 1 else GGMLQuantizationType.F32,
             partial(_read, weights, name, shape, _head_dim(config) if swap else None),
-        )
-
-
-def _check_complete(config: PreTrainedConfig, written: set[str]) -> None:
-    """Refuse a checkpoint that lacks tensors, which llama.cpp would fail to load."""
-    once = [T.TOKEN_EMBD, T.OUTPUT_NORM, *([] if config.tie_word_embeddings else [T.OUTPUT])]
-    needed = [gguf.TENSOR_NAMES[kind] for kind in once]
-    for index, layer in enumerate(_stored_widths(config)):
-        kinds = [T.ATTN_NORM, T.FFN_NORM, *_sizes(config, layer)]
-        needed += [gguf.TENSOR_NAMES[kind].format(bid=index) for kind in kinds]
-    missing = [name for name in needed if f"{name}.weight" not in written]
-    if missing:
-        raise ExportError(
-            f"the checkpoint lacks {len(missing)} weights, the first is llama.cpp's {missing[0]}",
-            hint="it is incomplete: download or write it again",
         )
 
 
@@ -314,11 +299,10 @@ def _read(weights: Weights, name: str, shape: list[int], head_dim: int | None) -
 def _quantise(tensor: _Tensor) -> np.ndarray:
     values = tensor.read().numpy()
     largest = np.abs(values).max()
-    limit = np.finfo(np.float16 if tensor.kind == GGMLQuantizationType.F16 else np.float32).max
-    if not largest <= limit:
+    limit = np.finfo(np.float16).max
+    if tensor.qtype == GGMLQuantizationType.F16 and largest > limit:
         raise ExportError(
-            f"{tensor.name} has values up to {largest:g}, but those of {tensor.kind.name} end at "
-            f"{limit:g}",
-            hint="choose --type bf16 or f32; if those fail too, the checkpoint is broken",
+            f"{tensor.name} has values up to {largest:g}, but those of F16 end at {limit:g}",
+            hint="choose --type bf16 or f32",
         )
-    return gguf.quants.quantize(values, tensor.kind)
+    return gguf.quants.quantize(values, tensor.qtype)
