@@ -22,6 +22,7 @@ from transformers import (
 
 import slimgpt
 from slimgpt.errors import ExportError, UnsupportedModelError
+from slimgpt.model import SMOLLM2_ALIAS, find_model, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS
 
 PROMPT = [5, 17, 100]
@@ -252,8 +253,9 @@ def test_prompt_ids_of_byte_level_tokenizers(
 ) -> None:
     from pydoc_data.topics import topics
 
-    trained = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
-    trained.pre_tokenizer = PRE_TOKENIZERS[name]
+    splitter, ignore_merges = PRE_TOKENIZERS[name]
+    trained = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    trained.pre_tokenizer = splitter
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=4000, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"]
@@ -275,8 +277,13 @@ def check_prompt_ids(
     key, value = entry.split("=")
     assert fields(file)[key] == value
     expected = AutoTokenizer.from_pretrained(directory)
+    ids = [expected(text).input_ids for text in texts]
     engine = LlamaCpp(file)
-    assert [engine.tokenize(text) for text in texts] == [expected(t).input_ids for t in texts]
+    assert [engine.tokenize(text) for text in texts] == ids
+    read = load_tokenizer(find_model(str(file)))
+    assert [read(text).input_ids for text in texts] == ids
+    models_of_both = (t.backend_tokenizer.model for t in (read, expected))
+    assert len({model.ignore_merges for model in models_of_both}) == 1
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True)])
@@ -323,7 +330,10 @@ def test_unknown_tokenizers_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_
     state = json.loads(file.read_text())
     by_words = state | {"pre_tokenizer": {"type": "WhitespaceSplit"}}
     unmerged = state | {"model": state["model"] | {"byte_fallback": True}}
+    lower = {"normalizer": {"type": "Lowercase"}}
     for broken, message in (
+        (state | lower, "changes text in a way that llama.cpp does not: {'type': 'Lowercase'}"),
+        (unmerged | lower, "changes text in a way that llama.cpp does not"),
         (by_words, "no known name for the way in which this tokenizer splits text"),
         (unmerged, "merges characters in a way that llama.cpp does not"),
     ):
@@ -332,18 +342,30 @@ def test_unknown_tokenizers_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_
             slimgpt.export(str(directory))
 
 
-def test_a_model_that_was_a_gguf_file_gets_its_tokenizer_back(
+def test_nfc_is_written_with_a_warning(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = wide_checkpoint(tmp_path / "model", tokenizer)
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFC"}}))
+    assert slimgpt.export(str(directory)).output.is_file()
+    assert "does not normalise Unicode" in caplog.text
+
+
+def test_tokenizer_entries_are_copied_from_the_embedded_model(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it was pruned."""
-    monkeypatch.chdir(tmp_path)
-    base = slimgpt.export(str(tiny_checkpoint("llama")), "base.gguf", type="f32").output
-    for source, output in ((base.name, "once"), ("once", "twice")):
-        slimgpt.prune(source, output, ratio=0.2, **PRUNE_OPTIONS)
+    base = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "base.gguf", type="f32").output
+    directory = tmp_path / "slim"
+    slimgpt.prune(str(base), directory, ratio=0.2, **PRUNE_OPTIONS)
+    report = directory / "pruning_report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"base_model": SMOLLM2_ALIAS}))
+    embedded = {SMOLLM2_ALIAS: find_model(str(base))}
+    monkeypatch.setattr("slimgpt.gguf_vocab.find_model", embedded.__getitem__)
     monkeypatch.delattr("slimgpt.gguf_vocab._convert")
     entries, wanted = (
         {name: value for name, value in fields(file).items() if name.startswith("tokenizer.")}
-        for file in (slimgpt.export("twice", type="f32").output, base)
+        for file in (slimgpt.export(str(directory), type="f32").output, base)
     )
     assert entries == wanted
 

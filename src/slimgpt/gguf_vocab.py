@@ -1,6 +1,7 @@
 """The tokenizer part of a GGUF file: llama.cpp must turn a prompt into the same ids."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from itertools import groupby, product
@@ -12,16 +13,18 @@ from gguf.constants import Keys
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slimgpt.card import REPORT_FILE
-from slimgpt.errors import ExportError, SlimGPTError
-from slimgpt.model import Source, find_model, load_tokenizer
+from slimgpt.errors import ExportError, MissingDependencyError
+from slimgpt.model import SMOLLM2_ALIAS, Source, find_model, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
+
+log = logging.getLogger(__name__)
 
 
 def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) -> None:
     """Add the tokenizer of a checkpoint to a GGUF file.
 
-    If the model was once a GGUF file with the same tokens, that file's own entries are copied;
-    otherwise they are made from the tokenizer of the checkpoint.
+    If the model is a GGUF file, or was made from the embedded one, and the tokens are the same,
+    that file's own entries are copied; otherwise they are made from the checkpoint's tokenizer.
 
     Parameters
     ----------
@@ -42,8 +45,10 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
     fields = GGUFReader(original).fields if original else {}
     tokens = fields[Keys.Tokenizer.LIST].contents() if fields else []
     if tokens and tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokens)))):
+        log.info("the tokenizer is copied from %s", original)
         _copy(writer, fields)
     else:
+        log.info("the tokenizer is made from that of %s", source.name)
         _convert(writer, tokenizer, config)
     # Always stated, because what llama.cpp does without depends on the pre-tokenizer.
     adds_bos, adds_eos = _surroundings(tokenizer)
@@ -63,18 +68,18 @@ def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
 
 
 def _original_gguf(source: Source) -> Path | None:
-    """The GGUF file that a checkpoint was made from, by way of other pruned models or at once."""
-    visited = set()
-    while not source.gguf_file:
+    """The GGUF file that a checkpoint is; the embedded one if it was made from that."""
+    if not source.gguf_file:
         report = Path(source.location) / REPORT_FILE
-        if source.location in visited or not report.is_file():
+        if not report.is_file():
             return None
-        visited.add(source.location)
+        if json.loads(report.read_text(encoding="utf-8"))["base_model"] != SMOLLM2_ALIAS:
+            return None
         try:
-            source = find_model(json.loads(report.read_text(encoding="utf-8"))["base_model"])
-        except SlimGPTError:
+            source = find_model(SMOLLM2_ALIAS)
+        except MissingDependencyError:
             return None
-    return Path(source.location) / source.gguf_file
+    return Path(source.location) / str(source.gguf_file)
 
 
 def _convert(
@@ -86,6 +91,7 @@ def _convert(
     if model["type"] != "BPE":
         raise ExportError(f"llama.cpp's BPE cannot compute a {model['type']} tokenizer")
     is_byte_level = not model["byte_fallback"]
+    _check_normalizer(state["normalizer"], is_byte_level)
     tokens, types = _tokens(state, config.vocab_size)
     writer.add_tokenizer_model("gpt2" if is_byte_level else "llama")
     if is_byte_level:
@@ -110,6 +116,20 @@ def _convert(
         special = SpecialVocab(directory, load_merges=is_byte_level, n_vocab=config.vocab_size)
     special.add_special_token = {}
     special.add_to_gguf(writer, quiet=True)
+
+
+def _check_normalizer(normalizer: dict[str, Any] | None, is_byte_level: bool) -> None:
+    """Refuse changes to the text before it is split, but for those that llama.cpp makes too."""
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    kinds = {step["type"] for step in steps}
+    known = {"NFC"} if is_byte_level else {"Prepend", "Replace"}
+    if kinds - known:
+        raise ExportError(
+            f"this tokenizer changes text in a way that llama.cpp does not: {normalizer}",
+            hint=f"normalizers that can be written: none, {', '.join(sorted(known))}",
+        )
+    if "NFC" in kinds:
+        log.warning("llama.cpp does not normalise Unicode (NFC) as this tokenizer does")
 
 
 def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

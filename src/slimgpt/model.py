@@ -310,7 +310,8 @@ def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
     field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
     known = PRE_TOKENIZERS.get(field.contents()) if field else None
     if known:
-        tokenizer.backend_tokenizer.pre_tokenizer = known
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer, backend.model.ignore_merges = known
 
 
 def _forget_quantizer(model: Any) -> None:

@@ -21,21 +21,24 @@ def _pieces(numbers: str) -> PreTokenizer:
     return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "gpt-2": ByteLevel(add_prefix_space=False),
-    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
-    "llama-bpe": _pieces(r"\p{N}{1,3}"),
-    "qwen2": _pieces(r"\p{N}"),
+# For each name how text is split, and whether llama.cpp looks a piece up in the vocabulary as a
+# whole before it merges.
+PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
+    "gpt-2": (ByteLevel(add_prefix_space=False), False),
+    "smollm": (
+        Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+        False,
+    ),
+    "llama-bpe": (_pieces(r"\p{N}{1,3}"), True),
+    "qwen2": (_pieces(r"\p{N}"), False),
 }
-# With these, llama.cpp looks a piece up in the vocabulary as a whole before it merges.
-_IGNORE_MERGES = {"llama-bpe"}
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str | None:
     """Name of the pre-tokenizer of a byte-level BPE tokenizer; None if it is not known here."""
     steps = _steps(tokenizer.pre_tokenizer)
-    for name, known in PRE_TOKENIZERS.items():
-        if steps == _steps(known) and tokenizer.model.ignore_merges == (name in _IGNORE_MERGES):
+    for name, (splitter, ignore_merges) in PRE_TOKENIZERS.items():
+        if steps == _steps(splitter) and tokenizer.model.ignore_merges == ignore_merges:
             return name
     return None
 
