@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt.errors import ExportError, UnsupportedModelError
+from slimgpt.errors import ConfigError, ExportError, UnsupportedModelError
 from slimgpt.model import SMOLLM2_ALIAS, find_model, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS
 
@@ -391,6 +391,10 @@ def test_modelfile_for_ollama(tiny_checkpoint: Checkpoint, tmp_path: Path) -> No
     modelfile.write_text("FROM mine\n")
     slimgpt.export(str(directory), type="f32")
     assert modelfile.read_text() == "FROM mine\n"
+    generation.write_text("{")
+    with pytest.raises(ConfigError, match="cannot load the generation config"):
+        slimgpt.export(str(directory), type="bf16")
+    assert not (directory / "tiny-bf16.gguf").exists()
 
 
 def test_export_from_the_command_line(

@@ -1,15 +1,16 @@
 """Write a model in the format of another engine."""
 
-import json
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from slimgpt.config import ExportConfig
 from slimgpt.errors import MissingDependencyError, RunStateError
-from slimgpt.model import Source, find_model
+from slimgpt.model import Source, find_model, load_config, load_generation_config
 from slimgpt.run import replacing, write_atomically, writing
 
 log = logging.getLogger(__name__)
@@ -80,9 +81,10 @@ def export(model: str, output: str | Path | None = None, **options: Any) -> Expo
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
+            generation = load_generation_config(source, load_config(source))
             arch = write_gguf(source, temporary, config.type)
         if arch != PER_LAYER_ARCH:
-            _write_modelfile(source, file)
+            _write_modelfile(generation, file)
     return ExportResult(file, arch, file.stat().st_size)
 
 
@@ -93,19 +95,17 @@ def _default_output(source: Source, kind: str) -> Path:
     return directory / f"{directory.resolve().name}-{kind}.gguf"
 
 
-def _write_modelfile(source: Source, file: Path) -> None:
-    """Describe the model to Ollama, which takes the chat template from the GGUF file."""
+def _write_modelfile(generation: GenerationConfig, file: Path) -> None:
+    """Describe the model to Ollama."""
     modelfile = file.with_name("Modelfile")
     if modelfile.exists():
         log.info("%s stays as it is", modelfile)
         return
+    values = generation.to_diff_dict()
     lines = [f"FROM ./{file.name}"]
-    generation = Path(source.location) / "generation_config.json"
-    if generation.is_file():
-        values = json.loads(generation.read_text(encoding="utf-8"))
-        lines += [
-            f"PARAMETER {name} {values[key]}"
-            for key, name in _OLLAMA_PARAMETERS.items()
-            if values.get(key) is not None
-        ]
+    lines += [
+        f"PARAMETER {name} {values[key]}"
+        for key, name in _OLLAMA_PARAMETERS.items()
+        if values.get(key) is not None
+    ]
     write_atomically(modelfile, "\n".join(lines) + "\n")
