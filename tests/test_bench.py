@@ -1,19 +1,26 @@
 """slimgpt bench: what is measured, of which models, and what it says."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import statistics
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from conftest import Run
 
 import slimgpt
-from slimgpt import benchmarking
+from slimgpt import benchmarking, engines
 from slimgpt.config import BenchConfig
 from slimgpt.engines import Timing
-from slimgpt.errors import EngineError
+from slimgpt.errors import ConfigError, EngineError
+from slimgpt.model import find_model
 
 Checkpoint = Callable[[str], Path]
 QUICK = ("--prompt-length", "16", "--new-tokens", "4", "--repeats", "2", "--threads", "1")
@@ -57,8 +64,9 @@ def test_engines_measure_both_models(
 
 
 def test_table_of_a_single_model(run: Run, pruned: Path) -> None:
-    code, out, _ = run("bench", pruned, *QUICK)
+    code, out, _ = run("bench", pruned, "--dtype", "bfloat16", *QUICK)
     assert code == 0
+    assert "bfloat16" in out
     assert "decode, tok/s" in out
     assert "speed-up" not in out
     assert "median (smallest–largest) of 2 rounds" in out
@@ -72,7 +80,7 @@ def test_rounds_are_interleaved_and_ratios_are_of_pairs(
     prompts: list[list[list[int]]] = []
 
     def generate(worker: benchmarking._Worker, given: list[list[int]]) -> Timing:
-        name = worker._contestant.name
+        name = worker._subject.name
         turns.append(name)
         prompts.append(given)
         slowness = (len(turns) + 1) // 2 * (3 if name == base else 1)
@@ -100,13 +108,22 @@ def test_gguf_files_run_as_they_are(run: Run, tiny_checkpoint: Checkpoint, tmp_p
     file = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "half.gguf", type="f16").output
     code, out, _ = run("bench", file, "--engine", "llamacpp", *QUICK, "--json")
     assert code == 0
-    assert json.loads(out)["costs"][0]["disk_bytes"] == file.stat().st_size
+    result = json.loads(out)
+    assert result["costs"][0]["disk_bytes"] == file.stat().st_size
+    assert result["costs"][0]["dtype"] == "F16"
+    assert result["versions"]["xllamacpp"]
+    arguments = ("--engine", "llamacpp", "--dtype", "float16", *QUICK)
+    code, _, err = run("bench", file, *arguments)
+    assert code == 2
+    assert "a .gguf file runs in llama.cpp as it is" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
         (("--engine", "vllm"), "needs the package 'vllm'", "pip install 'slimgpt[vllm]'"),
+        (("--engine", "vllm", "--threads", "2"), "--engine vllm chooses its threads", ""),
+        (("--engine", "vllm", "--device", "cpu"), "--engine vllm chooses its threads", ""),
         (("--engine", "tgi"), "engine='tgi': available: transformers", ""),
         (("--batch-size", "0"), "batch_size", ""),
         (("--plot", "speed.txt"), "plot='speed.txt'", ""),
@@ -125,13 +142,109 @@ def test_wrong_options(
     assert not out
 
 
+def test_precisions_must_be_the_same(
+    run: Run, pruned: Path, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(tiny_checkpoint("llama"), half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    code, _, err = run("bench", pruned, "--against", half, *QUICK)
+    assert code == 2
+    assert f"{pruned} in float32, {half} in float16" in err
+    assert "--dtype" in err
+    sources = [find_model(str(directory)) for directory in (pruned, half)]
+    chosen = BenchConfig.create(dtype="bfloat16")
+    assert benchmarking._resolve_dtype(sources, chosen) == "bfloat16"
+
+
+def test_process_ends_if_its_model_does_not_load(pruned: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pruned, broken)
+    (broken / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="cannot load the weights"):
+        slimgpt.bench(str(broken), prompt_length=(8,))
+    assert error.value.__traceback__  # which keeps what is not closed
+    assert not multiprocessing.active_children()
+
+
 def test_process_that_dies_is_named(pruned: Path) -> None:
     config = BenchConfig.create()
-    contestant = benchmarking._Contestant("mine", str(pruned), 0, 0, 0, 320, 128)
-    worker = benchmarking._Worker(contestant, config)
-    worker._pool.submit(os._exit, 1).exception()
-    with pytest.raises(EngineError, match="the process that ran mine in transformers ended"):
-        worker.cost()
+    subject = benchmarking._Subject("mine", str(pruned), "float32", 0, 0, 0, 320, 128)
+    with ProcessPoolExecutor(1) as pool:
+        worker = benchmarking._Worker(subject, config, pool)
+        pool.submit(os._exit, 1).exception()
+        with pytest.raises(
+            EngineError, match="the process that ran mine in transformers ended"
+        ) as error:
+            worker.cost()
+    assert "__main__" in str(error.value.hint)
+
+
+def test_llama_cpp_is_reached_past_a_proxy_and_its_errors_are_told(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    file = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "model.gguf").output
+    config = BenchConfig.create(prompt_length=(8,), new_tokens=4, threads=1)
+    engine = engines.LlamaCpp(str(file), config)
+    assert engine.generate([[5, 6, 7]], 4).rest > 0
+    with pytest.raises(EngineError, match="exceeds the available context size"):
+        engine.generate([[5] * 1000], 4)
+
+
+class FakeVllm(ModuleType):
+    """vLLM as far as it is used here, with a given time for each number of tokens."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        super().__init__("vllm")
+        self.seconds, self.now = seconds, 0.0
+        self.LLM, self.SamplingParams = self.load, dict
+
+    def load(self, model: str, **options: Any) -> "FakeVllm":
+        if options["dtype"] == "auto":
+            raise ValueError("no such precision")
+        return self
+
+    def generate(self, inputs: object, sampling: dict[str, Any], use_tqdm: bool) -> None:
+        self.now += self.seconds[sampling["max_tokens"]]
+
+
+@pytest.mark.parametrize("seconds", [3.0, 1.0])
+def test_vllm_needs_longer_for_more_tokens(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeVllm({1: 1.0, 8: seconds})
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr("time.perf_counter", lambda: fake.now)
+    engine = engines.Vllm("mine", BenchConfig.create(dtype="float32"))
+    if seconds > 1:
+        assert engine.generate([[5]], 8) == Timing(first=1.0, rest=2.0)
+    else:
+        with pytest.raises(EngineError, match=r"1\.0000 s for one token and 1\.0000 s for 8"):
+            engine.generate([[5]], 8)
+    with pytest.raises(EngineError, match="vLLM cannot load mine: no such precision"):
+        engines.Vllm("mine", BenchConfig.create())
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llamacpp"])
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, b"GGUF\x03\0\0\0" + bytes(range(64))])
+def test_broken_gguf_files(content: bytes, engine: str, run: Run, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(content)
+    code, _, err = run("bench", broken, "--engine", engine, *QUICK)
+    assert code == 2
+    assert "cannot load" in err
+    assert "broken.gguf" in err
+
+
+def test_gguf_file_that_is_no_language_model(
+    run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    file = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "model.gguf").output
+    file.write_bytes(file.read_bytes().replace(b"token_embd.weight", b"token_gone.weight"))
+    code, _, err = run("bench", file, "--engine", "llamacpp", *QUICK)
+    assert code == 2
+    assert "cannot load" in err
+    assert "token_embd.weight" in err
 
 
 def test_engine_that_cannot_load_is_named(

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
@@ -26,7 +27,15 @@ from slimgpt.config import BenchConfig
 from slimgpt.engines import Timing
 from slimgpt.errors import ConfigError, EngineError, MissingDependencyError
 from slimgpt.families import blocks_of
-from slimgpt.model import Source, build_skeleton, find_model, load_config
+from slimgpt.model import (
+    LOAD_ERRORS,
+    Source,
+    build_skeleton,
+    cannot_load,
+    find_device,
+    find_model,
+    load_config,
+)
 from slimgpt.run import replacing, writing
 from slimgpt.weights import weight_files
 
@@ -105,6 +114,8 @@ class Cost:
     ----------
     name : str
         As the user named it.
+    dtype : str
+        Type of the weights: PyTorch's name, or those of the matrices in a GGUF file.
     disk_bytes : int
         Files with weights.
     step_bytes : int
@@ -116,6 +127,7 @@ class Cost:
     """
 
     name: str
+    dtype: str
     disk_bytes: int
     step_bytes: int
     block_bytes: int
@@ -130,8 +142,14 @@ class BenchResult:
     ----------
     engine : str
         What ran them.
-    threads, new_tokens, repeats : int
-        CPU threads, tokens generated for each sequence, rounds that count.
+    device : str
+        Where they ran; ``auto`` where the engine chooses.
+    versions : dict
+        Versions of the packages that took part.
+    threads : int or None
+        CPU threads; None where the engine chooses.
+    new_tokens, repeats : int
+        Tokens generated for each sequence, rounds that count.
     costs : tuple of Cost
         Of the model, then of the base.
     settings : tuple of Setting
@@ -141,7 +159,9 @@ class BenchResult:
     """
 
     engine: str
-    threads: int
+    device: str
+    versions: dict[str, str]
+    threads: int | None
     new_tokens: int
     repeats: int
     costs: tuple[Cost, ...]
@@ -151,11 +171,12 @@ class BenchResult:
 
 
 @dataclass(frozen=True)
-class _Contestant:
+class _Subject:
     """A model ready for the engine: what it loads, and what is known of it."""
 
     name: str
     location: str
+    dtype: str
     disk_bytes: int
     head_bytes: int
     block_bytes: int
@@ -178,6 +199,11 @@ def bench(model: str, **options: Any) -> BenchResult:
     BenchResult
         Prompts are random tokens, the same for both models.
 
+    Notes
+    -----
+    The models run in processes that import the calling script anew, so a script has to call this
+    under ``if __name__ == "__main__":``.
+
     Raises
     ------
     SlimGPTError
@@ -190,18 +216,26 @@ def bench(model: str, **options: Any) -> BenchResult:
     """
     config = BenchConfig.create(**options)
     _check_environment(config)
-    threads = config.threads or torch.get_num_threads()
-    config = config.model_copy(update={"threads": threads})
     names = [model, *([config.against] if config.against else [])]
     sources = [find_model(name) for name in names]
+    resolved: dict[str, Any] = {"dtype": _resolve_dtype(sources, config)}
+    if config.engine != "vllm":
+        resolved["threads"] = config.threads or torch.get_num_threads()
+    if config.engine == "transformers":
+        resolved["device"] = str(find_device(config.device))
+    config = config.model_copy(update=resolved)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        entered = [
+        subjects = [
             _prepare(source, config, Path(scratch) / f"{index}.gguf")
             for index, source in enumerate(sources)
         ]
-        _check_lengths(entered, config)
-        workers = [stack.enter_context(_Worker(contestant, config)) for contestant in entered]
-        vocab_size = min(contestant.vocab_size for contestant in entered)
+        _check_lengths(subjects, config)
+        workers = []
+        for subject in subjects:
+            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            workers.append(_Worker(subject, config, stack.enter_context(pool)))
+            workers[-1].load()
+        vocab_size = min(subject.vocab_size for subject in subjects)
         settings = tuple(
             _measure(workers, config, batch_size, prompt_length, vocab_size)
             for batch_size, prompt_length in product(config.batch_size, config.prompt_length)
@@ -209,7 +243,12 @@ def bench(model: str, **options: Any) -> BenchResult:
         costs = tuple(worker.cost() for worker in workers)
     result = BenchResult(
         engine=config.engine,
-        threads=threads,
+        device=config.device,
+        versions={
+            package: version(package)
+            for package in ("slimgpt", "torch", "transformers", *_PACKAGES[config.engine])
+        },
+        threads=config.threads,
         new_tokens=config.new_tokens,
         repeats=config.repeats,
         costs=costs,
@@ -223,45 +262,45 @@ def bench(model: str, **options: Any) -> BenchResult:
 
 
 class _Worker:
-    """A process with a loaded model."""
+    """A model in a process of its own."""
 
-    def __init__(self, contestant: _Contestant, config: BenchConfig) -> None:
-        self._contestant = contestant
+    def __init__(self, subject: _Subject, config: BenchConfig, pool: ProcessPoolExecutor) -> None:
+        self._subject = subject
         self._config = config
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._pool = pool
 
-    def __enter__(self) -> "_Worker":
-        log.info("loading %s", self._contestant.name)
+    def load(self) -> None:
+        log.info("loading %s", self._subject.name)
         self._run(engines.load, self._config)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
 
     def generate(self, prompts: list[list[int]]) -> Timing:
         return self._run(engines.generate, prompts, self._config.new_tokens)
 
     def cost(self) -> Cost:
-        entered = self._contestant
+        subject = self._subject
         return Cost(
-            name=entered.name,
-            disk_bytes=entered.disk_bytes,
-            step_bytes=entered.block_bytes + entered.head_bytes,
-            block_bytes=entered.block_bytes,
+            name=subject.name,
+            dtype=subject.dtype,
+            disk_bytes=subject.disk_bytes,
+            step_bytes=subject.block_bytes + subject.head_bytes,
+            block_bytes=subject.block_bytes,
             peak_memory_bytes=self._run(engines.peak),
         )
 
     def _run(self, function: Any, *arguments: Any) -> Any:
         try:
-            return self._pool.submit(function, self._contestant.location, *arguments).result()
+            return self._pool.submit(function, self._subject.location, *arguments).result()
         except BrokenProcessPool as err:
             raise EngineError(
-                f"the process that ran {self._contestant.name} in {self._config.engine} ended",
-                hint="if memory was short, use a smaller --batch-size or --prompt-length",
+                f"the process that ran {self._subject.name} in {self._config.engine} ended",
+                hint="if memory was short, use a smaller --batch-size or --prompt-length; a script "
+                'must call slimgpt.bench under `if __name__ == "__main__":`',
             ) from err
 
 
 def _check_environment(config: BenchConfig) -> None:
+    if config.engine == "vllm" and (config.threads or config.device != "auto"):
+        raise ConfigError("--engine vllm chooses its threads and device: --threads and --device")
     for package in _PACKAGES[config.engine]:
         if find_spec(package) is None:
             command = f"pip install 'slimgpt[{config.engine}]'"
@@ -272,17 +311,48 @@ def _check_environment(config: BenchConfig) -> None:
         raise ConfigError(f"the directory of --plot {config.plot} does not exist")
 
 
-def _prepare(source: Source, config: BenchConfig, converted: Path) -> _Contestant:
+def _runs_as_it_is(source: Source, config: BenchConfig) -> bool:
+    """Whether the engine takes the precision from the file that the user has named."""
+    return config.engine == "llamacpp" and source.name.endswith(".gguf")
+
+
+def _resolve_dtype(sources: Sequence[Source], config: BenchConfig) -> str:
+    """The one precision in which the models are loaded or converted."""
+    loaded = [source for source in sources if not _runs_as_it_is(source, config)]
+    if config.dtype != "auto":
+        if len(loaded) < len(sources):
+            raise ConfigError(
+                f"--dtype {config.dtype}: a .gguf file runs in llama.cpp as it is",
+                hint="leave out --dtype; `slimgpt export --type` writes a file of another type",
+            )
+        return config.dtype
+    dtypes = {source.name: _stored_dtype(source) for source in loaded}
+    if len(set(dtypes.values())) > 1:
+        found = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+        raise ConfigError(
+            f"the models are stored in different precisions: {found}",
+            hint="choose one for both, for example --dtype float32",
+        )
+    return next(iter(dtypes.values()), "auto")
+
+
+def _stored_dtype(source: Source) -> str:
+    stored: Any = None if source.gguf_file else load_config(source).dtype
+    return str(stored or torch.float32).removeprefix("torch.")
+
+
+def _prepare(source: Source, config: BenchConfig, converted: Path) -> _Subject:
     if config.engine == "llamacpp":
         return _prepare_gguf(source, config, converted)
     if config.engine == "vllm" and source.gguf_file:
         raise ConfigError(f"{source.name} is a GGUF file, which --engine vllm does not run here")
     model_config = load_config(source)
     skeleton: Any = build_skeleton(model_config)
-    size = _dtype(source, config).itemsize
-    return _Contestant(
+    size = getattr(torch, config.dtype).itemsize
+    return _Subject(
         name=source.name,
         location=source.name,
+        dtype=config.dtype,
         disk_bytes=_total_size(weight_files(source)),
         head_bytes=skeleton.get_output_embeddings().weight.numel() * size,
         block_bytes=sum(p.numel() for p in blocks_of(skeleton).parameters()) * size,
@@ -291,52 +361,50 @@ def _prepare(source: Source, config: BenchConfig, converted: Path) -> _Contestan
     )
 
 
-def _prepare_gguf(source: Source, config: BenchConfig, converted: Path) -> _Contestant:
+def _prepare_gguf(source: Source, config: BenchConfig, converted: Path) -> _Subject:
     """A GGUF file runs as it is, any other model is converted."""
     from gguf import GGUFReader, Keys
 
     from slimgpt.gguf import write_gguf
 
-    file = converted
-    if source.name.endswith(".gguf"):
+    if _runs_as_it_is(source, config):
         (file,) = weight_files(source)
     else:
         log.info("converting %s", source.name)
-        kind = _GGUF_TYPES[str(_dtype(source, config)).removeprefix("torch.")]
-        write_gguf(source, file, kind)
-    reader = GGUFReader(file)
-    arch = reader.fields[Keys.General.ARCHITECTURE].contents()
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    embedding = tensors["token_embd.weight"]
-    return _Contestant(
+        file = converted
+        write_gguf(source, file, _GGUF_TYPES[config.dtype])
+    try:
+        reader = GGUFReader(file)
+        arch = reader.fields[Keys.General.ARCHITECTURE].contents()
+        context = reader.fields[Keys.LLM.CONTEXT_LENGTH.format(arch=arch)].contents()
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        embedding = tensors["token_embd.weight"]
+    except LOAD_ERRORS as err:
+        raise cannot_load(source.name, err) from err
+    blocks = [tensor for name, tensor in tensors.items() if name.startswith("blk.")]
+    return _Subject(
         name=source.name,
         location=str(file),
+        dtype=", ".join(sorted({t.tensor_type.name for t in blocks if len(t.shape) > 1})),
         disk_bytes=_total_size([file]),
         head_bytes=int(tensors.get("output.weight", embedding).n_bytes),
-        block_bytes=sum(int(t.n_bytes) for t in reader.tensors if t.name.startswith("blk.")),
+        block_bytes=sum(int(tensor.n_bytes) for tensor in blocks),
         vocab_size=int(embedding.shape[1]),
-        context=reader.fields[Keys.LLM.CONTEXT_LENGTH.format(arch=arch)].contents(),
+        context=context,
     )
-
-
-def _dtype(source: Source, config: BenchConfig) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    stored: Any = None if source.gguf_file else load_config(source).dtype
-    return stored or torch.float32
 
 
 def _total_size(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _check_lengths(entered: Sequence[_Contestant], config: BenchConfig) -> None:
+def _check_lengths(subjects: Sequence[_Subject], config: BenchConfig) -> None:
     needed = max(config.prompt_length) + config.new_tokens
-    for contestant in entered:
-        if needed > contestant.context:
+    for subject in subjects:
+        if needed > subject.context:
             raise ConfigError(
-                f"the longest prompt and its new tokens are {needed} tokens, but {contestant.name} "
-                f"has a context of {contestant.context}",
+                f"the longest prompt and its new tokens are {needed} tokens, but {subject.name} "
+                f"has a context of {subject.context}",
                 hint="use a smaller --prompt-length or --new-tokens",
             )
 
@@ -353,10 +421,11 @@ def _measure(
     draw = random.Random(0)
     prompts = [draw.choices(range(vocab_size), k=prompt_length) for _ in range(batch_size)]
     rounds: list[dict[int, Timing]] = []
-    for index in range(config.warmup + config.repeats):
-        order = range(len(workers))[:: -1 if index % 2 else 1]
-        rounds.append({turn: workers[turn].generate(prompts) for turn in order})
-    timings = [[timing[turn] for timing in rounds[config.warmup :]] for turn in range(len(workers))]
+    indices = range(len(workers))
+    for number in range(config.warmup + config.repeats):
+        order = indices[:: -1 if number % 2 else 1]
+        rounds.append({index: workers[index].generate(prompts) for index in order})
+    timings = [[timing[index] for timing in rounds[config.warmup :]] for index in indices]
     steps = config.new_tokens - 1
     speeds = [
         Speed(
@@ -415,6 +484,6 @@ def _plot(result: BenchResult, file: Path) -> None:
         axes.set_title(kind)
         axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
         axes.legend()
-    figure.suptitle(f"{result.engine}, {result.threads} threads")
+    figure.suptitle(f"{result.engine}, {result.costs[0].dtype}, {result.device}")
     with writing(file), replacing(file) as temporary:
         figure.savefig(temporary, format=file.suffix[1:])

@@ -323,11 +323,13 @@ def _bench_tables(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
     def cell(spread: "Spread") -> str:
         return f"{number(spread.median)} ({number(spread.low)}–{number(spread.high)})"
 
-    title = f"{result.engine}, {result.threads} threads, {result.new_tokens} new tokens"
+    threads = f"{result.threads} threads, " if result.threads else ""
+    title = f"{result.engine}, {result.device}, {threads}{result.new_tokens} new tokens"
     speeds = Table("batch", "prompt", "model", "prefill, tok/s", "decode, tok/s", title=title)
     speeds.add_column("first token, ms")
     speeds.add_column("each token, ms")
-    costs = Table("model", "weights on disk, MiB", "read for each token, MiB", "peak memory, MiB")
+    costs = Table("model", "dtype", "weights on disk, MiB", "read for each token, MiB")
+    costs.add_column("peak memory, MiB")
     names = [Path(cost.name).name for cost in result.costs]
     for setting in result.settings:
         lengths = str(setting.batch_size), str(setting.prompt_length)
@@ -346,5 +348,6 @@ def _bench_tables(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
         speeds.add_row("", "", "ideal", *ideals)
     for name, cost in zip(names, result.costs, strict=True):
         sizes = (cost.disk_bytes, cost.step_bytes, cost.peak_memory_bytes)
-        costs.add_row(name, *("" if size is None else f"{size / 2**20:,.0f}" for size in sizes))
+        mebibytes = ("" if size is None else f"{size / 2**20:,.0f}" for size in sizes)
+        costs.add_row(name, cost.dtype, *mebibytes)
     return speeds, costs, f"median (smallest–largest) of {result.repeats} rounds"

@@ -6,11 +6,12 @@ model's. Only what the engine itself needs is imported there.
 
 import json
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 from slimgpt.config import BenchConfig
 from slimgpt.errors import EngineError
@@ -125,8 +126,12 @@ class LlamaCpp:
             "cache_prompt": False,
         }
         url = f"{self._server.listening_address}/completion"
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as done:
-            answer = json.load(done)
+        request = Request(url, json.dumps(body).encode())
+        try:
+            with build_opener(ProxyHandler({})).open(request) as response:
+                answer = json.load(response)
+        except HTTPError as err:
+            raise EngineError(f"llama.cpp does not run the prompts: {err.read().decode()}") from err
         timings = [a["timings"] for a in (answer if isinstance(answer, list) else [answer])]
         first, rest = (max(t[f"{k}_ms"] for t in timings) / 1000 for k in ("prompt", "predicted"))
         return Timing(first, rest)
@@ -142,17 +147,26 @@ class Vllm:
     def __init__(self, model: str, config: BenchConfig) -> None:
         vllm: Any = import_module("vllm")
         self._sampling = vllm.SamplingParams
-        self._llm = vllm.LLM(
-            model,
-            dtype=config.dtype,
-            max_num_seqs=max(config.batch_size),
-            max_model_len=max(config.prompt_length) + config.new_tokens,
-            enable_prefix_caching=False,
-        )
+        try:
+            self._llm = vllm.LLM(
+                model,
+                dtype=config.dtype,
+                max_num_seqs=max(config.batch_size),
+                max_model_len=max(config.prompt_length) + config.new_tokens,
+                enable_prefix_caching=False,
+            )
+        except (OSError, RuntimeError, ValueError) as err:
+            raise EngineError(f"vLLM cannot load {model}: {err}") from err
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
         """Generate one token, and then all of them: the difference is the rest."""
         first, whole = (self._seconds(prompts, count) for count in (1, num_tokens))
+        if whole <= first:
+            raise EngineError(
+                f"vLLM took {first:.4f} s for one token and {whole:.4f} s for {num_tokens}, "
+                "too few to tell them apart",
+                hint="use more --new-tokens",
+            )
         return Timing(first, whole - first)
 
     def _seconds(self, prompts: list[list[int]], num_tokens: int) -> float:

