@@ -1,8 +1,8 @@
 """Speed-up of pruned models over dense ones, next to the ideal given by the bytes removed.
 
-SmolLM2 is pruned with the default options. The model of about 1B parameters has the shape of a
-LLaMA and random weights, and its pruned form is of half the width in every layer: speed depends on
-the shape alone. Usage:
+SmolLM2 is pruned with 8 windows of 256 tokens from the documentation of Python; the other options
+are the defaults. The model of about 1B parameters has the shape of a LLaMA and random weights, and
+its pruned form is of half the width in every layer: speed depends on the shape alone. Usage:
 
     python benchmarks/inference.py [--subjects smollm2,llama-1b] [--engines transformers,llamacpp]
         [--threads 2] [--repeats 5] [--profile] [--json FILE]
@@ -10,6 +10,7 @@ the shape alone. Usage:
 
 import argparse
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -40,8 +41,8 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linea
 
 def smollm2_pairs(model: str, ratios: list[float], work: Path) -> Iterator[tuple[str, str, str]]:
     for ratio in ratios:
-        output = work / f"smollm2-{ratio:.0%}"
-        if not output.exists():
+        output = work / f"{Path(model).name}-{ratio:.0%}"
+        if not (output / "config.json").exists():  # otherwise an interrupted run goes on
             slimgpt.prune(model, output, ratio=ratio, calibration="pydocs", nsamples=8, seqlen=256)
         yield f"SmolLM2-135M, {ratio:.0%}", str(output), model
 
@@ -68,7 +69,7 @@ def llama_pairs(num_layers: int, work: Path) -> Iterator[tuple[str, str, str]]:
 
 def save_random(config: PreTrainedConfig, directory: Path) -> Path:
     """Write a model with random weights, and a tokenizer of bytes."""
-    if not directory.exists():
+    if not (directory / "tokenizer.json").exists():  # which is written last
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
         trained = ByteLevelBPETokenizer()
@@ -80,18 +81,19 @@ def save_random(config: PreTrainedConfig, directory: Path) -> Path:
 
 
 @torch.no_grad()
-def product_share(model: str) -> float:
-    """Fraction of the time of one decoding step that is spent in matrix products."""
-    live = load_model(find_model(model), "float32")
+def product_share(model: str, num_steps: int = 20) -> float:
+    """Fraction of the time of a decoding step that is spent in matrix products: the median."""
+    live = load_model(find_model(model), "float32", "cpu")
     cache = live(torch.ones(1, 128, dtype=torch.long)).past_key_values
     token = torch.ones(1, 1, dtype=torch.long)
     live(token, past_key_values=cache)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        live(token, past_key_values=cache)
-    events = profiler.key_averages()
-    return sum(event.self_cpu_time_total for event in events if event.key in PRODUCTS) / sum(
-        event.self_cpu_time_total for event in events
-    )
+    shares = []
+    for _ in range(num_steps):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            live(token, past_key_values=cache)
+        times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+        shares.append(sum(times.get(name, 0) for name in PRODUCTS) / sum(times.values()))
+    return statistics.median(shares)
 
 
 def describe(speedup: Spread, ideal: float) -> tuple[str, str, str]:
@@ -109,7 +111,8 @@ def rows_of(title: str, result: BenchResult) -> Iterator[tuple[str, ...]]:
             ("prefill", setting.prefill_speedup, result.ideal_prefill),
             ("decode", setting.decode_speedup, result.ideal_decode),
         ):
-            yield title, result.engine, lengths, phase, *describe(speedup, ideal)
+            dtype = result.costs[0].dtype
+            yield title, result.engine, dtype, lengths, phase, *describe(speedup, ideal)
 
 
 def main() -> None:
@@ -129,16 +132,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    table = Table("model", "engine", "batch × prompt", "phase", "speed-up", "ideal", "of ideal")
+    table = Table("model", "engine", "dtype", "batch × prompt", "phase")
+    for column in ("speed-up", "ideal", "of ideal"):
+        table.add_column(column)
+    subjects = args.subjects.split(",")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         pairs = []
-        if "smollm2" in args.subjects:
+        if "smollm2" in subjects:
             ratios = [float(ratio) for ratio in args.ratios.split(",")]
             pairs += smollm2_pairs(args.model, ratios, work)
-        if "llama-1b" in args.subjects:
+        if "llama-1b" in subjects:
             pairs += llama_pairs(args.num_layers, work)
         for title, pruned, dense in pairs:
             for engine in args.engines.split(","):

@@ -164,7 +164,6 @@ def test_process_ends_if_its_model_does_not_load(pruned: Path, tmp_path: Path) -
     (broken / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ConfigError, match="cannot load the weights"):
         slimgpt.bench(str(broken), prompt_length=(8,))
-    assert error.value.__traceback__  # which keeps what is not closed
     assert not multiprocessing.active_children()
 
 
