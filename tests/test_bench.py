@@ -122,8 +122,8 @@ def test_gguf_files_run_as_they_are(run: Run, tiny_checkpoint: Checkpoint, tmp_p
     ("arguments", "message", "hint"),
     [
         (("--engine", "vllm"), "needs the package 'vllm'", "pip install 'slimgpt[vllm]'"),
-        (("--engine", "vllm", "--threads", "2"), "--engine vllm chooses its threads", ""),
-        (("--engine", "vllm", "--device", "cpu"), "--engine vllm chooses its threads", ""),
+        (("--engine", "vllm", "--threads", "2"), "vllm takes no --threads and no --device", ""),
+        (("--engine", "vllm", "--device", "cpu"), "vllm takes no --threads and no --device", ""),
         (("--engine", "tgi"), "engine='tgi': available: transformers", ""),
         (("--batch-size", "0"), "batch_size", ""),
         (("--plot", "speed.txt"), "plot='speed.txt'", ""),

@@ -300,7 +300,7 @@ class _Worker:
 
 def _check_environment(config: BenchConfig) -> None:
     if config.engine == "vllm" and (config.threads or config.device != "auto"):
-        raise ConfigError("--engine vllm chooses its threads and device: --threads and --device")
+        raise ConfigError("--engine vllm takes no --threads and no --device: it chooses itself")
     for package in _PACKAGES[config.engine]:
         if find_spec(package) is None:
             command = f"pip install 'slimgpt[{config.engine}]'"

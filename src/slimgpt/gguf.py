@@ -96,7 +96,8 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
     ExportError
         If llama.cpp cannot compute the model as it is, or the type cannot hold its values.
     UnsupportedModelError
-        If weights are missing, have another shape than the config says, or are not finite.
+        If weights are missing, have another shape than the config says, differ where it ties
+        them, or are not finite.
     """
     config = load_config(source)
     qtype = GGMLQuantizationType[type_name.upper()]
