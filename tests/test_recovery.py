@@ -76,7 +76,7 @@ def test_adapters_are_merged_exactly(
     write = recovery._write
 
     def keep_adapters(opened: Any, *args: Any) -> None:
-        shutil.copytree(opened.state / "trained", tmp_path / "adapters")
+        shutil.copytree(opened.state / "checkpoint-4", tmp_path / "adapters")
         write(opened, *args)
 
     monkeypatch.setattr(recovery, "_write", keep_adapters)
@@ -106,7 +106,7 @@ def test_adapters_are_merged_exactly(
         assert (tmp_path / "out" / name).read_text() == (slim / name).read_text()
     assert report == json.loads((tmp_path / "out" / "recovery_report.json").read_text())
     assert f"4 steps of 4 examples on {Path(data).name}" in (tmp_path / "out/README.md").read_text()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert not (tmp_path / "out" / STATE_DIR).exists()
 
 
 def test_curves(slim: Path, data: str, tmp_path: Path) -> None:
@@ -189,6 +189,27 @@ def test_resumed_run_equals_an_uninterrupted_one(
     one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
     assert one.read_text() == other.read_text()
     assert not state.exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_run_killed_after_the_last_step_is_only_written(
+    slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def stop(*_: Any) -> None:
+        raise InterruptedError_
+
+    whole = run(slim, tmp_path / "whole", data, method=method)
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "_write", stop)
+        with pytest.raises(InterruptedError_):
+            run(slim, tmp_path / "out", data, method=method)
+    resumed = run(slim, tmp_path / "out", data, method=method)
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weight, weights(tmp_path / "out")[name])
+    for key in ("train_loss", "held_out_perplexity", "steps"):
+        assert resumed[key] == whole[key]
+    one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
+    assert one.read_text() == other.read_text()
 
 
 def test_other_options_do_not_resume(

@@ -12,7 +12,7 @@ import math
 import platform
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -59,12 +59,12 @@ from slimgpt.model import (
     load_tokenizer,
 )
 from slimgpt.run import Run, open_run, peak_memory
+from slimgpt.weights import open_weights
 
 log = logging.getLogger(__name__)
 
 Examples = list[dict[str, list[int]]]
 METRICS_FILE = "metrics.jsonl"
-TRAINED = "trained"
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def recover(
         if run:
             run.identify(identity, restart)
         if not from_main(run and run.is_written):
-            report = _train(source, teacher, tokenizer, examples, held_out, config, output)
+            _train(source, teacher, tokenizer, examples, held_out, config, output)
             if run:
-                _write(run, source, tokenizer, config, report)
+                _write(run, source, teacher, tokenizer, config, len(examples))
         if run:
             run.publish()
     report = from_main(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
@@ -158,11 +158,14 @@ def _train(
     held_out: Examples,
     config: RecoverConfig,
     output: Path,
-) -> dict[str, Any]:
-    """Train, from the last checkpoint on if there is one; the report."""
+) -> None:
+    """Train up to the checkpoint of the last step, from the last one that there is."""
     state = Run(output).state
-    checkpoint = from_main(is_main() and _last_checkpoint(state))
-    start = time.monotonic()
+    checkpoint, before = from_main(is_main() and _last_checkpoint(state)) or (None, None)
+    if before:
+        log.info("resuming after step %d", before.global_step)
+        if before.global_step >= before.max_steps:
+            return
     arguments = _training_arguments(source, config, output, state)
     arguments.eval_on_start = not checkpoint
     pad_token: Any = tokenizer.pad_token_id or 0
@@ -178,20 +181,28 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     log.info("training on %d examples of %s", len(examples), config.data)
-    trainer.train(resume_from_checkpoint=checkpoint or None)
-    trainer.save_model(str(state / TRAINED))
-    metrics = [_metrics(entry) for entry in trainer.state.log_history]
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _report(
+    source: Source,
+    teacher: Source | None,
+    config: RecoverConfig,
+    num_examples: int,
+    state: TrainerState,
+) -> dict[str, Any]:
+    metrics = [_metrics(entry) for entry in state.log_history]
     return {
         "model": source.name,
         "teacher": teacher.name if teacher else None,
         "config": config.model_dump(mode="json"),
         "data": describe_dataset(config.data, "calibration"),
         "held_out": describe_dataset(config.eval_data, "evaluation"),
-        "num_examples": len(examples),
-        "steps": trainer.state.global_step,
+        "num_examples": num_examples,
+        "steps": state.global_step,
         "train_loss": [[m["step"], m["loss"]] for m in metrics if "loss" in m],
         "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
-        "seconds": round(time.monotonic() - start, 3),
+        "seconds": round(state.log_history[-1]["seconds"], 3),
         "peak_memory_bytes": peak_memory(),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("slimgpt", "torch", "transformers")},
@@ -252,12 +263,14 @@ class _MetricsWriter(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Keep the metrics of the steps that are not run again."""
         self._start, self._first_step = time.monotonic(), state.global_step
+        self._seconds_before = state.log_history[-1]["seconds"] if state.log_history else 0.0
         if state.is_world_process_zero:
-            lines = [json.dumps(_metrics(entry)) + "\n" for entry in state.log_history]
-            self._file.write_text("".join(lines), encoding="utf-8")
+            self._file.write_text(_metrics_lines(state), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Append the newest metrics."""
+        """Append the newest metrics; note the time in the log, which checkpoints have."""
+        seconds = time.monotonic() - self._start
+        state.log_history[-1]["seconds"] = self._seconds_before + seconds
         entry = _metrics(state.log_history[-1])
         if not state.is_world_process_zero or list(entry) == ["step"]:
             return
@@ -266,10 +279,13 @@ class _MetricsWriter(TrainerCallback):
         if "perplexity" in entry:
             log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
         else:
-            seconds_per_step = (time.monotonic() - self._start) / (entry["step"] - self._first_step)
-            left = seconds_per_step * (state.max_steps - entry["step"])
+            left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
             steps = entry["step"], state.max_steps
             log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
+
+
+def _metrics_lines(state: TrainerState) -> str:
+    return "".join(json.dumps(_metrics(entry)) + "\n" for entry in state.log_history)
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
@@ -324,17 +340,13 @@ def _sha256(examples: Examples) -> str:
     return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
 
-def _last_checkpoint(state: Path) -> str | None:
+def _last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
     """The last checkpoint that is whole: the Trainer writes its own state as the last file."""
-    found = {
-        int(path.parent.name.rpartition("-")[2]): str(path.parent)
-        for path in state.glob("checkpoint-*/trainer_state.json")
-        if path.read_bytes().endswith(b"}\n")
-    }
-    if not found:
-        return None
-    log.info("resuming after step %d", max(found))
-    return found[max(found)]
+    whole = []
+    for file in state.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            whole.append((str(file.parent), TrainerState.load_from_json(str(file))))
+    return max(whole, key=lambda found: found[1].global_step, default=None)
 
 
 def _training_arguments(
@@ -430,24 +442,29 @@ def _pad(examples: Examples, pad_token: int) -> dict[str, Tensor]:
 def _write(
     run: Run,
     source: Source,
+    teacher: Source | None,
     tokenizer: PreTrainedTokenizerBase,
     config: RecoverConfig,
-    report: dict[str, Any],
+    num_examples: int,
 ) -> None:
     """Merge what was trained into the weights as they are in the checkpoint, and save them."""
-    trained = str(run.state / TRAINED)
-    model: Any = load_model(source, device="cpu")
+    last: Any = _last_checkpoint(run.state)
+    trained, state = last
+    model: Any
     if config.method == "full":
-        model = load_model(Source(trained, trained), str(model.dtype).removeprefix("torch."), "cpu")
+        dtype = open_weights(source, load_config(source)).dtype
+        model = load_model(Source(trained, trained), str(dtype).removeprefix("torch."), "cpu")
     else:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, trained).merge_and_unload()
+        model = PeftModel.from_pretrained(load_model(source, device="cpu"), trained)
+        model = model.merge_and_unload()
     log.info("saving to %s", run.output)
     with run.product() as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        shutil.copy(run.state / METRICS_FILE, directory)
+        (directory / METRICS_FILE).write_text(_metrics_lines(state), encoding="utf-8")
+        report = _report(source, teacher, config, num_examples, state)
         text = json.dumps(report, indent=1) + "\n"
         (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
         pruning_report = Path(source.location) / REPORT_FILE
