@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 import slimgpt
 from slimgpt import recovery
 from slimgpt.data import IGNORED
-from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError
+from slimgpt.errors import ConfigError, MissingDependencyError, NumericalError, RunStateError
 from slimgpt.run import STATE_DIR
 
 pytest.importorskip("peft")
@@ -210,6 +210,15 @@ def test_run_killed_after_the_last_step_is_only_written(
         assert resumed[key] == whole[key]
     one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
     assert one.read_text() == other.read_text()
+
+
+def test_a_training_that_diverges_ends_without_a_result(
+    slim: Path, data: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NumericalError, match="at step [23]") as diverged:
+        run(slim, tmp_path / "out", data, learning_rate=1e25)
+    assert "--learning-rate" in str(diverged.value.hint)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_other_options_do_not_resume(

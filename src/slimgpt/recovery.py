@@ -47,7 +47,7 @@ from slimgpt.data import (
     training_examples,
 )
 from slimgpt.distributed import from_main, is_main
-from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError, NumericalError
 from slimgpt.families import family_of
 from slimgpt.model import (
     Source,
@@ -272,6 +272,12 @@ class _MetricsWriter(TrainerCallback):
         seconds = time.monotonic() - self._start
         state.log_history[-1]["seconds"] = self._seconds_before + seconds
         entry = _metrics(state.log_history[-1])
+        for key in ("loss", "perplexity"):
+            if not math.isfinite(entry.get(key, 0.0)):
+                raise NumericalError(
+                    f"the training has diverged: {key} {entry[key]} at step {entry['step']}",
+                    hint="begin anew with a lower --learning-rate and --restart",
+                )
         if not state.is_world_process_zero or list(entry) == ["step"]:
             return
         with self._file.open("a", encoding="utf-8") as file:
@@ -293,7 +299,9 @@ def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in entry
     }
-    return kept | ({"perplexity": math.exp(entry["eval_loss"])} if "eval_loss" in entry else {})
+    if "eval_loss" in entry:  # whose exp may overflow
+        kept["perplexity"] = torch.tensor(entry["eval_loss"], dtype=torch.float64).exp().item()
+    return kept
 
 
 def _find_teacher(source: Source, config: RecoverConfig) -> Source:
@@ -385,6 +393,7 @@ def _training_arguments(
         use_cpu=device.type == "cpu",
         seed=config.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         prediction_loss_only=True,
