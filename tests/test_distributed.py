@@ -51,6 +51,36 @@ def test_ranks_agree_with_one_process(
         assert (tensor - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
+def test_held_out_perplexity_does_not_depend_on_the_number_of_processes(
+    slim_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Three windows on two processes; and with equal steps, the training is the same, too."""
+    pytest.importorskip("peft")
+    options = {
+        "data": "pydocs",
+        "eval_data": "pydocs",
+        "eval_tokens": 3 * 64,
+        "seqlen": 64,
+        "max_steps": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "dropout": 0,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "device": "cpu",
+    }
+    model = slim_checkpoint("llama")
+    alone = slimgpt.recover(str(model), tmp_path / "alone", **options).report
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    arguments = ["recover", str(model), "--output", str(tmp_path / "together"), *flags, "--json"]
+    finished = torchrun(2, "-m", "slimgpt", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    together = json.loads(finished.stdout)
+    for curve in ("held_out_perplexity", "train_loss"):
+        for one, many in zip(alone[curve], together[curve], strict=True):
+            assert many == pytest.approx(one, rel=1e-4)
+
+
 def test_a_lost_process_ends_the_job_and_it_resumes(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

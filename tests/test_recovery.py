@@ -1,6 +1,7 @@
 """Training of pruned models: what is trained on, merged, resumed and written."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,12 @@ def test_other_options_do_not_resume(
     shorter.write_text(json.dumps(json.loads(Path(data).read_text())[:12]), encoding="utf-8")
     with pytest.raises(RunStateError, match="examples_sha256"):
         run(slim, tmp_path / "out", str(shorter))
+    weight_file = slim / "model.safetensors"
+    times = weight_file.stat().st_atime, weight_file.stat().st_mtime
+    os.utime(weight_file, (0, 0))
+    with pytest.raises(RunStateError, match="model's model.safetensors was"):
+        run(slim, tmp_path / "out", data)
+    os.utime(weight_file, times)
     report = run(slim, tmp_path / "out", data, rank=2, restart=True)
     assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4]
 
@@ -271,7 +278,9 @@ def test_distillation_follows_the_teacher(slim: Path, data: str, tmp_path: Path)
     base = json.loads((slim / "pruning_report.json").read_text())["base_model"]
     assert run(slim, tmp_path / "lora", data, **options)["teacher"] is None
     report = run(slim, tmp_path / "distill", data, **options, method="distill", kl_weight=10)
-    assert report["teacher"] == base
+    assert report["teacher"] == Path(base).name
+    assert str(slim.parent) not in json.dumps(report)
+    assert str(Path(data).parent) not in json.dumps(report)
     to_base = {"data": "pydocs", "seqlen": 64, "max_tokens": 640, "against": base}
     lora, distilled = (
         slimgpt.evaluate(str(tmp_path / name), **to_base).perplexity[0].kl_divergence
@@ -291,22 +300,55 @@ def test_mistakes(
     with pytest.raises(ConfigError, match="no pruning report") as no_report:
         run(tiny_checkpoint("llama"), output, data, method="distill")
     assert "--teacher" in str(no_report.value.hint)
+    local = tmp_path / "local"  # of a base model that was local, too
+    shutil.copytree(slim, local)
+    pruning_report = json.loads((local / "pruning_report.json").read_text())
+    pruning_report["base_model"] = Path(pruning_report["base_model"]).name
+    (local / "pruning_report.json").write_text(json.dumps(pruning_report))
+    monkeypatch.chdir(tiny_checkpoint("llama").parent)
+    with pytest.raises(ConfigError, match="where its base model is"):
+        run(local, output, data, method="distill")
     with pytest.raises(ConfigError, match="no multiple of micro_batch_size=3"):
         run(slim, output, data, micro_batch_size=3)
     with pytest.raises(ConfigError, match="is text for calibration"):
         run(slim, output, "self")
     with pytest.raises(ConfigError, match="has no teacher"):
         run(slim, output, data, teacher="smollm2-135m")
-    with pytest.raises(ConfigError, match="float16 cannot be trained on a CPU"):
-        run(slim, output, data, dtype="float16")
     with pytest.raises(MissingDependencyError, match="'clearml'"):
         run(slim, output, data, report_to="clearml")
     with monkeypatch.context() as patch:
         patch.setattr(recovery, "find_spec", lambda _: None)
         with pytest.raises(MissingDependencyError, match="'peft'"):
             run(slim, output, data)
+    assert not output.exists()
+
+
+def test_mistakes_are_found_before_data_is_read(
+    slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(recovery, "training_examples")
+    output = tmp_path / "out"
+    with pytest.raises(ConfigError, match="float16 cannot be trained on a CPU"):
+        run(slim, output, data, dtype="float16")
+    with pytest.raises(ConfigError, match="cuda:99"):
+        run(slim, output, data, device="cuda:99")
+    assert not output.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(RunStateError, match="not empty"):
         run(slim, tmp_path / "full", data)
-    assert not output.exists()
+
+
+def test_windows_are_not_longer_than_the_context(
+    slim: Path, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = run(slim, tmp_path / "out", data, seqlen=200, max_steps=1)
+    assert "seqlen 200 is beyond the model's context: 128 is used" in caplog.text
+    assert report["config"]["seqlen"] == 128
+
+
+def test_text_field_holds_for_both_texts(slim: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"body": "All is well that ends well. " * 100}), encoding="utf-8")
+    options = {"eval_data": str(text), "text_field": "body", "max_steps": 1}
+    assert run(slim, tmp_path / "out", str(text), **options)["held_out"] == "text.jsonl"

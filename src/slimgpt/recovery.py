@@ -9,13 +9,11 @@ import hashlib
 import json
 import logging
 import math
-import platform
 import shutil
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -50,6 +49,7 @@ from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError, NumericalError
 from slimgpt.families import family_of
 from slimgpt.model import (
+    SMOLLM2_ALIAS,
     Source,
     check_same_vocabulary,
     find_device,
@@ -58,8 +58,8 @@ from slimgpt.model import (
     load_model,
     load_tokenizer,
 )
-from slimgpt.run import Run, open_run, peak_memory
-from slimgpt.weights import open_weights
+from slimgpt.run import Run, describe_file, open_run, peak_memory, versions
+from slimgpt.weights import open_weights, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def recover(
     model : str
         A directory with a pruned model, or any model of a supported family.
     output : str or Path
-        Directory for the result; must not exist, or be empty.
+        Directory for the result; must not exist, be empty, or hold an interrupted run.
     restart : bool
         Throw away what an interrupted run has left.
     **options
@@ -124,30 +124,60 @@ def recover(
     check_dataset(config.data, "calibration")
     check_dataset(config.eval_data, "evaluation")
     _check_packages(config)
-    tokenizer = load_tokenizer(source)
-    examples = training_examples(
-        config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
-    )
-    held_out = _held_out_windows(config, tokenizer)
-    identity = {
-        "model": source.name,
-        "teacher": teacher.name if teacher else None,
-        **config.model_dump(mode="json", exclude={"teacher", "device", "report_to"}),
-        "examples_sha256": _sha256(examples),
-        "held_out_sha256": _sha256(held_out),
-    }
+    model_config = load_config(source)
+    seqlen = min(config.seqlen, model_config.max_position_embeddings)
+    if seqlen < config.seqlen:
+        log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
+        config = config.model_copy(update={"seqlen": seqlen})
     PartialState()  # joins the other processes of torchrun
+    arguments = _training_arguments(model_config, config, output)
     with open_run(output) if is_main() else nullcontext() as run:
+        tokenizer = load_tokenizer(source)
+        examples = training_examples(
+            config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
+        )
+        held_out = _held_out_windows(config, tokenizer)
         if run:
+            identity = _identity(source, teacher, config, arguments, examples, held_out)
             run.identify(identity, restart)
         if not from_main(run and run.is_written):
-            _train(source, teacher, tokenizer, examples, held_out, config, output)
+            _train(source, teacher, tokenizer, examples, held_out, config, arguments)
             if run:
                 _write(run, source, teacher, tokenizer, config, len(examples))
         if run:
             run.publish()
     report = from_main(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
     return RecoverResult(output, report)
+
+
+def _identity(
+    source: Source,
+    teacher: Source | None,
+    config: RecoverConfig,
+    arguments: TrainingArguments,
+    examples: Examples,
+    held_out: Examples,
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    models = {"model": source} | ({"teacher": teacher} if teacher else {})
+    return {
+        **{role: model.name for role, model in models.items()},
+        **{
+            f"{role}'s {file.name}": describe_file(file)
+            for role, model in models.items()
+            for file in weight_files(model)
+        },
+        **config.model_dump(mode="json", exclude={"teacher", "report_to"}),
+        "examples_sha256": _sha256(examples),
+        "held_out_sha256": _sha256(held_out),
+        "device": arguments.device.type,
+        "processes": arguments.world_size,
+        **_versions(config),
+    }
+
+
+def _versions(config: RecoverConfig) -> dict[str, str]:
+    return versions("accelerate") if config.method == "full" else versions("accelerate", "peft")
 
 
 def _train(
@@ -157,16 +187,15 @@ def _train(
     examples: Examples,
     held_out: Examples,
     config: RecoverConfig,
-    output: Path,
+    arguments: TrainingArguments,
 ) -> None:
     """Train up to the checkpoint of the last step, from the last one that there is."""
-    state = Run(output).state
+    state = Path(str(arguments.output_dir))
     checkpoint, before = from_main(is_main() and _last_checkpoint(state)) or (None, None)
     if before:
         log.info("resuming after step %d", before.global_step)
         if before.global_step >= before.max_steps:
             return
-    arguments = _training_arguments(source, config, output, state)
     arguments.eval_on_start = not checkpoint
     pad_token: Any = tokenizer.pad_token_id or 0
     trainer = _make_trainer(
@@ -193,9 +222,11 @@ def _report(
 ) -> dict[str, Any]:
     metrics = [_metrics(entry) for entry in state.log_history]
     return {
-        "model": source.name,
-        "teacher": teacher.name if teacher else None,
-        "config": config.model_dump(mode="json"),
+        # The report goes to the hub with the model, so it holds no local paths.
+        "model": source.title,
+        "teacher": teacher.title if teacher else None,
+        "config": config.model_dump(mode="json", exclude={"teacher"})
+        | {"data": Path(config.data).name, "eval_data": Path(config.eval_data).name},
         "data": describe_dataset(config.data, "calibration"),
         "held_out": describe_dataset(config.eval_data, "evaluation"),
         "num_examples": num_examples,
@@ -204,8 +235,7 @@ def _report(
         "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
         "seconds": round(state.log_history[-1]["seconds"], 3),
         "peak_memory_bytes": peak_memory(),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("slimgpt", "torch", "transformers")},
+        "versions": _versions(config),
     }
 
 
@@ -308,16 +338,15 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     """The model to distil from, which must have the vocabulary of the one that is trained."""
     name, report = config.teacher, Path(source.location) / REPORT_FILE
     if name is None and report.is_file():
-        name = json.loads(report.read_text(encoding="utf-8"))["base_model"]
+        base = json.loads(report.read_text(encoding="utf-8"))["base_model"]
+        if "/" in base or base == SMOLLM2_ALIAS:  # else the folder of a local model
+            name = base
     if name is None:
         raise ConfigError(
-            f"{source.name} has no pruning report that names its base model",
+            f"{source.name} has no pruning report that says where its base model is",
             hint="name the model to distil from as --teacher",
         )
-    try:
-        teacher = find_model(name)
-    except ConfigError as err:  # reports name a local model without its path
-        raise ConfigError(str(err), hint="name the model to distil from as --teacher") from err
+    teacher = find_model(name)
     check_same_vocabulary(source, teacher)
     return teacher
 
@@ -333,7 +362,9 @@ def _check_packages(config: RecoverConfig) -> None:
 
 
 def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    tokens = evaluation_tokens(config.eval_data, tokenizer, config.eval_tokens).tolist()
+    tokens = evaluation_tokens(
+        config.eval_data, tokenizer, config.eval_tokens, config.text_field
+    ).tolist()
     starts = range(0, len(tokens) - config.seqlen + 1, config.seqlen)
     windows = [tokens[start : start + config.seqlen] for start in starts]
     if not windows:
@@ -358,10 +389,10 @@ def _last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
 
 
 def _training_arguments(
-    source: Source, config: RecoverConfig, output: Path, state: Path
+    model_config: PreTrainedConfig, config: RecoverConfig, output: Path
 ) -> TrainingArguments:
     device = find_device(config.device)
-    dtype = load_config(source).dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if device.index is not None:
         raise ConfigError(
             f"--device {config.device} cannot be chosen for training",
@@ -377,11 +408,11 @@ def _training_arguments(
             f"micro_batch_size={config.micro_batch_size} in {num_processes} processes"
         )
     arguments = TrainingArguments(
-        output_dir=str(state),
+        output_dir=str(Run(output).state),
         run_name=output.name,
         report_to=list(config.report_to) or "none",
         per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=1,  # more are averaged wrongly if processes share an odd number
         gradient_accumulation_steps=config.batch_size // at_once,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,

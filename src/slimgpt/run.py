@@ -9,6 +9,7 @@ last: a directory that has one is complete.
 
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,12 @@ def describe_file(file: Path) -> str:
     """Size and time of change of a file, which tell a changed one."""
     stat = file.stat()
     return f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC)}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, of the packages that every result depends on, and of these."""
+    packages = ("slimgpt", "torch", "transformers", "safetensors", *packages)
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def peak_memory() -> int | None:

@@ -170,9 +170,9 @@ def load_tasks(
         if suite:
             means |= _means(name, suite, manager)
             shots |= dict.fromkeys(means[name].metrics, suite.num_fewshot)
-            continue
-        for task in _expand(name, manager):
-            shots.setdefault(task, None)
+        else:
+            for task in _expand(name, manager):
+                shots.setdefault(task, None)
     if num_fewshot is not None:
         shots = dict.fromkeys(shots, num_fewshot)
     configs = {
