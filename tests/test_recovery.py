@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert (state / "checkpoint-4").is_dir()
     shutil.copytree(state / "checkpoint-4", state / "checkpoint-6")  # killed while it was written
     (state / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1')
+    (state / "runs").mkdir()  # of TensorBoard
+    (state / "runs" / "events").write_text("curves")
     resumed = run(slim, tmp_path / "out", data, **options)
     for name, weight in weights(tmp_path / "whole").items():
         assert torch.equal(weight, weights(tmp_path / "out")[name])
@@ -189,6 +192,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         assert resumed[curve] == whole[curve]
     one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
     assert one.read_text() == other.read_text()
+    assert (tmp_path / "out" / "runs" / "events").read_text() == "curves"
     assert not state.exists()
 
 
@@ -216,7 +220,7 @@ def test_run_killed_after_the_last_step_is_only_written(
 def test_a_training_that_diverges_ends_without_a_result(
     slim: Path, data: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(NumericalError, match="at step [23]") as diverged:
+    with pytest.raises(NumericalError, match=r"at step [23]") as diverged:
         run(slim, tmp_path / "out", data, learning_rate=1e25)
     assert "--learning-rate" in str(diverged.value.hint)
     assert not (tmp_path / "out" / "config.json").exists()
@@ -236,12 +240,9 @@ def test_other_options_do_not_resume(
     shorter.write_text(json.dumps(json.loads(Path(data).read_text())[:12]), encoding="utf-8")
     with pytest.raises(RunStateError, match="examples_sha256"):
         run(slim, tmp_path / "out", str(shorter))
-    weight_file = slim / "model.safetensors"
-    times = weight_file.stat().st_atime, weight_file.stat().st_mtime
-    os.utime(weight_file, (0, 0))
-    with pytest.raises(RunStateError, match="model's model.safetensors was"):
+    os.utime(slim / "model.safetensors", (0, 0))
+    with pytest.raises(RunStateError, match=r"model's model\.safetensors was"):
         run(slim, tmp_path / "out", data)
-    os.utime(weight_file, times)
     report = run(slim, tmp_path / "out", data, rank=2, restart=True)
     assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4]
 
@@ -316,11 +317,34 @@ def test_mistakes(
         run(slim, output, data, teacher="smollm2-135m")
     with pytest.raises(MissingDependencyError, match="'clearml'"):
         run(slim, output, data, report_to="clearml")
+    with pytest.raises(ConfigError, match="no tracker 'tensorbord'") as unknown:
+        run(slim, output, data, report_to="tensorbord")
+    assert "did you mean 'tensorboard'?" in str(unknown.value.hint)
+    (local / "recovery_report.json").touch()
+    with pytest.raises(ConfigError, match="recovered already"):
+        run(local, output, data)
     with monkeypatch.context() as patch:
         patch.setattr(recovery, "find_spec", lambda _: None)
         with pytest.raises(MissingDependencyError, match="'peft'"):
             run(slim, output, data)
     assert not output.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit for the size of a file")
+@pytest.mark.parametrize("limit", [20_000, 80_000, 200_000])  # adapters, optimizer, merged model
+def test_disk_is_full(slim: Path, data: str, tmp_path: Path, limit: int) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(RunStateError, match="cannot write to") as full:
+            run(slim, tmp_path / "out", data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path / "out:") in str(full.value)
+    assert "free some space" in str(full.value.hint)
+    assert run(slim, tmp_path / "out", data)["steps"] == 4
 
 
 def test_mistakes_are_found_before_data_is_read(

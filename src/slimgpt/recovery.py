@@ -34,10 +34,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
-from slimgpt.config import RecoverConfig
+from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data import (
     IGNORED,
     check_dataset,
@@ -58,13 +61,14 @@ from slimgpt.model import (
     load_model,
     load_tokenizer,
 )
-from slimgpt.run import Run, describe_file, open_run, peak_memory, versions
+from slimgpt.run import Run, describe_file, open_run, peak_memory, versions, writing
 from slimgpt.weights import open_weights, weight_files
 
 log = logging.getLogger(__name__)
 
 Examples = list[dict[str, list[int]]]
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "runs"
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,11 @@ def recover(
     config = RecoverConfig.create(**options)
     output = Path(output)
     source = find_model(model)
+    if Path(source.location, RECOVERY_FILE).is_file():
+        raise ConfigError(
+            f"{model} has been recovered already",
+            hint="recover the pruned model, with more --epochs or --max-steps",
+        )
     teacher = _find_teacher(source, config) if config.method == "distill" else None
     check_dataset(config.data, "calibration")
     check_dataset(config.eval_data, "evaluation")
@@ -210,7 +219,8 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     log.info("training on %d examples of %s", len(examples), config.data)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with writing(state.parent):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def _report(
@@ -239,7 +249,17 @@ def _report(
     }
 
 
-class Distiller(Trainer):
+class RecoveryTrainer(Trainer):
+    """Trainer that raises an ``OSError`` when a checkpoint cannot be written."""
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        try:
+            super()._save_checkpoint(*args)
+        except RuntimeError as err:  # torch.save has no type of its own
+            raise OSError(str(err)) from err
+
+
+class Distiller(RecoveryTrainer):
     """Trainer whose loss has the KL divergence to a teacher added.
 
     Parameters
@@ -357,6 +377,9 @@ def _check_packages(config: RecoverConfig) -> None:
             "peft", f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
         )
     for tracker in config.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            known = did_you_mean(tracker, list(INTEGRATION_TO_CALLBACK))
+            raise ConfigError(f"no tracker {tracker!r}", hint=known)
         if tracker not in get_available_reporting_integrations():
             raise MissingDependencyError(tracker, "this tracker", f"pip install {tracker}")
 
@@ -464,7 +487,7 @@ def _make_trainer(
     model: Any, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
 ) -> Trainer:
     if teacher is None:
-        return Trainer(model=model, **kwargs)
+        return RecoveryTrainer(model=model, **kwargs)
     return Distiller(teacher, config.kl_weight, model=model, **kwargs)
 
 
@@ -507,6 +530,8 @@ def _write(
         report = _report(source, teacher, config, num_examples, state)
         text = json.dumps(report, indent=1) + "\n"
         (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
+        if (run.state / TENSORBOARD_DIR).is_dir():
+            shutil.copytree(run.state / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)
         pruning_report = Path(source.location) / REPORT_FILE
         if pruning_report.is_file():
             shutil.copy(pruning_report, directory)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from slimgpt.errors import RunStateError
 
@@ -148,8 +149,10 @@ class Run:
             result.rename(self.state / _DRAFT)
         if not self.is_published:
             for path in self.output.iterdir():  # parts of that product
-                if path.name != STATE_DIR:
+                if path.is_file():
                     path.unlink()
+                elif path.name != STATE_DIR:
+                    shutil.rmtree(path)
         for path in sorted(self.state.iterdir(), key=lambda path: path.name == _MANIFEST):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -221,11 +224,11 @@ def writing(output: Path) -> Iterator[None]:
     Raises
     ------
     RunStateError
-        In place of an ``OSError``.
+        In place of an ``OSError``, or the error that safetensors makes of one.
     """
     try:
         yield
-    except OSError as err:
+    except (OSError, SafetensorError) as err:
         raise RunStateError(
             f"cannot write to {output}: {err}",
             hint="free some space or correct the permissions, then give the same command again; "

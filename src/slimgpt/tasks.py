@@ -438,8 +438,9 @@ def _read_rows(path: Path, dataset_path: str) -> list[dict[str, Any]]:
         return list(read_records(path))
     if dataset_path != MMLU:
         raise DataError("of CSV, which has no types, only the files of MMLU are read")
+    header: list[str] = ["question", *"ABCD", "answer"]
     with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines, ("question", "A", "B", "C", "D", "answer")))
+        return list(csv.DictReader(lines, header))
 
 
 def _as_on_the_hub(row: dict[str, Any], dataset_path: str) -> dict[str, Any]:
