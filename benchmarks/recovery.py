@@ -53,9 +53,10 @@ def main() -> None:
             slimgpt.prune(args.model, pruned, **pruning)
         rows.append(measure(str(pruned), "pruned", ratio, args))
         for method in args.methods:
-            output = folder(args.work, f"{method}-{ratio}", model=pruned.name, **training)
+            options = training | ({"teacher": args.model} if method == "distill" else {})
+            output = folder(args.work, f"{method}-{ratio}", model=pruned.name, **options)
             if not is_complete(output):
-                slimgpt.recover(str(pruned), output, method=method, **training)
+                slimgpt.recover(str(pruned), output, method=method, **options)
             rows.append(measure(str(output), method, ratio, args))
             report = json.loads((output / "recovery_report.json").read_text(encoding="utf-8"))
             rows[-1]["recovery"] = report
