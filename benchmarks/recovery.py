@@ -1,7 +1,8 @@
 r"""What a little training wins back: methods side by side, at equal steps on the same examples.
 
 For each ratio the model is pruned once and recovered with each method; texts and tasks are those
-of `slimgpt eval`. What is there already in the folder --work is not computed again. Usage:
+of `slimgpt eval`. What is there already in the folder --work, with the same settings, is not
+computed again. Usage:
 
     python benchmarks/recovery.py --calibration c4.jsonl --data alpaca.json --eval-data valid.txt \
         --texts test.txt --data-dir tasks --limit 500 --learning-rate 1e-3 --json recovery.json
@@ -10,6 +11,7 @@ of `slimgpt eval`. What is there already in the folder --work is not computed ag
 import argparse
 import json
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +47,30 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = [measure(args.model, "dense", 0.0, args)]
     for ratio in args.ratios:
-        pruned = args.work / f"pruned-{ratio}"
-        if not pruned.exists():
-            slimgpt.prune(
-                args.model, pruned, ratio=ratio, calibration=args.calibration, nsamples=64,
-                seqlen=512,
-            )  # fmt: skip
+        pruning = {"ratio": ratio, "calibration": args.calibration, "nsamples": 64, "seqlen": 512}
+        pruned = folder(args.work, f"pruned-{ratio}", model=args.model, **pruning)
+        if not is_complete(pruned):
+            slimgpt.prune(args.model, pruned, **pruning)
         rows.append(measure(str(pruned), "pruned", ratio, args))
         for method in args.methods:
-            output = args.work / f"{method}-{ratio}"
-            if not output.exists():
-                slimgpt.recover(str(pruned), output, method=method, **training)
+            options = training | ({"teacher": args.model} if method == "distill" else {})
+            output = folder(args.work, f"{method}-{ratio}", model=pruned.name, **options)
+            if not is_complete(output):
+                slimgpt.recover(str(pruned), output, method=method, **options)
             rows.append(measure(str(output), method, ratio, args))
             report = json.loads((output / "recovery_report.json").read_text(encoding="utf-8"))
             rows[-1]["recovery"] = report
     report_rows(rows, args)
+
+
+def folder(work: Path, name: str, **settings: Any) -> Path:
+    """Folder of a model, which has another name if it is made with other settings."""
+    return work / f"{name}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+
+
+def is_complete(model: Path) -> bool:
+    """Whether a run has ended; one that was interrupted goes on."""
+    return (model / "config.json").exists()
 
 
 def measure(model: str, name: str, ratio: float, args: argparse.Namespace) -> dict[str, Any]:

@@ -51,6 +51,46 @@ def test_ranks_agree_with_one_process(
         assert (tensor - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
+def test_recovery_does_not_depend_on_the_number_of_processes(
+    tiny_checkpoint: Callable[[str], Path],
+    slim_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """Perplexity on three windows, which two processes cannot share evenly; loss and gradient."""
+    pytest.importorskip("peft")
+    options = {
+        "method": "distill",
+        "teacher": str(tiny_checkpoint("llama")),
+        "data": "pydocs",
+        "max_examples": 4,  # one step: the order is not the same
+        "eval_data": "pydocs",
+        "eval_tokens": 3 * 64,
+        "seqlen": 64,
+        "max_steps": 1,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "dropout": 0,
+        "warmup_steps": 0,
+        "device": "cpu",
+    }
+    model = slim_checkpoint("llama")
+    slimgpt.recover(str(model), tmp_path / "alone", **options)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    arguments = ["recover", str(model), "--output", str(tmp_path / "together"), *flags, "--json"]
+    finished = torchrun(2, "-m", "slimgpt", *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["steps"] == 1
+    files = [tmp_path / name / "metrics.jsonl" for name in ("alone", "together")]
+    one, many = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert [set(entry) for entry in one] == [
+        {"step", "perplexity"},
+        {"step", "loss", "grad_norm", "learning_rate"},
+        {"step", "perplexity"},
+    ]
+    for expected, entry in zip(one, many, strict=True):
+        assert entry == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_lost_process_ends_the_job_and_it_resumes(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -1,7 +1,9 @@
 """Training of pruned models: what is trained on, merged, resumed and written."""
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 import slimgpt
 from slimgpt import recovery
 from slimgpt.data import IGNORED
-from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError
+from slimgpt.errors import ConfigError, MissingDependencyError, NumericalError, RunStateError
 from slimgpt.run import STATE_DIR
 
 pytest.importorskip("peft")
@@ -76,7 +78,7 @@ def test_adapters_are_merged_exactly(
     write = recovery._write
 
     def keep_adapters(opened: Any, *args: Any) -> None:
-        shutil.copytree(opened.state / "trained", tmp_path / "adapters")
+        shutil.copytree(opened.state / "checkpoint-4", tmp_path / "adapters")
         write(opened, *args)
 
     monkeypatch.setattr(recovery, "_write", keep_adapters)
@@ -106,7 +108,7 @@ def test_adapters_are_merged_exactly(
         assert (tmp_path / "out" / name).read_text() == (slim / name).read_text()
     assert report == json.loads((tmp_path / "out" / "recovery_report.json").read_text())
     assert f"4 steps of 4 examples on {Path(data).name}" in (tmp_path / "out/README.md").read_text()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert not (tmp_path / "out" / STATE_DIR).exists()
 
 
 def test_curves(slim: Path, data: str, tmp_path: Path) -> None:
@@ -181,6 +183,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert (state / "checkpoint-4").is_dir()
     shutil.copytree(state / "checkpoint-4", state / "checkpoint-6")  # killed while it was written
     (state / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1')
+    (state / "runs").mkdir()  # of TensorBoard
+    (state / "runs" / "events").write_text("curves")
     resumed = run(slim, tmp_path / "out", data, **options)
     for name, weight in weights(tmp_path / "whole").items():
         assert torch.equal(weight, weights(tmp_path / "out")[name])
@@ -188,7 +192,38 @@ def test_resumed_run_equals_an_uninterrupted_one(
         assert resumed[curve] == whole[curve]
     one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
     assert one.read_text() == other.read_text()
+    assert (tmp_path / "out" / "runs" / "events").read_text() == "curves"
     assert not state.exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_run_killed_after_the_last_step_is_only_written(
+    slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def stop(*_: Any) -> None:
+        raise InterruptedError_
+
+    whole = run(slim, tmp_path / "whole", data, method=method)
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "_write", stop)
+        with pytest.raises(InterruptedError_):
+            run(slim, tmp_path / "out", data, method=method)
+    resumed = run(slim, tmp_path / "out", data, method=method)
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weight, weights(tmp_path / "out")[name])
+    for key in ("train_loss", "held_out_perplexity", "steps"):
+        assert resumed[key] == whole[key]
+    one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
+    assert one.read_text() == other.read_text()
+
+
+def test_a_training_that_diverges_ends_without_a_result(
+    slim: Path, data: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NumericalError, match=r"at step [23]") as diverged:
+        run(slim, tmp_path / "out", data, learning_rate=1e25)
+    assert "--learning-rate" in str(diverged.value.hint)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_other_options_do_not_resume(
@@ -205,6 +240,9 @@ def test_other_options_do_not_resume(
     shorter.write_text(json.dumps(json.loads(Path(data).read_text())[:12]), encoding="utf-8")
     with pytest.raises(RunStateError, match="examples_sha256"):
         run(slim, tmp_path / "out", str(shorter))
+    os.utime(slim / "model.safetensors", (0, 0))
+    with pytest.raises(RunStateError, match=r"model's model\.safetensors was"):
+        run(slim, tmp_path / "out", data)
     report = run(slim, tmp_path / "out", data, rank=2, restart=True)
     assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4]
 
@@ -241,7 +279,9 @@ def test_distillation_follows_the_teacher(slim: Path, data: str, tmp_path: Path)
     base = json.loads((slim / "pruning_report.json").read_text())["base_model"]
     assert run(slim, tmp_path / "lora", data, **options)["teacher"] is None
     report = run(slim, tmp_path / "distill", data, **options, method="distill", kl_weight=10)
-    assert report["teacher"] == base
+    assert report["teacher"] == Path(base).name
+    assert str(slim.parent) not in json.dumps(report)
+    assert str(Path(data).parent) not in json.dumps(report)
     to_base = {"data": "pydocs", "seqlen": 64, "max_tokens": 640, "against": base}
     lora, distilled = (
         slimgpt.evaluate(str(tmp_path / name), **to_base).perplexity[0].kl_divergence
@@ -261,22 +301,78 @@ def test_mistakes(
     with pytest.raises(ConfigError, match="no pruning report") as no_report:
         run(tiny_checkpoint("llama"), output, data, method="distill")
     assert "--teacher" in str(no_report.value.hint)
+    local = tmp_path / "local"  # of a base model that was local, too
+    shutil.copytree(slim, local)
+    pruning_report = json.loads((local / "pruning_report.json").read_text())
+    pruning_report["base_model"] = Path(pruning_report["base_model"]).name
+    (local / "pruning_report.json").write_text(json.dumps(pruning_report))
+    monkeypatch.chdir(tiny_checkpoint("llama").parent)
+    with pytest.raises(ConfigError, match="where its base model is"):
+        run(local, output, data, method="distill")
     with pytest.raises(ConfigError, match="no multiple of micro_batch_size=3"):
         run(slim, output, data, micro_batch_size=3)
     with pytest.raises(ConfigError, match="is text for calibration"):
         run(slim, output, "self")
     with pytest.raises(ConfigError, match="has no teacher"):
         run(slim, output, data, teacher="smollm2-135m")
-    with pytest.raises(ConfigError, match="float16 cannot be trained on a CPU"):
-        run(slim, output, data, dtype="float16")
     with pytest.raises(MissingDependencyError, match="'clearml'"):
         run(slim, output, data, report_to="clearml")
+    with pytest.raises(ConfigError, match="no tracker 'tensorbord'") as unknown:
+        run(slim, output, data, report_to="tensorbord")
+    assert "did you mean 'tensorboard'?" in str(unknown.value.hint)
+    (local / "recovery_report.json").touch()
+    with pytest.raises(ConfigError, match="recovered already"):
+        run(local, output, data)
     with monkeypatch.context() as patch:
         patch.setattr(recovery, "find_spec", lambda _: None)
         with pytest.raises(MissingDependencyError, match="'peft'"):
             run(slim, output, data)
+    assert not output.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit for the size of a file")
+@pytest.mark.parametrize("limit", [20_000, 80_000, 200_000])  # adapters, optimizer, merged model
+def test_disk_is_full(slim: Path, data: str, tmp_path: Path, limit: int) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(RunStateError, match="cannot write to") as full:
+            run(slim, tmp_path / "out", data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path / "out:") in str(full.value)
+    assert "free some space" in str(full.value.hint)
+    assert run(slim, tmp_path / "out", data)["steps"] == 4
+
+
+def test_mistakes_are_found_before_data_is_read(
+    slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(recovery, "training_examples")
+    output = tmp_path / "out"
+    with pytest.raises(ConfigError, match="float16 cannot be trained on a CPU"):
+        run(slim, output, data, dtype="float16")
+    with pytest.raises(ConfigError, match="cuda:99"):
+        run(slim, output, data, device="cuda:99")
+    assert not output.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(RunStateError, match="not empty"):
         run(slim, tmp_path / "full", data)
-    assert not output.exists()
+
+
+def test_windows_are_not_longer_than_the_context(
+    slim: Path, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = run(slim, tmp_path / "out", data, seqlen=200, max_steps=1)
+    assert "seqlen 200 is beyond the model's context: 128 is used" in caplog.text
+    assert report["config"]["seqlen"] == 128
+
+
+def test_text_field_holds_for_both_texts(slim: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"body": "All is well that ends well. " * 100}), encoding="utf-8")
+    options = {"eval_data": str(text), "text_field": "body", "max_steps": 1}
+    assert run(slim, tmp_path / "out", str(text), **options)["held_out"] == "text.jsonl"

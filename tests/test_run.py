@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import slimgpt
 from slimgpt import blocks, calibrate, pruning, weights
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
-from slimgpt.run import STATE_DIR
+from slimgpt.run import STATE_DIR, open_run
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32, "ratio": 0.4}
 KILLS = 20
@@ -459,3 +459,18 @@ def test_what_cannot_fit_is_refused_with_numbers(
     with pytest.raises(ConfigError, match=r"of disk, and 0.0 GiB are free"):
         slimgpt.prune(model, output, **OPTIONS)
     assert not output.exists()
+
+
+def test_restart_removes_what_was_published_with_its_folders(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with open_run(output) as run:
+        run.identify({}, restart=False)
+        run.block_file(0).touch()
+        with run.product() as directory:
+            (directory / "runs").mkdir()
+            (directory / "runs" / "events").touch()
+            (directory / "config.json").touch()
+        (run.state / "result" / "runs").rename(output / "runs")
+    with open_run(output) as run:
+        run.identify({"ratio": 0.3}, restart=True)
+        assert [path.name for path in output.iterdir()] == [STATE_DIR]

@@ -183,6 +183,14 @@ def test_mmlu_is_5_shot_with_means_by_size(
     assert scores["mmlu"].num_fewshot == 5
 
 
+@pytest.mark.parametrize("names", [("mmlu_astronomy", "mmlu"), ("mmlu", "mmlu_astronomy")])
+def test_shots_of_a_suite_do_not_depend_on_the_order(
+    data_dir: Path, names: tuple[str, str]
+) -> None:
+    found = load_tasks(names, data_dir)
+    assert {task.config.num_fewshot for task in found.tasks.values()} == {5}
+
+
 def test_number_of_shots_can_be_set(data_dir: Path) -> None:
     task = load_tasks(["mmlu"], data_dir, num_fewshot=0).tasks["mmlu_anatomy"]
     assert task.config.num_fewshot == 0
@@ -214,6 +222,11 @@ def test_mistakes(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_rows(data_dir / "openbookqa_test.jsonl", PIQA)
     with pytest.raises(DataError, match=r"cannot load the task openbookqa from .*'choices' is"):
         load_tasks(["openbookqa"], data_dir)
+    (data_dir / "winogrande_xl_validation.jsonl").unlink()
+    rows = "sentence,option1,option2,answer\nAnn met Bea and _ left.,Ann,Bea,2\n"
+    (data_dir / "winogrande_xl_validation.csv").write_text(rows, encoding="utf-8")
+    with pytest.raises(DataError, match="only the files of MMLU"):
+        load_tasks(["winogrande"], data_dir)
     monkeypatch.setattr(tasks, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="lm-eval"):
         load_tasks(["piqa"], data_dir)

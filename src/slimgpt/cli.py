@@ -205,7 +205,7 @@ def main() -> None:
             traceback.print_exc()
         if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
             message = f"out of memory: {err}"
-            hint = "use fewer --nsamples, a smaller --seqlen or --activation-memory, or the CPU"
+            hint = "use fewer or shorter samples, smaller batches, a smaller --dtype, or the CPU"
         else:
             message = f"internal error: {type(err).__name__}: {err}"
             hint = "this is a fault of slimgpt; `slimgpt --debug …` shows where"

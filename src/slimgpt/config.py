@@ -208,7 +208,7 @@ class EvalConfig(_ModelOptions):
         description="commonsense, mmlu, longbench or tasks of lm-eval, comma-separated.",
     )
     data_dir: Path | None = Field(
-        None, description="Folder with the tasks' data (JSON, JSONL, CSV, Parquet), not the hub."
+        None, description="Folder with the tasks' data (JSON, JSONL, Parquet), not the hub."
     )
     limit: int | None = Field(None, ge=1, description="Only the first documents of each task.")
     num_fewshot: int | None = Field(

@@ -32,7 +32,7 @@ class DataError(SlimGPTError):
 
 
 class NumericalError(SlimGPTError):
-    """A layer's Hessian cannot be factorised, even with the largest damping."""
+    """A Hessian cannot be factorised, even with the largest damping, or a training diverges."""
 
     exit_code = 1
 

@@ -2,13 +2,11 @@
 
 import json
 import logging
-import platform
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +52,7 @@ from slimgpt.run import (
     open_run,
     peak_memory,
     replacing,
+    versions,
     writing,
 )
 from slimgpt.schedule import BlockWidths, plan_widths, removed_params
@@ -291,7 +290,7 @@ def _identity(
         **config.model_dump(exclude={"activation_memory"}),
         **({"calibration file": describe_file(data)} if data.is_file() else {}),
         "device": device.type,
-        **_versions(),
+        **versions(),
     }
 
 
@@ -388,13 +387,8 @@ def _report(
             "prune": round(sum(cost["seconds"] for cost in costs), 3),
         },
         "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),
-        "versions": _versions(),
+        "versions": versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("slimgpt", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:

@@ -9,13 +9,11 @@ import hashlib
 import json
 import logging
 import math
-import platform
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -35,10 +34,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
-from slimgpt.config import RecoverConfig
+from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data import (
     IGNORED,
     check_dataset,
@@ -47,9 +49,10 @@ from slimgpt.data import (
     training_examples,
 )
 from slimgpt.distributed import from_main, is_main
-from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError, NumericalError
 from slimgpt.families import family_of
 from slimgpt.model import (
+    SMOLLM2_ALIAS,
     Source,
     check_same_vocabulary,
     find_device,
@@ -58,13 +61,14 @@ from slimgpt.model import (
     load_model,
     load_tokenizer,
 )
-from slimgpt.run import Run, open_run, peak_memory
+from slimgpt.run import Run, describe_file, open_run, peak_memory, versions, writing
+from slimgpt.weights import open_weights, weight_files
 
 log = logging.getLogger(__name__)
 
 Examples = list[dict[str, list[int]]]
 METRICS_FILE = "metrics.jsonl"
-TRAINED = "trained"
+TENSORBOARD_DIR = "runs"
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def recover(
     model : str
         A directory with a pruned model, or any model of a supported family.
     output : str or Path
-        Directory for the result; must not exist, or be empty.
+        Directory for the result; must not exist, be empty, or hold an interrupted run.
     restart : bool
         Throw away what an interrupted run has left.
     **options
@@ -120,34 +124,69 @@ def recover(
     config = RecoverConfig.create(**options)
     output = Path(output)
     source = find_model(model)
+    if Path(source.location, RECOVERY_FILE).is_file():
+        raise ConfigError(
+            f"{model} has been recovered already",
+            hint="recover the pruned model, with more --epochs or --max-steps",
+        )
     teacher = _find_teacher(source, config) if config.method == "distill" else None
     check_dataset(config.data, "calibration")
     check_dataset(config.eval_data, "evaluation")
     _check_packages(config)
-    tokenizer = load_tokenizer(source)
-    examples = training_examples(
-        config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
-    )
-    held_out = _held_out_windows(config, tokenizer)
-    identity = {
-        "model": source.name,
-        "teacher": teacher.name if teacher else None,
-        **config.model_dump(mode="json", exclude={"teacher", "device", "report_to"}),
-        "examples_sha256": _sha256(examples),
-        "held_out_sha256": _sha256(held_out),
-    }
+    model_config = load_config(source)
+    seqlen = min(config.seqlen, model_config.max_position_embeddings)
+    if seqlen < config.seqlen:
+        log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
+        config = config.model_copy(update={"seqlen": seqlen})
     PartialState()  # joins the other processes of torchrun
+    arguments = _training_arguments(model_config, config, output)
     with open_run(output) if is_main() else nullcontext() as run:
+        tokenizer = load_tokenizer(source)
+        examples = training_examples(
+            config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
+        )
+        held_out = _held_out_windows(config, tokenizer)
         if run:
+            identity = _identity(source, teacher, config, arguments, examples, held_out)
             run.identify(identity, restart)
         if not from_main(run and run.is_written):
-            report = _train(source, teacher, tokenizer, examples, held_out, config, output)
+            _train(source, teacher, tokenizer, examples, held_out, config, arguments)
             if run:
-                _write(run, source, tokenizer, config, report)
+                _write(run, source, teacher, tokenizer, config, len(examples))
         if run:
             run.publish()
     report = from_main(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
     return RecoverResult(output, report)
+
+
+def _identity(
+    source: Source,
+    teacher: Source | None,
+    config: RecoverConfig,
+    arguments: TrainingArguments,
+    examples: Examples,
+    held_out: Examples,
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    models = {"model": source} | ({"teacher": teacher} if teacher else {})
+    return {
+        **{role: model.name for role, model in models.items()},
+        **{
+            f"{role}'s {file.name}": describe_file(file)
+            for role, model in models.items()
+            for file in weight_files(model)
+        },
+        **config.model_dump(mode="json", exclude={"teacher", "report_to"}),
+        "examples_sha256": _sha256(examples),
+        "held_out_sha256": _sha256(held_out),
+        "device": arguments.device.type,
+        "processes": arguments.world_size,
+        **_versions(config),
+    }
+
+
+def _versions(config: RecoverConfig) -> dict[str, str]:
+    return versions("accelerate") if config.method == "full" else versions("accelerate", "peft")
 
 
 def _train(
@@ -157,13 +196,15 @@ def _train(
     examples: Examples,
     held_out: Examples,
     config: RecoverConfig,
-    output: Path,
-) -> dict[str, Any]:
-    """Train, from the last checkpoint on if there is one; the report."""
-    state = Run(output).state
-    checkpoint = from_main(is_main() and _last_checkpoint(state))
-    start = time.monotonic()
-    arguments = _training_arguments(source, config, output, state)
+    arguments: TrainingArguments,
+) -> None:
+    """Train up to the checkpoint of the last step, from the last one that there is."""
+    state = Path(str(arguments.output_dir))
+    checkpoint, before = from_main(is_main() and _last_checkpoint(state)) or (None, None)
+    if before:
+        log.info("resuming after step %d", before.global_step)
+        if before.global_step >= before.max_steps:
+            return
     arguments.eval_on_start = not checkpoint
     pad_token: Any = tokenizer.pad_token_id or 0
     trainer = _make_trainer(
@@ -178,27 +219,47 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     log.info("training on %d examples of %s", len(examples), config.data)
-    trainer.train(resume_from_checkpoint=checkpoint or None)
-    trainer.save_model(str(state / TRAINED))
-    metrics = [_metrics(entry) for entry in trainer.state.log_history]
+    with writing(state.parent):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _report(
+    source: Source,
+    teacher: Source | None,
+    config: RecoverConfig,
+    num_examples: int,
+    state: TrainerState,
+) -> dict[str, Any]:
+    metrics = [_metrics(entry) for entry in state.log_history]
     return {
-        "model": source.name,
-        "teacher": teacher.name if teacher else None,
-        "config": config.model_dump(mode="json"),
+        # The report goes to the hub with the model, so it holds no local paths.
+        "model": source.title,
+        "teacher": teacher.title if teacher else None,
+        "config": config.model_dump(mode="json", exclude={"teacher"})
+        | {"data": Path(config.data).name, "eval_data": Path(config.eval_data).name},
         "data": describe_dataset(config.data, "calibration"),
         "held_out": describe_dataset(config.eval_data, "evaluation"),
-        "num_examples": len(examples),
-        "steps": trainer.state.global_step,
+        "num_examples": num_examples,
+        "steps": state.global_step,
         "train_loss": [[m["step"], m["loss"]] for m in metrics if "loss" in m],
         "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
-        "seconds": round(time.monotonic() - start, 3),
+        "seconds": round(state.log_history[-1]["seconds"], 3),
         "peak_memory_bytes": peak_memory(),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("slimgpt", "torch", "transformers")},
+        "versions": _versions(config),
     }
 
 
-class Distiller(Trainer):
+class RecoveryTrainer(Trainer):
+    """Trainer that raises an ``OSError`` when a checkpoint cannot be written."""
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        try:
+            super()._save_checkpoint(*args)
+        except RuntimeError as err:  # torch.save has no type of its own
+            raise OSError(str(err)) from err
+
+
+class Distiller(RecoveryTrainer):
     """Trainer whose loss has the KL divergence to a teacher added.
 
     Parameters
@@ -252,13 +313,21 @@ class _MetricsWriter(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Keep the metrics of the steps that are not run again."""
         self._start, self._first_step = time.monotonic(), state.global_step
+        self._seconds_before = state.log_history[-1]["seconds"] if state.log_history else 0.0
         if state.is_world_process_zero:
-            lines = [json.dumps(_metrics(entry)) + "\n" for entry in state.log_history]
-            self._file.write_text("".join(lines), encoding="utf-8")
+            self._file.write_text(_metrics_lines(state), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Append the newest metrics."""
+        """Append the newest metrics; note the time in the log, which checkpoints have."""
+        seconds = time.monotonic() - self._start
+        state.log_history[-1]["seconds"] = self._seconds_before + seconds
         entry = _metrics(state.log_history[-1])
+        for key in ("loss", "perplexity"):
+            if not math.isfinite(entry.get(key, 0.0)):
+                raise NumericalError(
+                    f"the training has diverged: {key} {entry[key]} at step {entry['step']}",
+                    hint="begin anew with a lower --learning-rate and --restart",
+                )
         if not state.is_world_process_zero or list(entry) == ["step"]:
             return
         with self._file.open("a", encoding="utf-8") as file:
@@ -266,10 +335,13 @@ class _MetricsWriter(TrainerCallback):
         if "perplexity" in entry:
             log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
         else:
-            seconds_per_step = (time.monotonic() - self._start) / (entry["step"] - self._first_step)
-            left = seconds_per_step * (state.max_steps - entry["step"])
+            left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
             steps = entry["step"], state.max_steps
             log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
+
+
+def _metrics_lines(state: TrainerState) -> str:
+    return "".join(json.dumps(_metrics(entry)) + "\n" for entry in state.log_history)
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
@@ -277,23 +349,24 @@ def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in entry
     }
-    return kept | ({"perplexity": math.exp(entry["eval_loss"])} if "eval_loss" in entry else {})
+    if "eval_loss" in entry:  # whose exp may overflow
+        kept["perplexity"] = torch.tensor(entry["eval_loss"], dtype=torch.float64).exp().item()
+    return kept
 
 
 def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     """The model to distil from, which must have the vocabulary of the one that is trained."""
     name, report = config.teacher, Path(source.location) / REPORT_FILE
     if name is None and report.is_file():
-        name = json.loads(report.read_text(encoding="utf-8"))["base_model"]
+        base = json.loads(report.read_text(encoding="utf-8"))["base_model"]
+        if "/" in base or base == SMOLLM2_ALIAS:  # else the folder of a local model
+            name = base
     if name is None:
         raise ConfigError(
-            f"{source.name} has no pruning report that names its base model",
+            f"{source.name} has no pruning report that says where its base model is",
             hint="name the model to distil from as --teacher",
         )
-    try:
-        teacher = find_model(name)
-    except ConfigError as err:  # reports name a local model without its path
-        raise ConfigError(str(err), hint="name the model to distil from as --teacher") from err
+    teacher = find_model(name)
     check_same_vocabulary(source, teacher)
     return teacher
 
@@ -304,12 +377,17 @@ def _check_packages(config: RecoverConfig) -> None:
             "peft", f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
         )
     for tracker in config.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            known = did_you_mean(tracker, list(INTEGRATION_TO_CALLBACK))
+            raise ConfigError(f"no tracker {tracker!r}", hint=known)
         if tracker not in get_available_reporting_integrations():
             raise MissingDependencyError(tracker, "this tracker", f"pip install {tracker}")
 
 
 def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    tokens = evaluation_tokens(config.eval_data, tokenizer, config.eval_tokens).tolist()
+    tokens = evaluation_tokens(
+        config.eval_data, tokenizer, config.eval_tokens, config.text_field
+    ).tolist()
     starts = range(0, len(tokens) - config.seqlen + 1, config.seqlen)
     windows = [tokens[start : start + config.seqlen] for start in starts]
     if not windows:
@@ -324,24 +402,20 @@ def _sha256(examples: Examples) -> str:
     return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
 
-def _last_checkpoint(state: Path) -> str | None:
+def _last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
     """The last checkpoint that is whole: the Trainer writes its own state as the last file."""
-    found = {
-        int(path.parent.name.rpartition("-")[2]): str(path.parent)
-        for path in state.glob("checkpoint-*/trainer_state.json")
-        if path.read_bytes().endswith(b"}\n")
-    }
-    if not found:
-        return None
-    log.info("resuming after step %d", max(found))
-    return found[max(found)]
+    whole = []
+    for file in state.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            whole.append((str(file.parent), TrainerState.load_from_json(str(file))))
+    return max(whole, key=lambda found: found[1].global_step, default=None)
 
 
 def _training_arguments(
-    source: Source, config: RecoverConfig, output: Path, state: Path
+    model_config: PreTrainedConfig, config: RecoverConfig, output: Path
 ) -> TrainingArguments:
     device = find_device(config.device)
-    dtype = load_config(source).dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if device.index is not None:
         raise ConfigError(
             f"--device {config.device} cannot be chosen for training",
@@ -357,11 +431,11 @@ def _training_arguments(
             f"micro_batch_size={config.micro_batch_size} in {num_processes} processes"
         )
     arguments = TrainingArguments(
-        output_dir=str(state),
+        output_dir=str(Run(output).state),
         run_name=output.name,
         report_to=list(config.report_to) or "none",
         per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=1,  # more are averaged wrongly if processes share an odd number
         gradient_accumulation_steps=config.batch_size // at_once,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -373,6 +447,7 @@ def _training_arguments(
         use_cpu=device.type == "cpu",
         seed=config.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         prediction_loss_only=True,
@@ -412,7 +487,7 @@ def _make_trainer(
     model: Any, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
 ) -> Trainer:
     if teacher is None:
-        return Trainer(model=model, **kwargs)
+        return RecoveryTrainer(model=model, **kwargs)
     return Distiller(teacher, config.kl_weight, model=model, **kwargs)
 
 
@@ -430,26 +505,33 @@ def _pad(examples: Examples, pad_token: int) -> dict[str, Tensor]:
 def _write(
     run: Run,
     source: Source,
+    teacher: Source | None,
     tokenizer: PreTrainedTokenizerBase,
     config: RecoverConfig,
-    report: dict[str, Any],
+    num_examples: int,
 ) -> None:
     """Merge what was trained into the weights as they are in the checkpoint, and save them."""
-    trained = str(run.state / TRAINED)
-    model: Any = load_model(source, device="cpu")
+    last: Any = _last_checkpoint(run.state)
+    trained, state = last
+    model: Any
     if config.method == "full":
-        model = load_model(Source(trained, trained), str(model.dtype).removeprefix("torch."), "cpu")
+        dtype = open_weights(source, load_config(source)).dtype
+        model = load_model(Source(trained, trained), str(dtype).removeprefix("torch."), "cpu")
     else:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, trained).merge_and_unload()
+        model = PeftModel.from_pretrained(load_model(source, device="cpu"), trained)
+        model = model.merge_and_unload()
     log.info("saving to %s", run.output)
     with run.product() as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        shutil.copy(run.state / METRICS_FILE, directory)
+        (directory / METRICS_FILE).write_text(_metrics_lines(state), encoding="utf-8")
+        report = _report(source, teacher, config, num_examples, state)
         text = json.dumps(report, indent=1) + "\n"
         (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
+        if (run.state / TENSORBOARD_DIR).is_dir():
+            shutil.copytree(run.state / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)
         pruning_report = Path(source.location) / REPORT_FILE
         if pruning_report.is_file():
             shutil.copy(pruning_report, directory)

@@ -9,6 +9,7 @@ last: a directory that has one is complete.
 
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -16,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from slimgpt.errors import RunStateError
 
@@ -146,8 +149,10 @@ class Run:
             result.rename(self.state / _DRAFT)
         if not self.is_published:
             for path in self.output.iterdir():  # parts of that product
-                if path.name != STATE_DIR:
+                if path.is_file():
                     path.unlink()
+                elif path.name != STATE_DIR:
+                    shutil.rmtree(path)
         for path in sorted(self.state.iterdir(), key=lambda path: path.name == _MANIFEST):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -219,11 +224,11 @@ def writing(output: Path) -> Iterator[None]:
     Raises
     ------
     RunStateError
-        In place of an ``OSError``.
+        In place of an ``OSError``, or the error that safetensors makes of one.
     """
     try:
         yield
-    except OSError as err:
+    except (OSError, SafetensorError) as err:
         raise RunStateError(
             f"cannot write to {output}: {err}",
             hint="free some space or correct the permissions, then give the same command again; "
@@ -261,6 +266,12 @@ def describe_file(file: Path) -> str:
     """Size and time of change of a file, which tell a changed one."""
     stat = file.stat()
     return f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC)}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, of the packages that every result depends on, and of these."""
+    packages = ("slimgpt", "torch", "transformers", "safetensors", *packages)
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def peak_memory() -> int | None:

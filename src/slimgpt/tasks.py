@@ -169,9 +169,12 @@ def load_tasks(
         suite = SUITES.get(name)
         if suite:
             means |= _means(name, suite, manager)
-        default = suite.num_fewshot if suite else None
-        for task in means[name].metrics if suite else _expand(name, manager):
-            shots.setdefault(task, default if num_fewshot is None else num_fewshot)
+            shots |= dict.fromkeys(means[name].metrics, suite.num_fewshot)
+        else:
+            for task in _expand(name, manager):
+                shots.setdefault(task, None)
+    if num_fewshot is not None:
+        shots = dict.fromkeys(shots, num_fewshot)
     configs = {
         task: (manager.task_index[task].cfg or {})
         | ({} if number is None else {"num_fewshot": number})
@@ -433,9 +436,11 @@ def _local_dataset(files: dict[str, Path], dataset_path: str) -> Any:
 def _read_rows(path: Path, dataset_path: str) -> list[dict[str, Any]]:
     if path.suffix != ".csv":
         return list(read_records(path))
-    header = ("question", "A", "B", "C", "D", "answer") if dataset_path == MMLU else None
+    if dataset_path != MMLU:
+        raise DataError("of CSV, which has no types, only the files of MMLU are read")
+    header: list[str] = ["question", *"ABCD", "answer"]
     with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines, fieldnames=header))
+        return list(csv.DictReader(lines, header))
 
 
 def _as_on_the_hub(row: dict[str, Any], dataset_path: str) -> dict[str, Any]:
