@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from environment import environment
@@ -68,12 +69,14 @@ def llama_pairs(num_layers: int, work: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def save_random(config: PreTrainedConfig, directory: Path) -> Path:
-    """Write a model with random weights, and a tokenizer of bytes."""
+    """Write a model with random weights, and a tokenizer of few merges."""
     if not (directory / "tokenizer.json").exists():  # which is written last
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
         trained = ByteLevelBPETokenizer()
-        trained.train_from_iterator([], 300, special_tokens=["<unk>", "<s>", "</s>"])
+        trained.train_from_iterator(
+            topics.values(), 300, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"]
+        )
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
