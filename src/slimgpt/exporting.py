@@ -78,10 +78,10 @@ def export(model: str, output: str | Path | None = None, **options: Any) -> Expo
     file = Path(output) if output else _default_output(source, config.type)
     if file.exists():
         raise RunStateError(f"{file} exists", hint="choose another --output, or remove it first")
+    generation = load_generation_config(source, load_config(source))
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
-            generation = load_generation_config(source, load_config(source))
             arch = write_gguf(source, temporary, config.type)
         if arch != PER_LAYER_ARCH:
             _write_modelfile(generation, file)

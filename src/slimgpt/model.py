@@ -323,6 +323,14 @@ def _forget_quantizer(model: Any) -> None:
         model.is_quantized = False
 
 
+def usable_seqlen(seqlen: int, config: PreTrainedConfig) -> int:
+    """Tokens of a sample, within the model's context; a warning says if that is fewer."""
+    longest = config.max_position_embeddings
+    if seqlen > longest:
+        log.warning("seqlen %d is beyond the model's context: %d is used", seqlen, longest)
+    return min(seqlen, longest)
+
+
 def incomplete(source: Source, names: Iterable[Any]) -> UnsupportedModelError:
     """Error for a checkpoint without some tensors, or with other shapes of them."""
     problems = sorted(map(str, names))

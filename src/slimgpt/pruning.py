@@ -44,6 +44,7 @@ from slimgpt.model import (
     load_generation_config,
     load_model,
     load_tokenizer,
+    usable_seqlen,
 )
 from slimgpt.run import (
     STATE_DIR,
@@ -187,11 +188,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         planned = _plan(build_skeleton(model_config), config)
         tokenizer = load_tokenizer(source)
         generation_config = load_generation_config(source, model_config)
-        seqlen = min(config.seqlen, model_config.max_position_embeddings)
-        if seqlen < config.seqlen:
-            log.warning(
-                "seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen
-            )
+        seqlen = usable_seqlen(config.seqlen, model_config)
         batch_size = choose_batch_size(config.nsamples, seqlen)
         own_N = own_part(torch.arange(config.nsamples), batch_size)
         with open_run(output) if is_main() else nullcontext() as run:

@@ -60,6 +60,7 @@ from slimgpt.model import (
     load_config,
     load_model,
     load_tokenizer,
+    usable_seqlen,
 )
 from slimgpt.run import Run, describe_file, open_run, peak_memory, versions, writing
 from slimgpt.weights import open_weights, weight_files
@@ -134,10 +135,8 @@ def recover(
     check_dataset(config.eval_data, "evaluation")
     _check_packages(config)
     model_config = load_config(source)
-    seqlen = min(config.seqlen, model_config.max_position_embeddings)
-    if seqlen < config.seqlen:
-        log.warning("seqlen %d is beyond the model's context: %d is used", config.seqlen, seqlen)
-        config = config.model_copy(update={"seqlen": seqlen})
+    seqlen = usable_seqlen(config.seqlen, model_config)
+    config = config.model_copy(update={"seqlen": seqlen})
     PartialState()  # joins the other processes of torchrun
     arguments = _training_arguments(model_config, config, output)
     with open_run(output) if is_main() else nullcontext() as run:

@@ -1,10 +1,10 @@
 """A run: its output directory, the state that outlives an interruption, and its cost.
 
 While a run is going on, ``OUT/.slimgpt`` holds its manifest and what is finished: blocks, or
-checkpoints of the training.
-Every file appears by a write to a temporary name, a sync to disk and a rename. The finished
-product is put together in ``OUT/.slimgpt/result`` and then moved into ``OUT``, ``config.json``
-last: a directory that has one is complete.
+checkpoints of the training. A file appears by a write to a temporary name, a sync to disk and a
+rename, but for the checkpoints, which the Trainer writes. The finished product is put together in
+``OUT/.slimgpt/result`` and then moved into ``OUT``, ``config.json`` last: a directory that has one
+is complete.
 """
 
 import json
