@@ -132,10 +132,11 @@ def main() -> None:
                     prune_blocks(pruned, samples, tuple(widths), config)
                     seconds = time.monotonic() - start
                     for text, tokens in windows.items():
-                        nll, dense_nll, kl = mean_losses(pruned, model, tokens)
+                        losses = mean_losses(pruned, model, tokens)
                         measurement = Measurement(
                             variant, ratio, seed, name, text,
-                            math.exp(dense_nll), math.exp(nll), kl, seconds,
+                            math.exp(losses.base_nll), math.exp(losses.nll), losses.kl_divergence,
+                            seconds,
                         )  # fmt: skip
                         measurements.append(measurement)
                         print(json.dumps(asdict(measurement)), flush=True)

@@ -263,6 +263,12 @@ def test_largest_ratio(multiple_of, channels):
     assert largest_ratio(shape, multiple_of) == pytest.approx(1 - (1000 + channels * 100) / 55200)
 
 
+def test_given_ratios_are_those_of_the_first_blocks():
+    widths = plan_widths(SMOLLM2, 0.2, given=(0.25, 0.0, 0.5))
+    removed = [removed_params(s, w) / s.params for s, w in zip(SMOLLM2, widths, strict=True)]
+    assert removed == pytest.approx([0.25, 0.0, 0.5] + [0.0] * (len(SMOLLM2) - 3), abs=0.003)
+
+
 # Infeasible ratios
 
 

@@ -115,6 +115,13 @@ def test_eval_equals_the_loss_of_transformers(
         log_p, log_q = (m(tokens).logits[:, :-1].double().log_softmax(-1) for m in (dense, model))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     assert measured.kl_divergence == pytest.approx(float(kl), rel=1e-3)
+    with torch.no_grad():
+        streams, base = (
+            torch.stack(m(tokens, output_hidden_states=True).hidden_states[1:]).double()
+            for m in (model, dense)
+        )
+    errors = ((streams - base).square().sum(-1) / base.square().sum(-1)).mean(dim=(1, 2))
+    assert measured.layer_errors == pytest.approx(errors.tolist(), rel=1e-3)
     saved = json.loads((result.output / "eval" / "perplexity.json").read_text())
     assert saved[-1]["perplexity"] == measured.perplexity
 

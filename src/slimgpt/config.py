@@ -49,7 +49,7 @@ def _underscored(value: Any) -> Any:
 def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return value.split(",")
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
 _Underscored = BeforeValidator(_underscored)
@@ -128,6 +128,11 @@ class PruneConfig(_ModelOptions):
         description="Smallest layer ratio: the first layer's, or the last one's where ratios "
         "decrease. Default: ratio / 8.",
     )
+    layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
+        (),
+        description="Ratios of the first layers, comma-separated, in place of ratio and schedule; "
+        "the other layers stay as they are.",
+    )
     calibration: str = Field(
         "c4", description="Data set name, local .txt/.jsonl/.json/.parquet file, or self."
     )
@@ -169,6 +174,15 @@ class PruneConfig(_ModelOptions):
         if values.get("uniform"):
             defaults["schedule"] = "uniform"
         return defaults | values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_what_decides_the_ratios(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # Runs before the preset fills in a schedule.
+        idle = {"ratio", "schedule", "min_ratio", "uniform"} & values.keys()
+        if values.get("layer_ratios") and idle:
+            raise ValueError(f"layer_ratios leaves nothing to decide to {', '.join(sorted(idle))}")
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,7 @@
-"""Perplexity and benchmark tasks of a model, beside those of a base model."""
+"""Perplexity and benchmark tasks of a model, beside those of a base model.
+
+Shape suffixes: ``N`` windows, ``T`` tokens of a window, ``C`` hidden size, ``L`` layers.
+"""
 
 import hashlib
 import json
@@ -8,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +52,10 @@ class EvalResult:
         exp of the mean negative log-likelihood of a token.
     kl_divergence : float or None
         Mean KL(base ‖ model) of the next-token distributions, in nats.
+    layer_errors : tuple of float or None
+        How far the residual stream is from that of the base after each block, the last one after
+        the final norm: mean of ‖h − h_base‖²/‖h_base‖² over the tokens. None where the two models
+        differ in depth or hidden size.
     """
 
     model: str
@@ -60,6 +67,26 @@ class EvalResult:
     perplexity: float
     base_perplexity: float | None
     kl_divergence: float | None
+    layer_errors: tuple[float, ...] | None
+
+
+class Losses(NamedTuple):
+    """Means over the predicted tokens of a text, in nats; those with a base are 0 without one.
+
+    Attributes
+    ----------
+    nll, base_nll : float
+        Negative log-likelihood of the model and of the base.
+    kl_divergence : float
+        KL(base ‖ model).
+    layer_errors : tuple of float or None
+        See `EvalResult`.
+    """
+
+    nll: float
+    base_nll: float
+    kl_divergence: float
+    layer_errors: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -142,7 +169,7 @@ def evaluate(model: str, **options: Any) -> Evaluation:
         for seqlen in _usable_lengths(config.seqlen, [live, base or live], len(tokens)):
             log.info("evaluating on %s, windows of %d tokens", name, seqlen)
             windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-            nll, base_nll, kl = mean_losses(live, base, windows)
+            losses = mean_losses(live, base, windows)
             perplexity.append(
                 EvalResult(
                     model=model,
@@ -151,9 +178,10 @@ def evaluate(model: str, **options: Any) -> Evaluation:
                     data_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
                     seqlen=seqlen,
                     tokens=windows.numel() - len(windows),
-                    perplexity=math.exp(nll),
-                    base_perplexity=math.exp(base_nll) if base else None,
-                    kl_divergence=kl if base else None,
+                    perplexity=math.exp(losses.nll),
+                    base_perplexity=math.exp(losses.base_nll) if base else None,
+                    kl_divergence=losses.kl_divergence if base else None,
+                    layer_errors=losses.layer_errors,
                 )
             )
     scores: list[TaskResult] = []
@@ -193,47 +221,52 @@ def _usable_lengths(
 
 
 @torch.no_grad()
-def mean_losses(
-    model: PreTrainedModel, base: PreTrainedModel | None, windows: Tensor
-) -> tuple[float, float, float]:
+def mean_losses(model: PreTrainedModel, base: PreTrainedModel | None, windows_NT: Tensor) -> Losses:
     """Measure a model, and a base beside it, on windows of tokens.
 
     Parameters
     ----------
     model, base : PreTrainedModel
         The model, and optionally the one to compare it with.
-    windows : Tensor
+    windows_NT : Tensor
         int64, (windows, seqlen).
-
-    Returns
-    -------
-    tuple of float
-        Negative log-likelihood of the model and of the base, and KL(base ‖ model), each in nats
-        per predicted token; the latter two are zero without a base.
     """
+    shapes = {(m.config.num_hidden_layers, m.config.hidden_size) for m in (model, base or model)}
+    with_streams = base is not None and len(shapes) == 1
     sums = torch.zeros(3, dtype=torch.float64)
+    errors_L = torch.zeros(model.config.num_hidden_layers * with_streams, dtype=torch.float64)
     start = logged = time.monotonic()
-    for index, window in enumerate(windows):
-        inputs = window.to(model.device)[None]
-        targets = inputs[0, 1:]
-        log_probs = _log_probs(model, inputs)
-        sums[0] += functional.nll_loss(log_probs, targets, reduction="sum").cpu()
+    for index, window_T in enumerate(windows_NT):
+        targets_T = window_T[1:].to(model.device)
+        log_probs, streams = _run(model, window_T, with_streams)
+        sums[0] += functional.nll_loss(log_probs, targets_T, reduction="sum").cpu()
         if base is not None:
-            base_log_probs = _log_probs(base, inputs)
-            sums[1] += functional.nll_loss(base_log_probs, targets, reduction="sum").cpu()
+            base_log_probs, base_streams = _run(base, window_T, with_streams)
+            sums[1] += functional.nll_loss(base_log_probs, targets_T, reduction="sum").cpu()
             sums[2] += functional.kl_div(
                 log_probs, base_log_probs, reduction="sum", log_target=True
             ).cpu()
+            for layer, (stream_TC, base_TC) in enumerate(zip(streams, base_streams, strict=True)):
+                change_T = (stream_TC - base_TC).float().square().sum(dim=-1)
+                errors_L[layer] += (change_T / base_TC.float().square().sum(dim=-1)).mean().cpu()
         now = time.monotonic()
         if now - logged > SECONDS_BETWEEN_LOGS:
             logged = now
-            left = (now - start) / (index + 1) * (len(windows) - index - 1)
-            log.info("window %d/%d; %.0f s left", index + 1, len(windows), left)
-    return tuple((sums / (windows.numel() - len(windows))).tolist())
+            left = (now - start) / (index + 1) * (len(windows_NT) - index - 1)
+            log.info("window %d/%d; %.0f s left", index + 1, len(windows_NT), left)
+    nll, base_nll, kl_divergence = (sums / (windows_NT.numel() - len(windows_NT))).tolist()
+    layer_errors = tuple((errors_L / len(windows_NT)).tolist()) or None
+    return Losses(nll, base_nll, kl_divergence, layer_errors)
 
 
-def _log_probs(model: PreTrainedModel, inputs: Tensor) -> Tensor:
-    return model(inputs, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
+def _run(
+    model: PreTrainedModel, window_T: Tensor, with_streams: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities of the next tokens, and the residual stream after each block."""
+    inputs = window_T.to(model.device)[None]
+    output = model(inputs, use_cache=False, output_hidden_states=with_streams)
+    streams = [states[0] for states in output.hidden_states[1:]] if with_streams else []
+    return output.logits[0, :-1].float().log_softmax(dim=-1), streams
 
 
 def _add_to_card(

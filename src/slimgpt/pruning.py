@@ -392,15 +392,23 @@ def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:
     shapes = [block.shape for block in bind(skeleton)]
     uniform_groups = uniform_group_counts(skeleton.config) if config.uniform else None
     widths = plan_widths(
-        shapes, config.ratio, config.schedule, config.min_ratio, config.multiple_of, uniform_groups
+        shapes,
+        config.ratio,
+        config.schedule,
+        config.min_ratio,
+        config.multiple_of,
+        uniform_groups,
+        config.layer_ratios,
     )
+    given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
+    prunable = sum(shape.params for shape in shapes)
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
     total = skeleton.num_parameters()
     return PrunePlan(
         widths=tuple(widths),
         layer_ratios=tuple(r / s.params for r, s in zip(removed, shapes, strict=True)),
-        target_ratio=config.ratio,
-        block_ratio=sum(removed) / sum(shape.params for shape in shapes),
+        target_ratio=given / prunable if config.layer_ratios else config.ratio,
+        block_ratio=sum(removed) / prunable,
         total_ratio=sum(removed) / total,
         params_before=total,
         params_after=total - sum(removed),

@@ -96,6 +96,7 @@ def plan_widths(
     min_ratio: float | None = None,
     multiple_of: int = 8,
     uniform_groups: Collection[int] | None = None,
+    given: Sequence[float] = (),
 ) -> list[BlockWidths]:
     """Integer widths of every block that together meet the target ratio.
 
@@ -114,6 +115,9 @@ def plan_widths(
     uniform_groups : collection of int, optional
         If given, all blocks get the same widths, with a number of groups from this collection;
         nothing is carried over. The schedule must be uniform too.
+    given : sequence of float, optional
+        Ratios of the first blocks; the others keep all. The ratio and the schedule do not matter
+        then.
 
     Returns
     -------
@@ -124,16 +128,27 @@ def plan_widths(
     ------
     ConfigError
         If some block would lose more than it can; names the largest feasible ratio. If uniform
-        widths are asked for and the blocks differ.
+        widths are asked for and the blocks differ. If more ratios are given than there are blocks.
     """
+    if len(given) > len(shapes):
+        raise ConfigError(
+            f"layer_ratios has {len(given)} ratios, but there are {len(shapes)} layers"
+        )
     if uniform_groups is not None and len(set(shapes)) > 1:
         raise ConfigError(
             "uniform widths need blocks that are all alike, but the blocks of this model differ",
             hint="prune the original model, or leave out --uniform",
         )
     limits = [largest_ratio(shape, multiple_of, uniform_groups) for shape in shapes]
-    ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
+    ratios = [*given, *[0.0] * (len(shapes) - len(given))]
+    if not given:
+        ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
     worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
+    if ratios[worst] > limits[worst] and given:
+        raise ConfigError(
+            f"layer_ratios takes {ratios[worst]:.1%} of block {worst}, which can lose "
+            f"{limits[worst]:.1%} at most"
+        )
     if ratios[worst] > limits[worst]:
         feasible = _largest_feasible(shapes, limits, schedule, min_ratio)
         raise ConfigError(
