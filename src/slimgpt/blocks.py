@@ -4,21 +4,32 @@ Layer-wise structured pruning as in SlimGPT (Ling, Wang & Liu 2024, arXiv 2412.1
 blocks are pruned in order, each calibrated on the outputs of the pruned blocks before it.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt import obs
-from slimgpt.calibrate import Stream, choose_batch_size, collect, embed, pass_through, propagate
+from slimgpt.calibrate import (
+    Activations,
+    Stream,
+    choose_batch_size,
+    collect,
+    embed,
+    pass_through,
+    propagate,
+)
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main, tensor_from_main
 from slimgpt.errors import NumericalError
 from slimgpt.families import Block, Sublayer, bind
+from slimgpt.importance import GLOBAL_SCORES, LOCAL_SCORES
 from slimgpt.schedule import BlockWidths
 from slimgpt.shrink import shrink_sublayer, unit_columns
 
@@ -37,7 +48,7 @@ class SublayerPlan:
         Mean squared change of the sublayer's output over the calibration tokens, E‖Δy‖², and the
         same over E‖y‖².
     damping : float
-        Damping that the Hessian needed; 0 where nothing was removed.
+        Damping that the Hessian needed; 0 where nothing was removed or solved.
     """
 
     keep: tuple[int, ...]
@@ -71,8 +82,38 @@ class BlockPlan:
         )
 
 
+class Decision(NamedTuple):
+    """What a method makes of one sublayer.
+
+    Attributes
+    ----------
+    kept_units : Tensor
+        Indices, sorted.
+    weight_OK : Tensor
+        The kept columns of the output projection.
+    bias_O : Tensor or None
+        Its bias.
+    error, power : float
+        E‖Δy‖² and E‖y‖² over the calibration tokens.
+    damping : float
+        See `SublayerPlan`.
+    """
+
+    kept_units: Tensor
+    weight_OK: Tensor
+    bias_O: Tensor | None
+    error: float
+    power: float
+    damping: float = 0.0
+
+
 def prune_block(
-    block: Block, width: BlockWidths, stream: Stream, activation_memory: int, config: PruneConfig
+    block: Block,
+    width: BlockWidths,
+    stream: Stream,
+    activation_memory: int,
+    config: PruneConfig,
+    scores: Sequence[Tensor] = (),
 ) -> BlockPlan:
     """Prune one block in place.
 
@@ -88,6 +129,8 @@ def prune_block(
         Bytes of sublayer activations to keep between their two uses.
     config : PruneConfig
         Options of the method.
+    scores : sequence of Tensor
+        From a method of `importance.GLOBAL_SCORES`: of all sublayers of the model.
 
     Raises
     ------
@@ -95,10 +138,11 @@ def prune_block(
         If a Hessian cannot be factorised; names the block and the sublayer.
     """
     attention, ffn = (
-        _prune_sublayer(block, sublayer, num_keep, stream, activation_memory, config)
-        for sublayer, num_keep in (
-            (block.attention, width.num_groups),
-            (block.ffn, width.num_channels),
+        _prune_sublayer(block, sublayer, num_keep, stream, activation_memory, config, given)
+        for sublayer, num_keep, given in zip_longest(
+            block.sublayers,
+            (width.num_groups, width.num_channels),
+            scores[2 * block.index : 2 * block.index + 2],
         )
     )
     return BlockPlan(block.index, attention, ffn)
@@ -124,11 +168,12 @@ def replay_block(
         if len(decided.keep) == sublayer.num_units:
             pass_through(block, sublayer, stream)
         else:
-            weight = sublayer.output.weight
-            kept_units = torch.tensor(decided.keep, device=weight.device)
-            name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}.weight"
-            new_weight = read(name).to(weight.device)
-            _apply(block, sublayer, stream, kept_units, new_weight)
+            device = sublayer.output.weight.device
+            kept_units = torch.tensor(decided.keep, device=device)
+            name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}"
+            if sublayer.output.bias is not None:
+                _set_bias(sublayer.output, read(f"{name}.bias"))
+            _apply(block, sublayer, stream, kept_units, read(f"{name}.weight").to(device))
 
 
 def prune_blocks(
@@ -152,9 +197,13 @@ def prune_blocks(
     list of BlockPlan
         The model's forward pass is that of the pruned model afterwards; its config is not changed.
     """
+    scores: list[Tensor] = []
+    if config.method in GLOBAL_SCORES:
+        whole = copy.deepcopy(model)
+        scores = GLOBAL_SCORES[config.method](whole, samples, widths, config.seed)
     stream = embed(model, samples, choose_batch_size(*samples.shape))
     return [
-        prune_block(block, width, stream, config.activation_memory, config)
+        prune_block(block, width, stream, config.activation_memory, config, scores)
         for block, width in zip(bind(model), widths, strict=True)
     ]
 
@@ -166,42 +215,101 @@ def _prune_sublayer(
     stream: Stream,
     activation_memory: int,
     config: PruneConfig,
+    scores_U: Tensor | None,
 ) -> SublayerPlan:
     if num_keep == sublayer.num_units:
         pass_through(block, sublayer, stream)
         return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)
-    hessian_II, kept = collect(block, sublayer, stream, activation_memory)
-    weight = sublayer.output.weight
-    plan, new_weight = None, weight.new_empty(len(weight), num_keep * sublayer.unit_size)
+    activations = collect(block, sublayer, stream, activation_memory)
+    kept, output, plan = activations.kept, sublayer.output, None
+    new_weight = output.weight.new_empty(output.out_features, num_keep * sublayer.unit_size)
     if is_main():
-        try:
-            problem = obs.prepare(
-                weight.to(hessian_II.device), hessian_II, config.damping, config.damping_mode
-            )
-        except NumericalError as err:
-            place = f"block {block.index}, {sublayer.kind}"
-            raise NumericalError(f"{place}: {err}", hint=err.hint) from err
-        del hessian_II
-        if problem.damping > config.damping:
-            log.warning(
-                "block %d, %s: the Hessian is singular to rounding, so its damping was raised "
-                "from %g to %g",
-                block.index,
-                sublayer.kind,
-                config.damping,
-                problem.damping,
-            )
-        kept_units = _select(problem, sublayer, num_keep, config)
-        columns_K = unit_columns(kept_units, sublayer.unit_size)
-        solution_OK, error = obs.compensate(problem, columns_K)
-        new_weight.copy_(solution_OK)
-        relative = error / problem.power if problem.power else 0.0
-        plan = SublayerPlan(tuple(kept_units.tolist()), error, relative, problem.damping)
-        del problem, solution_OK
+        if config.method == "slimgpt":
+            problem = _prepare(block, sublayer, activations.hessian_II, config)
+            del activations  # the Hessian is as large as all else that the solver needs
+            decision = _solve(problem, sublayer, num_keep, config)
+            del problem
+        else:
+            decision = _cut(sublayer, num_keep, activations, config, scores_U)
+        new_weight.copy_(decision.weight_OK)
+        if decision.bias_O is not None:
+            _set_bias(output, decision.bias_O)
+        relative = decision.error / decision.power if decision.power else 0.0
+        keep = tuple(decision.kept_units.tolist())
+        plan = SublayerPlan(keep, decision.error, relative, decision.damping)
+        del decision
     plan = from_main(plan)
-    kept_units = torch.tensor(plan.keep, device=weight.device)
+    kept_units = torch.tensor(plan.keep, device=new_weight.device)
+    if output.bias is not None:
+        tensor_from_main(output.bias)
     _apply(block, sublayer, stream, kept_units, tensor_from_main(new_weight), kept)
     return plan
+
+
+def _prepare(
+    block: Block, sublayer: Sublayer, hessian_II: Tensor, config: PruneConfig
+) -> obs.Problem:
+    weight_OI = sublayer.output.weight.to(hessian_II.device)
+    try:
+        problem = obs.prepare(weight_OI, hessian_II, config.damping, config.damping_mode)
+    except NumericalError as err:
+        place = f"block {block.index}, {sublayer.kind}"
+        raise NumericalError(f"{place}: {err}", hint=err.hint) from err
+    if problem.damping > config.damping:
+        log.warning(
+            "block %d, %s: the Hessian is singular to rounding, so its damping was raised "
+            "from %g to %g",
+            block.index,
+            sublayer.kind,
+            config.damping,
+            problem.damping,
+        )
+    return problem
+
+
+def _solve(
+    problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig
+) -> Decision:
+    """SlimGPT: what costs least goes, and what stays makes up for it."""
+    kept_units = _select(problem, sublayer, num_keep, config)
+    columns_K = unit_columns(kept_units, sublayer.unit_size)
+    weight_OK, error = obs.compensate(problem, columns_K)
+    return Decision(kept_units, weight_OK, None, error, problem.power, problem.damping)
+
+
+def _cut(
+    sublayer: Sublayer,
+    num_keep: int,
+    activations: Activations,
+    config: PruneConfig,
+    scores_U: Tensor | None,
+) -> Decision:
+    """The other methods: the units of the lowest scores go, and the weights stay as they are.
+
+    FLAP puts the mean of what goes into the bias, so that only its variance is lost.
+    """
+    if scores_U is None:
+        scores_U = LOCAL_SCORES[config.method](sublayer, activations)
+    kept_units = scores_U.argsort(descending=True, stable=True)[:num_keep].sort().values
+    hessian_II, mean_I = activations.hessian_II, activations.mean_I
+    weight_OI = sublayer.output.weight.to(mean_I)
+    columns_K = unit_columns(kept_units, sublayer.unit_size).to(mean_I.device)
+    removed_R = torch.ones_like(mean_I, dtype=torch.bool).index_fill_(0, columns_K, False)
+    weight_OR, lost_RR = weight_OI[:, removed_R], hessian_II[removed_R][:, removed_R]
+    bias_O = None
+    if config.method == "flap":
+        mean_R = mean_I[removed_R]
+        lost_RR -= mean_R.outer(mean_R)
+        bias_O = weight_OR @ mean_R
+        if sublayer.output.bias is not None:
+            bias_O += sublayer.output.bias.to(bias_O)
+    error = obs.output_power(weight_OR, lost_RR)
+    power = obs.output_power(weight_OI, hessian_II)
+    return Decision(kept_units, weight_OI[:, columns_K], bias_O, error, power)
+
+
+def _set_bias(linear: nn.Linear, bias_O: Tensor) -> None:
+    linear.bias = nn.Parameter(bias_O.to(linear.weight), requires_grad=False)
 
 
 def _apply(

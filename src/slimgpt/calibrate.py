@@ -145,11 +145,14 @@ class Activations(NamedTuple):
     hessian_II : Tensor
         E[x xᵀ] over the tokens of all processes, float64 (on the CPU where the device has no such
         type), accumulated from float32 products of one batch each.
+    mean_I : Tensor
+        E[x], of the same type.
     kept : list of Tensor
         The activations themselves, batch by batch, as far as there was room for them.
     """
 
     hessian_II: Tensor
+    mean_I: Tensor
     kept: list[Tensor]
 
 
@@ -170,6 +173,7 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     if device.type == "mps":  # has no float64
         device = torch.device("cpu")
     total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
+    sum_I = torch.zeros(size, dtype=torch.float64, device=device)
     num_tokens = torch.zeros((), dtype=torch.float64, device=device)
     kept: list[Tensor] = []
     panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
@@ -179,13 +183,16 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
         for start, stop in panels:
             product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
             total_II[start:stop, start:] += product.to(device)
+        sum_I += rows_TI.sum(dim=0).to(device)
         num_tokens += len(rows_TI)
         budget -= batch_NTI.nbytes
         if budget >= 0:
             kept.append(batch_NTI)
     for start, stop in panels:
         total_II[stop:, start:stop] = total_II[start:stop, stop:].T
-    return Activations(distributed.add_up(total_II).div_(distributed.add_up(num_tokens)), kept)
+    distributed.add_up(num_tokens)
+    hessian_II = distributed.add_up(total_II).div_(num_tokens)
+    return Activations(hessian_II, distributed.add_up(sum_I).div_(num_tokens), kept)
 
 
 @torch.no_grad()

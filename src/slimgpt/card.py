@@ -20,9 +20,8 @@ tags: [slimgpt, pruned]
 # {base_name}, pruned by {percent:g} %
 
 A smaller dense model, made from `{base_name}` by structured pruning with
-SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and the
-remaining weights are updated so that each layer's output changes as little as possible
-(method: [arXiv 2412.18110](https://arxiv.org/abs/2412.18110)).
+SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and
+{rest}.
 
 | | |
 |---|---|
@@ -32,7 +31,7 @@ remaining weights are updated so that each layer's output changes as little as p
 | Removed of all parameters, embeddings included | {total_ratio:.2%} |
 | Layer ratios | {schedule}, {first_ratio:.1%} in the first block to {last_ratio:.1%} in the last |
 | Calibration | {data}, {nsamples} × {seqlen} tokens, seed {seed} |
-| Method | channels {channel_selection}, head error {head_error}, damping {damping} {damping_mode} |
+| Method | {method} |
 
 ## Use
 
@@ -57,6 +56,15 @@ Not measured. `slimgpt eval --tasks commonsense` measures them and fills this se
 
 Kept indices, errors and versions: `{report_file}`.
 """
+
+_REST = """the
+remaining weights are updated so that each layer's output changes as little as possible
+(method: [arXiv 2412.18110](https://arxiv.org/abs/2412.18110))"""
+_REST_OF_OTHERS = "the\nremaining weights are as they were (method for comparison: {method})"
+_METHOD = (
+    "slimgpt, channels {channel_selection}, head error {head_error}, "
+    "damping {damping} {damping_mode}"
+)
 
 _PERPLEXITY = "<!-- perplexity -->", "<!-- end of perplexity -->"
 _TASKS = "<!-- tasks -->", "<!-- end of tasks -->"
@@ -86,12 +94,14 @@ def write_card(directory: Path) -> None:
     report = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
     config, calibration = report["config"], report["calibration"]
     uniform, base = config["uniform"], report["base_model"]
+    is_ours = config["method"] == "slimgpt"
     card = _CARD.format(
         **{key: report[key] for key in ("params_before", "params_after")},
         **{key: report[key] for key in ("target_ratio", "block_ratio", "total_ratio")},
         **{key: calibration[key] for key in ("data", "nsamples", "seqlen")},
-        **{key: config[key] for key in ("schedule", "seed", "damping", "damping_mode")},
-        **{key: config[key] for key in ("channel_selection", "head_error")},
+        **{key: config[key] for key in ("schedule", "seed")},
+        rest=_REST if is_ours else _REST_OF_OTHERS.format(**config),
+        method=_METHOD.format(**config) if is_ours else config["method"],
         hub_base=f"base_model: {base}\n" if "/" in base else "",
         percent=round(100 * report["target_ratio"], 4),
         base_name=base,

@@ -28,6 +28,7 @@ ChannelSelection = Literal["greedy", "dynamic_group"]
 HeadError = Literal["exact", "diagonal"]
 DampingMode = Literal["relative", "mean"]
 Preset = Literal["default", "paper"]
+Method = Literal["slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RecoverMethod = Literal["lora", "full", "distill"]
 
@@ -118,6 +119,9 @@ class PruneConfig(_ModelOptions):
     """Options of ``slimgpt prune``."""
 
     ratio: float = Field(0.2, ge=0, lt=1, description="Fraction of the block parameters to remove.")
+    method: Annotated[Method, _Underscored] = Field(
+        "slimgpt", description="What decides which units go; all but slimgpt are for comparison."
+    )
     schedule: Annotated[Schedule, _Underscored] = Field(
         "log", description="How the layer ratios change with depth."
     )
@@ -186,6 +190,10 @@ class PruneConfig(_ModelOptions):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        solver = {"damping", "damping_mode", "channel_selection", "head_error"}
+        idle = (solver | {"min_group_size", "max_group_size"}) & self.model_fields_set
+        if self.method != "slimgpt" and idle:
+            raise ValueError(f"method={self.method!r} has no {', '.join(sorted(idle))}")
         if self.uniform and self.schedule != "uniform":
             raise ValueError(
                 f"uniform=True gives every layer the same width, but schedule={self.schedule!r}"

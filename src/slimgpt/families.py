@@ -6,6 +6,7 @@ columns of one output projection, and units (key/value groups, channels) that ow
 the rows of the former and of the columns of the latter.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +33,8 @@ class SublayerSpec(BaseModel):
         Linear layers of the module: those that lose rows, and the one that loses columns.
     widths : tuple of str
         Config keys that scale with the units; the first is the number of units itself.
+    bias : str
+        Config key, in some of the model types, that gives these linear layers biases.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +44,7 @@ class SublayerSpec(BaseModel):
     inputs: tuple[str, ...]
     output: str
     widths: tuple[str, ...]
+    bias: str
 
 
 class Family(BaseModel):
@@ -230,6 +234,32 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
         )
         for key in spec.widths
     }
+
+
+def with_biases(config: Any) -> Any:
+    """Config of the same model with a bias in every linear layer of its blocks.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of a model of a supported family.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If models of this type have no such biases.
+    """
+    family = family_of(config.model_type)
+    keys = family.attention.bias, family.ffn.bias
+    if not all(hasattr(config, key) for key in keys):
+        raise UnsupportedModelError(
+            f"models of type {config.model_type!r} have no biases in their output projections",
+            hint="the method flap needs them; choose another --method",
+        )
+    config = copy.deepcopy(config)
+    for key in keys:
+        setattr(config, key, True)
+    return config
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:

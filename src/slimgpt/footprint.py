@@ -25,7 +25,7 @@ class Footprint:
     kept : int
         Sublayer activations that may be kept between their two uses.
     working : int
-        The largest block with the solver's matrices for it, or the embedding.
+        The largest block with the solver's matrices for it, or what is in memory before the blocks.
     product : int
         The pruned model.
     """
@@ -85,7 +85,7 @@ class Footprint:
 
 
 def estimate(
-    stream: int, widest: int, budget: int, block: int, solver: int, embedding: int, product: int
+    stream: int, widest: int, budget: int, block: int, solver: int, whole: int, product: int
 ) -> Footprint:
     """Divide the budget for activations, and add up.
 
@@ -95,14 +95,15 @@ def estimate(
         Bytes of the residual stream, and of the largest input of an output projection.
     budget : int
         Bytes for both together.
-    block, embedding, product : int
-        Bytes of the largest block, of the embedding, and of the pruned model.
+    block, whole, product : int
+        Bytes of the largest block, of what is in memory before the first one (the embedding, or
+        the model with its gradients), and of the pruned model.
     solver : int
         Largest value of `solver_bytes`.
     """
     is_mapped = stream > budget
     kept = min(widest, budget if is_mapped else budget - stream)
-    return Footprint(stream, is_mapped, kept, max(block + solver, embedding), product)
+    return Footprint(stream, is_mapped, kept, max(block + solver, whole), product)
 
 
 def solver_bytes(num_out: int, num_in: int, num_removed: int) -> int:

@@ -96,7 +96,7 @@ def prepare(
     # Stored by columns, which are what is removed.
     weight_IO = weight_OI.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     weight_OI = weight_IO.masked_fill_(dead_I[:, None], 0).T
-    power = _power(weight_OI, hessian_II)
+    power = output_power(weight_OI, hessian_II)
     scale_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
     while True:
@@ -328,6 +328,18 @@ def compensate(problem: Problem, kept_K: Tensor) -> tuple[Tensor, float]:
     return weight_OK, max(float(error), 0.0)
 
 
+def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 1024) -> float:
+    """E‖y‖² = tr(W H Wᵀ), from float32 products, a panel of columns at a time."""
+    panels = zip(
+        weight_OI.split(panel_size, dim=1), hessian_II.split(panel_size, dim=1), strict=True
+    )
+    weight32_OI = weight_OI.float()
+    return sum(
+        float((weight32_OI @ hessian_IP.float()).double().mul_(weight_OP).sum())
+        for weight_OP, hessian_IP in panels
+    )
+
+
 def _remove(
     weight_OI: Tensor, inverse_II: Tensor, removed_R: Tensor, kept_K: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -338,18 +350,6 @@ def _remove(
     half_RO = torch.linalg.solve_triangular(factor_RR, weight_OI[:, removed_R].T, upper=False)
     weight_OK = weight_OI.index_select(1, kept_K).addmm_(half_RO.T, half_RK, alpha=-1)
     return weight_OK, half_RO, half_RK
-
-
-def _power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 1024) -> float:
-    """tr(W H Wᵀ), a panel of columns at a time."""
-    panels = zip(
-        weight_OI.split(panel_size, dim=1), hessian_II.split(panel_size, dim=1), strict=True
-    )
-    weight32_OI = weight_OI.float()
-    return sum(
-        float((weight32_OI @ hessian_IP.float()).double().mul_(weight_OP).sum())
-        for weight_OP, hessian_IP in panels
-    )
 
 
 def _unit_blocks(weight_OI: Tensor, inverse_II: Tensor, unit_size: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from slimgpt.data import (
     sample_from_model,
 )
 from slimgpt.distributed import from_main, is_main, own_part, process_group
-from slimgpt.families import Block, bind
+from slimgpt.errors import MissingDependencyError
+from slimgpt.families import Block, bind, with_biases
 from slimgpt.footprint import Footprint, estimate, solver_bytes
+from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
 from slimgpt.model import (
     Source,
     build_skeleton,
@@ -141,7 +144,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
     81435456
     """
     config = PruneConfig.create(**options)
-    return _plan(build_skeleton(load_config(find_model(model))), config)
+    return _plan(build_skeleton(_load_config(find_model(model), config)), config)
 
 
 def prune(model: str, output: str | Path, *, restart: bool = False, **options: Any) -> PruneResult:
@@ -182,9 +185,13 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
     output = Path(output)
     source = find_model(model)
     check_dataset(config.calibration, "calibration")
+    if config.method == "loraprune" and find_spec("peft") is None:
+        raise MissingDependencyError(
+            "peft", "the method 'loraprune'", "pip install 'slimgpt[recover]'"
+        )
     with process_group(find_device(config.device)) as device:
         start = time.monotonic()
-        model_config = load_config(source)
+        model_config = _load_config(source, config)
         planned = _plan(build_skeleton(model_config), config)
         tokenizer = load_tokenizer(source)
         generation_config = load_generation_config(source, model_config)
@@ -193,7 +200,10 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         own_N = own_part(torch.arange(config.nsamples), batch_size)
         with open_run(output) if is_main() else nullcontext() as run:
             weights = open_weights(source, model_config, config.dtype)
-            streamed = StreamedModel(build_skeleton(model_config, weights.dtype), weights, device)
+            skeleton = build_skeleton(model_config, weights.dtype)
+            if config.method == "flap":
+                weights.add_biases(skeleton)
+            streamed = StreamedModel(skeleton, weights, device)
             footprint = _footprint(streamed.skeleton, planned, len(own_N), seqlen, config)
             if run:
                 identity = _identity(weights, model_config, generation_config, config, device)
@@ -203,11 +213,12 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                     footprint.check(output, run.size)
             if not from_main(run and run.is_written):
                 samples_NT = from_main(run and _samples(run, source, tokenizer, seqlen, config))
+                scores = from_main(run and _scores(run, streamed, samples_NT, planned, config))
                 prepared = time.monotonic() - start
                 directory = output / STATE_DIR if footprint.is_mapped else None
                 with writing(output):
                     stream = streamed.embed(samples_NT[own_N], batch_size, directory)
-                _prune(streamed, stream, planned, config, footprint.kept, Run(output))
+                _prune(streamed, stream, planned, config, footprint.kept, scores, Run(output))
                 if run:
                     log.info("saving to %s", output)
                     report = _report(run, streamed, planned, config, seqlen, prepared)
@@ -239,6 +250,24 @@ def _samples(
     return read_tensor(file, "tokens")
 
 
+def _scores(
+    run: Run, streamed: StreamedModel, samples: Tensor, planned: PrunePlan, config: PruneConfig
+) -> list[Tensor]:
+    """Scores that come from the model as a whole, if the method has such."""
+    if config.method not in GLOBAL_SCORES:
+        return []
+    file = run.state / "scores.safetensors"
+    if not file.exists():
+        model = streamed.skeleton
+        if config.method in NEEDS_GRADIENTS:
+            log.info("gradients of the whole model, for the method %s", config.method)
+            model = load_model(streamed.weights.source, "float32", config.device)
+        scores = GLOBAL_SCORES[config.method](model, samples, planned.widths, config.seed)
+        with writing(run.output), replacing(file) as temporary:
+            temporary.write_bytes(save({f"{i:05d}": s for i, s in enumerate(scores)}))
+    return [read_tensor(file, name) for name in sorted(tensor_names(file))]
+
+
 def _footprint(
     skeleton: PreTrainedModel,
     planned: PrunePlan,
@@ -258,14 +287,16 @@ def _footprint(
         )
     ]
     solvers = [solver_bytes(o.out_features, o.in_features, removed) for o, removed in outputs]
-    embedding = next(skeleton.get_input_embeddings().parameters())
+    whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
+    if config.method in NEEDS_GRADIENTS:
+        whole = 2 * planned.params_before * torch.float32.itemsize
     return estimate(
         stream=activation * skeleton.config.hidden_size,
         widest=activation * max(output.in_features for output, _ in outputs),
         budget=config.activation_memory,
         block=max(block.shape.params for block in blocks) * size,
         solver=max(solvers),
-        embedding=embedding.numel() * size,
+        whole=whole,
         product=planned.params_after * size,
     )
 
@@ -297,6 +328,7 @@ def _prune(
     planned: PrunePlan,
     config: PruneConfig,
     activation_memory: int,
+    scores: list[Tensor],
     run: Run,
 ) -> None:
     """Prune every block; replay those that an earlier run has finished."""
@@ -308,7 +340,7 @@ def _prune(
             plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
             replay_block(block, plan, partial(read_tensor, file), stream)
         else:
-            plan = prune_block(block, width, stream, activation_memory, config)
+            plan = prune_block(block, width, stream, activation_memory, config, scores)
             if is_main():
                 _save_block(run, block, plan, time.monotonic() - start)
         done = block.index + 1
@@ -386,6 +418,12 @@ def _report(
         "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),
         "versions": versions(),
     }
+
+
+def _load_config(source: Source, config: PruneConfig) -> PreTrainedConfig:
+    """Config of the model before pruning, with what the method adds to it."""
+    model_config = load_config(source)
+    return with_biases(model_config) if config.method == "flap" else model_config
 
 
 def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:

@@ -86,6 +86,13 @@ class Weights:
         if problems:
             raise incomplete(self.source, problems)
 
+    def add_biases(self, skeleton: PreTrainedModel) -> None:
+        """Let the biases that a model has, and the checkpoint has not, be zero."""
+        for name, parameter in saved_tensors(skeleton).items():
+            if name.endswith(".bias") and name not in self._tensors:
+                zeros = partial(torch.zeros, parameter.shape)
+                self._tensors[name] = zeros, parameter.shape, "F32"
+
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 

@@ -1,0 +1,210 @@
+"""The rival methods: their scores by hand, and the same way through the pipeline for all."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from test_pruning import OPTIONS, WIDTHS, sample_tokens
+from test_run import InterruptionError, fail_at_block, fingerprint
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import slimgpt
+from slimgpt import importance, pruning
+from slimgpt.blocks import prune_blocks
+from slimgpt.calibrate import Activations
+from slimgpt.config import Method, PruneConfig
+from slimgpt.data import calibration_tokens
+from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from slimgpt.families import Sublayer, bind
+from slimgpt.model import find_model, load_model
+from slimgpt.shrink import unit_columns
+
+METHODS = [method for method in get_args(Method) if method != "slimgpt"]
+COLUMN_METHODS = ("wanda_sp", "flap")
+
+
+def one_by_one(sublayer: Sublayer, score: Callable[[str, Tensor], float]) -> list[float]:
+    """Sum over the weights of each unit, which are found by their indices."""
+    sums = []
+    for unit in range(sublayer.num_units):
+        rows_and_columns = []
+        for name, linear in sublayer.inputs.items():
+            size = linear.out_features // sublayer.num_units
+            rows_and_columns.append((name, slice(unit * size, (unit + 1) * size), slice(None)))
+        size = sublayer.unit_size
+        output = (sublayer.spec.output, slice(None), slice(unit * size, (unit + 1) * size))
+        rows_and_columns.append(output)
+        sums.append(sum(score(name, (rows, cols)) for name, rows, cols in rows_and_columns))
+    return sums
+
+
+@pytest.fixture(params=["attention", "ffn"])
+def sublayer(request: pytest.FixtureRequest) -> Sublayer:
+    return getattr(next(bind(make_tiny_model("llama"))), request.param)
+
+
+def test_magnitude_is_the_squared_norm(sublayer: Sublayer) -> None:
+    def score(name: str, place: Any) -> float:
+        return float(sublayer.module.get_submodule(name).weight[place].double().square().sum())
+
+    scores = importance.magnitude(sublayer, Activations(*[torch.empty(0)] * 2, []))
+    assert scores.tolist() == pytest.approx(one_by_one(sublayer, score))
+
+
+@pytest.mark.parametrize("method", COLUMN_METHODS)
+def test_scores_of_columns(method: str, sublayer: Sublayer) -> None:
+    x_TI = torch.randn(100, sublayer.output.in_features, dtype=torch.float64).add_(0.5)
+    activations = Activations(x_TI.T @ x_TI / len(x_TI), x_TI.mean(dim=0), [])
+    weight_OI = sublayer.output.weight.double()
+    if method == "flap":
+        columns_I = x_TI.var(dim=0, correction=0) * weight_OI.square().sum(dim=0)
+    else:
+        columns_I = x_TI.square().mean(dim=0).sqrt() * weight_OI.abs().sum(dim=0)
+    expected = [
+        float(columns_I[unit * sublayer.unit_size :][: sublayer.unit_size].sum())
+        for unit in range(sublayer.num_units)
+    ]
+    scores = importance.LOCAL_SCORES[method](sublayer, activations)
+    assert scores.tolist() == pytest.approx(expected)
+
+
+def test_taylor_is_the_first_order_change_of_the_loss() -> None:
+    model, samples = make_tiny_model("llama"), sample_tokens()
+    scores = importance.taylor(copy.deepcopy(model), samples, WIDTHS, 0)
+    model.requires_grad_()
+    model(samples, labels=samples).loss.backward()  # one batch: the mean of those of equal size
+    sublayers = [sublayer for block in bind(model) for sublayer in block.sublayers]
+    assert len(scores) == len(sublayers)
+    for found, sublayer in zip(scores, sublayers, strict=True):
+
+        def score(name: str, place: Any, module: Any = sublayer.module) -> float:
+            weight = module.get_submodule(name).weight
+            return float((weight.detach()[place] * weight.grad[place]).abs().sum())
+
+        expected = [6 * value for value in one_by_one(sublayer, score)]
+        assert found.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_lora_gradient_masks_what_goes() -> None:
+    runs = [
+        importance.lora_gradient(make_tiny_model("llama"), sample_tokens(16), WIDTHS, 0)
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+    keep = [n for width in WIDTHS for n in (width.num_groups, width.num_channels)]
+    assert [int(scores_U.isfinite().sum()) for scores_U in runs[0]] == keep
+    assert all((scores_U[scores_U.isfinite()] > 0).all() for scores_U in runs[0])
+
+
+def test_first_lora_gradient_is_that_of_the_adapters() -> None:
+    """Before the first step B is zero, so ĝ = ∂B A, which is the gradient of W times Aᵀ A."""
+    model, samples = make_tiny_model("llama"), sample_tokens(1)
+    adapted = copy.deepcopy(model)
+    dense_widths = [type(WIDTHS[0])(4, 64)] * 4
+    scores = importance.lora_gradient(adapted, samples, dense_widths, 0)
+    model.requires_grad_()
+    model(samples, labels=samples).loss.backward()
+    sublayer, projection = list(bind(model))[1].ffn, adapted.model.layers[1].mlp
+    total = torch.zeros(sublayer.num_units, dtype=torch.float64)
+    for name in (*sublayer.spec.inputs, sublayer.spec.output):
+        linear, a = sublayer.module.get_submodule(name), projection.get_submodule(name).lora_A
+        a_RI = a["default"].weight.detach()
+        gradient_OI = 2 * linear.weight.grad @ a_RI.T @ a_RI  # scale alpha / rank
+        squares_OI = (linear.weight * gradient_OI).square().double()
+        total += squares_OI.sum(dim=0 if name == sublayer.spec.output else 1).detach()
+    found = scores[3] / (1 - importance.MOVING_AVERAGE)
+    # The optimizer has moved A by its learning rate since.
+    torch.testing.assert_close(found, total, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reported_error_is_the_change_of_the_output(method: str) -> None:
+    dense, samples = make_tiny_model("llama"), sample_tokens(8)
+    model = copy.deepcopy(dense)
+    plans = prune_blocks(model, samples, WIDTHS, PruneConfig.create(method=method))
+    for kind in ("attention", "ffn"):  # of the last block, on the stream of the pruned model
+        seen: dict[str, Tensor] = {}
+        old, new = (getattr(list(bind(m))[3], kind) if m is dense else m for m in (dense, model))
+        small = new.model.layers[3]
+        output = small.self_attn.o_proj if kind == "attention" else small.mlp.down_proj
+        output.register_forward_hook(lambda _, args, out, s=seen: s.update(x=args[0], y=out))
+        model(samples)
+        keep = getattr(plans[3], kind).keep
+        columns = unit_columns(torch.tensor(keep), old.unit_size)
+        bias = output.bias if output.bias is not None else torch.zeros(1)
+        assert torch.equal(output.weight, old.output.weight[:, columns])
+        torch.testing.assert_close(seen["y"], seen["x"] @ output.weight.T + bias)
+        # What the dense sublayer would put out on the same stream.
+        whole: dict[str, Tensor] = {}
+        mixed = copy.deepcopy(model)
+        dense_block = copy.deepcopy(dense.model.layers[3])
+        if kind == "ffn":
+            dense_block.self_attn = mixed.model.layers[3].self_attn
+        mixed.model.layers[3] = dense_block
+        target = dense_block.self_attn.o_proj if kind == "attention" else dense_block.mlp.down_proj
+        target.register_forward_hook(lambda _, args, out, s=whole: s.update(y=out))
+        mixed(samples)
+        change = (seen["y"] - whole["y"]).double().square().sum(-1).mean()
+        assert getattr(plans[3], kind).error == pytest.approx(float(change), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoint_of_each_method_loads(
+    method: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    result = slimgpt.prune(source, output, ratio=0.4, min_ratio=0, method=method, **OPTIONS)
+    in_memory = load_model(find_model(source))
+    samples = calibration_tokens("pydocs", AutoTokenizer.from_pretrained(output), 6, 32)
+    config = PruneConfig.create(method=method)
+    prune_blocks(in_memory, samples, result.plan.widths, config)
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    tokens = sample_tokens(2, 24)
+    assert (loaded(tokens).logits - in_memory(tokens).logits).abs().max() <= 1e-5
+    assert method in (output / "README.md").read_text()
+    assert loaded.config.attention_bias == (method == "flap")
+
+
+@pytest.mark.parametrize("method", ["flap", "taylor"])
+def test_interrupted_runs_end_with_the_same_files(
+    method: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, options = str(tiny_checkpoint("llama")), OPTIONS | {"ratio": 0.4, "method": method}
+    slimgpt.prune(model, tmp_path / "whole", **options)
+    fail_at_block(2, InterruptionError(), monkeypatch)
+    with pytest.raises(InterruptionError):
+        slimgpt.prune(model, tmp_path / "parts", **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(pruning, "GLOBAL_SCORES", dict.fromkeys(importance.GLOBAL_SCORES))
+    slimgpt.prune(model, tmp_path / "parts", **options)
+    assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
+
+
+def test_flap_needs_biases(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="no biases in their output projections"):
+        slimgpt.prune(str(tiny_checkpoint("qwen2")), tmp_path / "slim", method="flap", **OPTIONS)
+    assert not (tmp_path / "slim").exists()
+
+
+def test_methods_have_no_options_of_the_solver() -> None:
+    with pytest.raises(ConfigError, match="method='magnitude' has no damping"):
+        PruneConfig.create(method="magnitude", damping=0.1)
+    with pytest.raises(ConfigError, match="'wanda_sp' has no channel_selection, damping_mode"):
+        PruneConfig.create(method="wanda-sp", preset="paper")
+
+
+def test_loraprune_needs_peft(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError, match="'loraprune' needs the package 'peft'"):
+        slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", method="loraprune")
