@@ -156,6 +156,10 @@ def test_precisions_must_be_the_same(
     sources = [find_model(str(directory)) for directory in (pruned, half)]
     chosen = BenchConfig.create(dtype="bfloat16")
     assert benchmarking._resolve_dtype(sources, chosen) == "bfloat16"
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
+    code, _, err = run("bench", half, "--engine", "llamacpp", *QUICK)
+    assert code == 2
+    assert "stored in float64, in which llama.cpp does not run them" in err
 
 
 def test_process_ends_if_its_model_does_not_load(pruned: Path, tmp_path: Path) -> None:

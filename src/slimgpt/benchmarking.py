@@ -333,7 +333,13 @@ def _resolve_dtype(sources: Sequence[Source], config: BenchConfig) -> str:
             f"the models are stored in different precisions: {found}",
             hint="choose one for both, for example --dtype float32",
         )
-    return next(iter(dtypes.values()), "auto")
+    dtype = next(iter(dtypes.values()), "auto")
+    if loaded and config.engine == "llamacpp" and dtype not in _GGUF_TYPES:
+        raise ConfigError(
+            f"the models are stored in {dtype}, in which llama.cpp does not run them",
+            hint="choose another one, for example --dtype float32",
+        )
+    return dtype
 
 
 def _stored_dtype(source: Source) -> str:
