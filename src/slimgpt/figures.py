@@ -32,9 +32,6 @@ _STYLE = {
     "font.sans-serif": ["DejaVu Sans"],
     "text.parse_math": False,
     "font.size": 12,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": _MUTED,
     "axes.labelcolor": _MUTED,
     "axes.edgecolor": _LINE,
     "axes.spines.left": False,
@@ -52,14 +49,16 @@ _STYLE = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "text.color": _INK,
+    "patch.linewidth": 0.8,
+    "figure.constrained_layout.h_pad": 0.1,
     "legend.frameon": False,
     "legend.borderpad": 0,
+    "legend.handlelength": 1.5,
 }
 
 
 def bars(
     label: str,
-    title: str,
     values: Mapping[str, Sequence[float]],
     level: tuple[str, float] | None = None,
     *,
@@ -71,8 +70,6 @@ def bars(
     ----------
     label : str
         What the chart shows, for those who cannot see it.
-    title : str
-        Of the vertical axis.
     values : mapping of str to sequence of float
         Name and heights of bars that stand before each other: the first in front, in colour.
     level : tuple of str and float, optional
@@ -82,23 +79,20 @@ def bars(
     """
 
     def plot(axes: Axes) -> None:
-        colors = (_SERIES[0], _FAINT)
-        for depth, ((name, heights), color) in enumerate(zip(values.items(), colors, strict=False)):
-            axes.bar(
-                range(len(heights)), heights, 0.78, color=color, label=name, zorder=2 - depth / 2
-            )
+        looks = ((_SERIES[0], 2), (_FAINT, 1))
+        for (name, heights), (color, zorder) in zip(values.items(), looks, strict=False):
+            axes.bar(range(len(heights)), heights, 0.78, color=color, label=name, zorder=zorder)
         if level:
             axes.axhline(level[1], color=_INK, linestyle="--", linewidth=1.2, label=level[0])
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xlabel("block")
 
-    return _figure(label, title, plot)
+    return _figure(label, plot)
 
 
 def lines(
     label: str,
-    title: str,
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     xlabel: str = "block",
     *,
@@ -110,8 +104,6 @@ def lines(
     ----------
     label : str
         What the chart shows, for those who cannot see it.
-    title : str
-        Of the vertical axis.
     series : mapping of str to two sequences of float
         Name and points of each curve: x and y.
     xlabel : str
@@ -128,46 +120,48 @@ def lines(
             axes.set_ylim(bottom=0)
         axes.set_xlabel(xlabel)
 
-    return _figure(label, title, plot)
+    return _figure(label, plot)
 
 
-def unit_map(label: str, title: str, kept: Sequence[Sequence[int]], total: Sequence[int]) -> Markup:
-    """Draw a square for each unit of each block: filled if it is kept, hollow if not.
+def unit_map(label: str, kept: Sequence[Sequence[int]], total: Sequence[int]) -> Markup:
+    """Draw a cell for each unit of each block: filled if it is kept, hollow if not.
 
     Parameters
     ----------
     label : str
         What the chart shows, for those who cannot see it.
-    title : str
-        Of the vertical axis.
     kept : sequence of sequence of int
         Indices of the units that each block keeps.
     total : sequence of int
         How many units each block had.
     """
-    cells = {True: [], False: []}
+    cells: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     for block, (units, num_units) in enumerate(zip(kept, total, strict=True)):
         for unit in range(num_units):
             cells[unit in units].append((block, unit))
 
     def plot(axes: Axes) -> None:
-        kinds = (
-            (True, "kept", {"facecolor": _SERIES[0], "edgecolor": _SERIES[0]}),
-            (False, "removed", {"facecolor": "none", "edgecolor": _MUTED}),
-        )
-        for is_kept, name, colors in kinds:
+        for is_kept, name, face, edge in (
+            (True, "kept", _SERIES[0], _SERIES[0]),
+            (False, "removed", "none", _MUTED),
+        ):
             if cells[is_kept]:
                 blocks, units = zip(*cells[is_kept], strict=True)
-                bottoms = [unit - 0.36 for unit in units]
-                axes.bar(blocks, 0.72, 0.72, bottoms, label=name, linewidth=0.8, **colors)
+                tops = [unit - 0.36 for unit in units]
+                axes.bar(blocks, 0.72, 0.72, tops, label=name, facecolor=face, edgecolor=edge)
+        axes.set_ylim(max(total) - 0.4, -0.6)
+        axes.yaxis.set_major_locator(_whole_numbers())
         axes.grid(visible=False)
-        axes.invert_yaxis()
         axes.set_xlabel("block")
 
-    return _figure(label, title, plot, height=min(100 + 20 * max(total), 520))
+    return _figure(label, plot, height=min(80 + 24 * max(total), 560))
 
 
-def _figure(label: str, title: str, plot: Callable[[Axes], None], height: int = _HEIGHT) -> Markup:
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+
+
+def _figure(label: str, plot: Callable[[Axes], None], height: int = _HEIGHT) -> Markup:
     drawings = []
     for name, width in _WIDTHS.items():
         # The salt makes the ids that a drawing refers to its own, and the same each time.
@@ -175,11 +169,9 @@ def _figure(label: str, title: str, plot: Callable[[Axes], None], height: int = 
             figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
             axes = figure.subplots()
             plot(axes)
-            axes.set_title(title)
             axes.margins(x=0.02)
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.get_major_locator().set_params(integer=axis is axes.xaxis)
-            if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.xaxis.set_major_locator(_whole_numbers())
+            if any(axes.get_legend_handles_labels()):
                 figure.legend(loc="outside upper left", ncols=3)
             drawings.append(_inline(figure, name))
     return Markup('<div role="img" aria-label="{}">{}</div>').format(

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 from slimgpt.card import PERPLEXITY_FILE, RECOVERY_FILE, REPORT_FILE, SPEED_FILE, TASKS_FILE
@@ -180,15 +179,13 @@ def _figures(
         "ratios": figures.bars(
             f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
             f"{ratios[-1]:.1%} of the last.",
-            "removed",
-            {"this block": ratios},
-            ("all blocks together", pruning["block_ratio"]),
+            {"": ratios},
+            (f"all blocks: {pruning['block_ratio']:.1%}", pruning["block_ratio"]),
             percent=True,
         ),
         "errors": figures.lines(
             "Curves of the relative error of attention and FFN in each block; the largest is "
             f"{max(max(y) for _, y in errors.values()):.1%}.",
-            "relative error",
             errors,
             percent=True,
         ),
@@ -198,14 +195,12 @@ def _figures(
         before = [shape["num_groups"] for shape in shapes]
         drawn["heads"] = figures.unit_map(
             f"Map of the key/value groups: {sum(map(len, kept))} of {sum(before)} are kept.",
-            "group",
             kept,
             before,
         )
         drawn["widths"] = figures.bars(
             f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
             f"{widths[-1]:,} in the last.",
-            "FFN channels",
             {"kept": widths, "before": [shape["num_channels"] for shape in shapes]},
         )
     distances = {
@@ -217,7 +212,6 @@ def _figures(
         last = next(iter(distances.values()))[1][-1]
         drawn["distances"] = figures.lines(
             f"Curves of the distance from the base after each block: {last:.1%} after the last.",
-            "distance from the base",
             distances,
             percent=True,
         )
@@ -227,8 +221,7 @@ def _figures(
             drawn[name] = figures.lines(
                 f"Curve of the {title} over the steps: {values[0]:.2f} at first, "
                 f"{values[-1]:.2f} at last.",
-                title,
-                {title: (steps, values)},
+                {"": (steps, values)},
                 "step",
             )
     return drawn
