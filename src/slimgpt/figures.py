@@ -163,23 +163,24 @@ def _whole_numbers() -> MaxNLocator:
 
 def _figure(label: str, plot: Callable[[Axes], None], height: int = _HEIGHT) -> Markup:
     drawings = []
-    for name, width in _WIDTHS.items():
+    for kind, width in _WIDTHS.items():
         # The salt makes the ids that a drawing refers to its own, and the same each time.
-        with style.context(["default", _STYLE | {"svg.hashsalt": f"{name} {label}"}]):
+        with style.context(["default", _STYLE | {"svg.hashsalt": f"{kind} {label}"}]):
             figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
             axes = figure.subplots()
             plot(axes)
             axes.margins(x=0.02)
             axes.xaxis.set_major_locator(_whole_numbers())
-            if any(axes.get_legend_handles_labels()):
-                figure.legend(loc="outside upper left", ncols=3)
-            drawings.append(_inline(figure, name))
+            if labels := axes.get_legend_handles_labels()[1]:
+                fits = sum(8 * len(name) + 40 for name in labels) < width
+                figure.legend(loc="outside upper left", ncols=len(labels) if fits else 1)
+            drawings.append(_inline(figure, kind))
     return Markup('<div role="img" aria-label="{}">{}</div>').format(
         label, Markup("".join(drawings))
     )
 
 
-def _inline(figure: Figure, name: str) -> str:
+def _inline(figure: Figure, kind: str) -> str:
     """SVG without what only a file of its own needs."""
     buffer = StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -187,7 +188,7 @@ def _inline(figure: Figure, name: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
-    svg = re.sub(r"<svg .*? viewBox", f'<svg class="{name}" viewBox', svg, count=1, flags=re.S)
+    svg = re.sub(r"<svg .*? viewBox", f'<svg class="{kind}" viewBox', svg, count=1, flags=re.S)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
     return svg
