@@ -123,6 +123,15 @@ def test_sections_without_data_are_left_out(slim: Path) -> None:
     assert "Key/value groups" not in page
 
 
+def test_methods_for_comparison_are_named(slim: Path) -> None:
+    edit(slim / "pruning_report.json", lambda report: report["config"].update(method="wanda_sp"))
+    page = slimgpt.report(slim).read_text()
+    assert "pruned by 45% with wanda_sp</h1>" in page
+    assert "as wanda_sp, a method for comparison, chooses them" in page
+    assert "weights that stay are updated" not in page
+    assert "--method wanda_sp" in page
+
+
 def test_samples_are_greedy_and_of_the_prompts_given(
     slim: Path, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -180,6 +189,7 @@ def test_page_needs_nothing_but_itself(measured: Path) -> None:
         {"preset": "paper", "ratio": 0.3},
         {"uniform": True, "ratio": 0.5},
         {"schedule": "linear_decrease", "min_ratio": 0.1, "multiple_of": 4},
+        {"layer_ratios": (0.5, 0.25), "method": "flap"},
     ],
 )
 def test_command_makes_the_same_plan(

@@ -204,7 +204,10 @@ def _figures(
             {"kept": widths, "before": [shape["num_channels"] for shape in shapes]},
         )
     distances = {
-        f"{result['data'].partition(' (')[0]}, {result['seqlen']} tokens": (depth, result["layer_errors"])
+        f"{result['data'].partition(' (')[0]}, {result['seqlen']} tokens": (
+            depth,
+            result["layer_errors"],
+        )
         for result in perplexity
         if result.get("layer_errors")
     }
