@@ -61,6 +61,7 @@ def test_engines_measure_both_models(
     assert abs(dense["disk_bytes"] - ours["disk_bytes"] - 4 * removed) < 1000  # headers differ
     assert ours["peak_memory_bytes"] > 2**20
     assert "<svg" in plot.read_text()
+    assert json.loads((pruned / "eval" / "speed.json").read_text())[-1] == result
 
 
 def test_table_of_a_single_model(run: Run, pruned: Path) -> None:
@@ -102,6 +103,20 @@ def test_rounds_are_interleaved_and_ratios_are_of_pairs(
     assert setting.model.token.median == statistics.median(rounds) * 2 / 4
     assert setting.base is not None
     assert setting.base.decode.high == 2 * 4 / (3 * 2 * min(rounds))
+
+
+def test_a_later_result_takes_the_place_of_an_earlier_one_of_the_same_protocol(
+    monkeypatch: pytest.MonkeyPatch, pruned: Path, tmp_path: Path
+) -> None:
+    slim = shutil.copytree(pruned, tmp_path / "slim", ignore=shutil.ignore_patterns("eval"))
+    monkeypatch.setattr(benchmarking._Worker, "_run", lambda *_: None)
+    for length, seconds in ((8, 1.0), (8, 2.0), (16, 3.0)):
+        timing = Timing(first=seconds, rest=seconds)
+        monkeypatch.setattr(benchmarking._Worker, "generate", lambda *_, timing=timing: timing)
+        slimgpt.bench(str(slim), prompt_length=length, new_tokens=2)
+    kept = json.loads((slim / "eval" / "speed.json").read_text())
+    speeds = [setting["model"] for result in kept for setting in result["settings"]]
+    assert [speed["token"]["median"] for speed in speeds] == [2.0, 3.0]
 
 
 def test_gguf_files_run_as_they_are(run: Run, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 from slimgpt import data, model
-from slimgpt.config import PRESETS, EvalConfig, PruneConfig, RecoverConfig
+from slimgpt.config import PRESETS, EvalConfig, PruneConfig, RecoverConfig, ReportConfig
 
 PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
 
@@ -126,7 +126,10 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
 
 
 def test_every_option_is_a_flag_and_every_preset_an_option(run: Run) -> None:
-    for verb, config in (("prune", PruneConfig), ("eval", EvalConfig), ("recover", RecoverConfig)):
+    for verb, config in (
+        ("prune", PruneConfig), ("eval", EvalConfig), ("recover", RecoverConfig),
+        ("report", ReportConfig),
+    ):  # fmt: skip
         _, out, _ = run(verb, "--help")
         for name in config.model_fields:
             assert f"--{name.replace('_', '-')} " in out

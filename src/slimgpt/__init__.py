@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slimgpt.inspection import ModelSummary, inspect
     from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
     from slimgpt.recovery import RecoverResult, recover
+    from slimgpt.reporting import report
 
 __version__ = version("slimgpt")
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "plan",
     "prune",
     "recover",
+    "report",
 ]
 
 _HOMES = {
@@ -57,6 +59,7 @@ _HOMES = {
     "plan": "pruning",
     "prune": "pruning",
     "recover": "recovery",
+    "report": "reporting",
 }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from slimgpt import engines
+from slimgpt.card import SPEED_FILE, keep_results
 from slimgpt.config import BenchConfig
 from slimgpt.engines import Timing
 from slimgpt.errors import ConfigError, EngineError, MissingDependencyError
@@ -187,6 +188,8 @@ class _Subject:
 def bench(model: str, **options: Any) -> BenchResult:
     """Measure how fast a model generates, and how much memory it needs.
 
+    In a directory of SlimGPT's the result is kept as ``eval/speed.json``.
+
     Parameters
     ----------
     model : str
@@ -256,9 +259,20 @@ def bench(model: str, **options: Any) -> BenchResult:
         ideal_prefill=costs[1].block_bytes / costs[0].block_bytes if config.against else None,
         ideal_decode=costs[1].step_bytes / costs[0].step_bytes if config.against else None,
     )
+    keep_results(Path(sources[0].location), SPEED_FILE, [result], _protocol)
     if config.plot:
         _plot(result, Path(config.plot))
     return result
+
+
+def _protocol(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What results agree in that differ in nothing but the model and the time."""
+    return (
+        *(result[key] for key in ("engine", "device", "threads", "new_tokens", "repeats")),
+        *(cost["dtype"] for cost in result["costs"]),
+        *(base["name"] for base in result["costs"][1:]),
+        *((setting["batch_size"], setting["prompt_length"]) for setting in result["settings"]),
+    )
 
 
 class _Worker:

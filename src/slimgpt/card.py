@@ -1,14 +1,20 @@
-"""The model card of a pruned model: README.md, made from the report and the evaluations."""
+"""What is kept beside a pruned model: results, and the card (README.md) that is made from them."""
 
 import json
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slimgpt.run import write_atomically
 
+log = logging.getLogger(__name__)
+
 REPORT_FILE = "pruning_report.json"
 PERPLEXITY_FILE = "eval/perplexity.json"
 TASKS_FILE = "eval/tasks.json"
+SPEED_FILE = "eval/speed.json"
 RECOVERY_FILE = "recovery_report.json"
 CARD_FILE = "README.md"
 
@@ -134,14 +140,40 @@ def _recovery(file: Path) -> str:
     )
 
 
-def update_card(directory: Path) -> None:
-    """Replace the results in ``README.md`` by those of the evaluations, and nothing else.
+def keep_results(
+    directory: Path,
+    name: str,
+    results: Sequence[Any],
+    protocol: Callable[[dict[str, Any]], Hashable],
+) -> None:
+    """Keep results with a pruned model and in its card; a failure to do so does not lose them.
 
     Parameters
     ----------
     directory : Path
-        Of a pruned model that has been evaluated. A card without the sections stays as it is.
+        Of the model. In one without ``pruning_report.json`` nothing is kept.
+    name : str
+        File in it: a JSON list of all results.
+    results : sequence of dataclass instances
+        What was measured now.
+    protocol : callable
+        Of a result as JSON: what it has in common with older ones that it takes the place of.
     """
+    if not results or not (directory / REPORT_FILE).is_file():
+        return
+    file = directory / name
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        by_protocol = {protocol(result): result for result in [*kept, *map(asdict, results)]}
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
+        _update_card(directory)
+    except (OSError, ValueError) as err:
+        log.warning("the results are not kept in %s: %s", directory, err)
+
+
+def _update_card(directory: Path) -> None:
+    """Replace the results in ``README.md``, if it has sections for them, and nothing else."""
     card = (directory / CARD_FILE).read_text(encoding="utf-8")
     new = card
     sections = (

@@ -26,6 +26,7 @@ from slimgpt.config import (
     ExportConfig,
     PruneConfig,
     RecoverConfig,
+    ReportConfig,
     load_recipe,
 )
 from slimgpt.errors import ConfigError, SlimGPTError
@@ -171,6 +172,18 @@ def bench(model: Model, recipe: Recipe = None, as_json: Json = False, **options:
     """Measure how fast MODEL runs in an engine, next to its base."""
     result = slimgpt.bench(model, **_given(recipe, options))
     _emit(result, _bench_tables(result), as_json)
+
+
+@app.command()
+@options_of(ReportConfig)
+def report(
+    output: Annotated[Path, typer.Argument(help="Directory of a pruned model.", metavar="OUT")],
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Show what is known of the model in OUT on one page: OUT/report.html."""
+    page = slimgpt.report(output, **_given(None, options))
+    _emit({"page": str(page)}, (f"the report is {page}",), as_json)
 
 
 def main() -> None:

@@ -330,6 +330,25 @@ class BenchConfig(_RuntimeOptions):
     )
 
 
+class ReportConfig(_RuntimeOptions):
+    """Options of ``slimgpt report``; all of them concern the sample generations."""
+
+    against: str | None = Field(
+        None, description="Base model: both models go on from a few prompts, side by side."
+    )
+    prompts: Path | None = Field(
+        None, description="Text file with one prompt per line. Default: a few of SlimGPT's own."
+    )
+    new_tokens: int = Field(40, ge=1, description="Tokens to generate for each prompt.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        idle = self.model_fields_set - {"against"}
+        if idle and self.against is None:
+            raise ValueError(f"without against, nothing is generated: {', '.join(sorted(idle))}")
+        return self
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read the options of a recipe.
 

@@ -4,12 +4,12 @@ Shape suffixes: ``N`` windows, ``T`` tokens of a window, ``C`` hidden size, ``L`
 """
 
 import hashlib
-import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from slimgpt.card import PERPLEXITY_FILE, REPORT_FILE, TASKS_FILE, update_card
+from slimgpt.card import PERPLEXITY_FILE, TASKS_FILE, keep_results
 from slimgpt.config import EvalConfig
 from slimgpt.data import check_dataset, describe_dataset, evaluation_tokens
 from slimgpt.errors import DataError
 from slimgpt.model import check_same_vocabulary, find_model, load_model, load_tokenizer
-from slimgpt.run import write_atomically
 from slimgpt.tasks import Score, load_tasks, run_tasks
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOGS = 2.0
 # Results that agree in these differ in the model alone.
-TEXT_PROTOCOL = ("data_sha256", "seqlen", "base")
-TASK_PROTOCOL = ("task", "metric", "num_docs", "num_fewshot", "data", "base")
+TEXT_PROTOCOL = itemgetter("data_sha256", "seqlen", "base")
+TASK_PROTOCOL = itemgetter("task", "metric", "num_docs", "num_fewshot", "data", "base")
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,8 @@ def evaluate(model: str, **options: Any) -> Evaluation:
             for score, other in zip(ours, theirs, strict=True)
         ]
     directory = Path(source.location)
-    if (directory / REPORT_FILE).is_file():
-        _add_to_card(directory, PERPLEXITY_FILE, perplexity, TEXT_PROTOCOL)
-        _add_to_card(directory, TASKS_FILE, scores, TASK_PROTOCOL)
+    keep_results(directory, PERPLEXITY_FILE, perplexity, TEXT_PROTOCOL)
+    keep_results(directory, TASKS_FILE, scores, TASK_PROTOCOL)
     return Evaluation(tuple(perplexity), tuple(scores))
 
 
@@ -267,26 +265,3 @@ def _run(
     output = model(inputs, use_cache=False, output_hidden_states=with_streams)
     streams = [states[0] for states in output.hidden_states[1:]] if with_streams else []
     return output.logits[0, :-1].float().log_softmax(dim=-1), streams
-
-
-def _add_to_card(
-    directory: Path,
-    name: str,
-    results: Sequence[EvalResult | TaskResult],
-    protocol: tuple[str, ...],
-) -> None:
-    """Keep the results with the pruned model, in place of older ones of the same protocol.
-
-    A failure to do so does not lose the results.
-    """
-    if not results:
-        return
-    file = directory / name
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        by_protocol = {tuple(r[key] for key in protocol): r for r in [*kept, *map(asdict, results)]}
-        file.parent.mkdir(exist_ok=True)
-        write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
-        update_card(directory)
-    except (OSError, ValueError) as err:
-        log.warning("the results are not kept in %s: %s", directory, err)

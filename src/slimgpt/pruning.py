@@ -59,7 +59,7 @@ from slimgpt.run import (
     versions,
     writing,
 )
-from slimgpt.schedule import BlockWidths, plan_widths, removed_params
+from slimgpt.schedule import BlockShape, BlockWidths, plan_widths, removed_params
 from slimgpt.streaming import StreamedModel
 from slimgpt.weights import (
     Weights,
@@ -80,6 +80,8 @@ class PrunePlan:
 
     Attributes
     ----------
+    shapes : tuple of BlockShape
+        What could be removed from each block.
     widths : tuple of BlockWidths
         Key/value groups and FFN channels that each block keeps.
     layer_ratios : tuple of float
@@ -91,6 +93,7 @@ class PrunePlan:
         All parameters.
     """
 
+    shapes: tuple[BlockShape, ...]
     widths: tuple[BlockWidths, ...]
     layer_ratios: tuple[float, ...]
     target_ratio: float
@@ -443,6 +446,7 @@ def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
     total = skeleton.num_parameters()
     return PrunePlan(
+        shapes=tuple(shapes),
         widths=tuple(widths),
         layer_ratios=tuple(r / s.params for r, s in zip(removed, shapes, strict=True)),
         target_ratio=given / prunable if config.layer_ratios else config.ratio,

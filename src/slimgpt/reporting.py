@@ -1,0 +1,268 @@
+"""One HTML page of all that is known of a pruned model. It needs no other file and no network."""
+
+import json
+import logging
+import shlex
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from slimgpt.card import PERPLEXITY_FILE, RECOVERY_FILE, REPORT_FILE, SPEED_FILE, TASKS_FILE
+from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig
+from slimgpt.errors import ConfigError, MissingDependencyError
+from slimgpt.model import Source, check_same_vocabulary, find_model, load_model, load_tokenizer
+from slimgpt.run import write_atomically, writing
+
+log = logging.getLogger(__name__)
+
+PAGE_FILE = "report.html"
+PROMPTS = (
+    "The capital of France is",
+    "Water boils when",
+    "To bake bread at home, you need",
+    "Once upon a time, a small robot",
+)
+
+
+def report(output: str | Path, **options: Any) -> Path:
+    """Write ``report.html`` into the directory of a pruned model.
+
+    The page shows what SlimGPT has written there: the pruning report, the results of evaluations
+    and benchmarks, the recovery report. Where there is nothing to show, there is no section.
+
+    Parameters
+    ----------
+    output : str or Path
+        The directory.
+    **options
+        The fields of `slimgpt.config.ReportConfig`, for example ``against="smollm2-135m"``.
+
+    Returns
+    -------
+    Path
+        The file; the same inputs give the same bytes.
+
+    Raises
+    ------
+    SlimGPTError
+        If an option is wrong, the directory has no pruning report, or a package is missing.
+
+    Examples
+    --------
+    >>> import slimgpt
+    >>> slimgpt.report("slim", against="smollm2-135m")  # doctest: +SKIP
+    """
+    config = ReportConfig.create(**options)
+    directory = Path(output)
+    for package in ("jinja2", "matplotlib"):
+        if find_spec(package) is None:
+            raise MissingDependencyError(package, "a report", "pip install 'slimgpt[report]'")
+    pruning = _read(directory / REPORT_FILE)
+    if pruning is None:
+        raise ConfigError(
+            f"{directory} has no {REPORT_FILE}",
+            hint="name a directory that `slimgpt prune` or `slimgpt recover` has written",
+        )
+    page = _render(
+        pruning=pruning,
+        perplexity=_read(directory / PERPLEXITY_FILE) or [],
+        tasks=_read(directory / TASKS_FILE) or [],
+        speeds=_read(directory / SPEED_FILE) or [],
+        recovery=_read(directory / RECOVERY_FILE),
+        samples=_continuations(directory, config.against, config) if config.against else [],
+        config=config,
+    )
+    file = directory / PAGE_FILE
+    with writing(file):
+        write_atomically(file, page)
+    return file
+
+
+def _read(file: Path) -> Any:
+    """Content of a JSON file, or None if there is none."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"cannot read {file}: {err}", hint="the file is broken: write it again, or remove it"
+        ) from None
+
+
+def _continuations(directory: Path, against: str, config: ReportConfig) -> list[dict[str, str]]:
+    """What the base and the model make of each prompt, greedily."""
+    prompts = _prompts(config.prompts) if config.prompts else PROMPTS
+    sources = [find_model(against), find_model(str(directory))]
+    check_same_vocabulary(sources[1], sources[0])
+    texts = [_generate(source, prompts, config) for source in sources]
+    return [
+        {"prompt": prompt, "base": base, "model": ours}
+        for prompt, base, ours in zip(prompts, *texts, strict=True)
+    ]
+
+
+def _prompts(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"cannot read --prompts {file}: {err}") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompts {file} has no prompt", hint="write one on each line")
+    return prompts
+
+
+def _generate(source: Source, prompts: Sequence[str], config: ReportConfig) -> list[str]:
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source, config.dtype, config.device)
+    end = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+        if length + config.new_tokens > context:
+            raise ConfigError(
+                f"a prompt of {length} tokens and {config.new_tokens} new ones exceed the context "
+                f"of {source.name}, {context}",
+                hint="give shorter prompts or fewer --new-tokens",
+            )
+        log.info("%s goes on with: %s", source.name, prompt)
+        ids = model.generate(**inputs.to(model.device), max_new_tokens=config.new_tokens)
+        texts.append(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+    return texts
+
+
+def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("slimgpt"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": _short, "number": _number}
+    commands = [_command("prune", pruning["base_model"], pruning["config"], PruneConfig)]
+    if recovery:
+        chosen = recovery["config"] | ({"teacher": t} if (t := recovery["teacher"]) else {})
+        commands.append(_command("recover", recovery["model"], chosen, RecoverConfig))
+    return environment.get_template("report.html.j2").render(
+        pruning=pruning,
+        recovery=recovery,
+        figures=_figures(pruning, results["perplexity"], recovery),
+        headline_perplexity=_longest_window(results["perplexity"]),
+        headline_speed=next((s for s in results["speeds"] if len(s["costs"]) > 1), None),
+        commands=commands,
+        **results,
+    )
+
+
+def _figures(
+    pruning: dict[str, Any], perplexity: list[dict[str, Any]], recovery: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The charts for which there is data, by name."""
+    from slimgpt import figures
+
+    blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
+    widths, depth = [width["num_channels"] for width in pruning["widths"]], range(len(blocks))
+    errors = {
+        name: (depth, [block[kind]["relative_error"] for block in blocks])
+        for name, kind in (("attention", "attention"), ("FFN", "ffn"))
+    }
+    drawn = {
+        "ratios": figures.bars(
+            f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
+            f"{ratios[-1]:.1%} of the last.",
+            {"": ratios},
+            (f"all blocks: {pruning['block_ratio']:.1%}", pruning["block_ratio"]),
+            percent=True,
+        ),
+        "errors": figures.lines(
+            "Curves of the relative error of attention and FFN in each block; the largest is "
+            f"{max(max(y) for _, y in errors.values()):.1%}.",
+            errors,
+            percent=True,
+        ),
+    }
+    if shapes := pruning.get("shapes"):
+        kept = [block["attention"]["keep"] for block in blocks]
+        before = [shape["num_groups"] for shape in shapes]
+        drawn["heads"] = figures.unit_map(
+            f"Map of the key/value groups: {sum(map(len, kept))} of {sum(before)} are kept.",
+            kept,
+            before,
+        )
+        drawn["widths"] = figures.bars(
+            f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
+            f"{widths[-1]:,} in the last.",
+            {"kept": widths, "before": [shape["num_channels"] for shape in shapes]},
+        )
+    distances = {
+        f"{result['data'].partition(' (')[0]}, {result['seqlen']} tokens": (
+            depth,
+            result["layer_errors"],
+        )
+        for result in perplexity
+        if result.get("layer_errors")
+    }
+    if distances:
+        last = next(iter(distances.values()))[1][-1]
+        drawn["distances"] = figures.lines(
+            f"Curves of the distance from the base after each block: {last:.1%} after the last.",
+            distances,
+            percent=True,
+        )
+    if recovery:
+        for name, title in (("train_loss", "loss"), ("held_out_perplexity", "perplexity")):
+            steps, values = zip(*recovery[name], strict=True)
+            drawn[name] = figures.lines(
+                f"Curve of the {title} over the steps: {values[0]:.2f} at first, "
+                f"{values[-1]:.2f} at last.",
+                {"": (steps, values)},
+                "step",
+            )
+    return drawn
+
+
+def _longest_window(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first result with the longest window, if possible one with a base."""
+
+    def rank(result: dict[str, Any]) -> tuple[bool, int]:
+        return result["base_perplexity"] is not None, result["seqlen"]
+
+    return max(results, key=rank, default=None)
+
+
+def _command(
+    verb: str, model: str, config: dict[str, Any], options: type[PruneConfig | RecoverConfig]
+) -> str:
+    """The command line of a run: the options that differ from the defaults."""
+    defaults = options.create().model_dump(mode="json")
+    lines = [shlex.join(["slimgpt", verb, model]), "--output OUT"]
+    for name, value in config.items():
+        if value == defaults[name]:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            lines.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(shlex.join([flag, text]))
+    return " \\\n  ".join(lines)
+
+
+def _short(count: float) -> str:
+    """A large number in millions or billions."""
+    unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
+    return f"{count / unit:.3g} {name}"
+
+
+def _number(value: float) -> str:
+    """Three digits of a number, or all those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

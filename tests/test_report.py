@@ -1,0 +1,355 @@
+"""slimgpt report: what is on the page, what is not, and how a browser shows it."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from conftest import Run
+
+import slimgpt
+from slimgpt import reporting
+from slimgpt.benchmarking import BenchResult, Cost, Setting, Speed, Spread
+from slimgpt.config import PruneConfig, RecoverConfig
+from slimgpt.errors import ConfigError, MissingDependencyError
+from slimgpt.evaluation import TaskResult
+
+Checkpoint = Callable[[str], Path]
+ALWAYS = ["What was cut", "What it cost the layers", "How it was made"]
+
+
+def edit(file: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def sections(page: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", page)
+
+
+@pytest.fixture
+def slim(slim_checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    return shutil.copytree(slim_checkpoint("llama"), tmp_path / "slim")
+
+
+@pytest.fixture(scope="module")
+def measured(
+    slim_checkpoint: Checkpoint,
+    tiny_checkpoint: Checkpoint,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A pruned model with results of every kind; only the perplexities are real."""
+    slim = shutil.copytree(slim_checkpoint("llama"), tmp_path_factory.mktemp("report") / "slim")
+    options: dict[str, Any] = {"data": "pydocs", "seqlen": (16, 32), "max_tokens": 640}
+    slimgpt.evaluate(str(slim), against=str(tiny_checkpoint("llama")), **options)
+    edit(
+        slim / "eval" / "perplexity.json",
+        lambda results: [r.update(layer_errors=[0.01, 0.02, 0.04, 0.08]) for r in results],
+    )
+    task = TaskResult(
+        "piqa", "acc", 0.512, 0.011, 1838, 0, "piqa_valid.jsonl", "0.4.13, task version 1.0",
+        model="slim", base="llama", base_value=0.641, base_stderr=0.012,
+    )  # fmt: skip
+    (slim / "eval" / "tasks.json").write_text(json.dumps([asdict(task)]))
+    around = Spread(40.0, 38.0, 42.0)
+    speed, costs = Speed(around, around, around, around), [2**26, 2**25, 2**24, 2**30]
+    bench = BenchResult(
+        engine="transformers", device="cpu", versions={}, threads=1, new_tokens=8, repeats=5,
+        costs=tuple(Cost(name, "float32", *costs) for name in ("slim", "llama")),
+        settings=(Setting(2, 128, speed, speed, Spread(1.6, 1.5, 1.7), Spread(1.3, 1.2, 1.4)),),
+        ideal_prefill=1.9, ideal_decode=1.7,
+    )  # fmt: skip
+    (slim / "eval" / "speed.json").write_text(json.dumps([asdict(bench)]))
+    config = RecoverConfig.create(method="distill", max_steps=40, data="alpaca.json")
+    recovery = {
+        "model": "slim", "teacher": "owner/teacher", "data": "alpaca.json", "held_out": "wikitext2",
+        "config": config.model_dump(mode="json", exclude={"teacher"}),
+        "steps": 40, "seconds": 12.5, "peak_memory_bytes": 2**31,
+        "train_loss": [[step, 3 - step / 40] for step in range(1, 41)],
+        "held_out_perplexity": [[0, 91.0], [20, 70.5], [40, 61.25]],
+    }  # fmt: skip
+    (slim / "recovery_report.json").write_text(json.dumps(recovery))
+    return slim
+
+
+def test_page_of_a_model_with_everything(
+    run: Run, measured: Path, tiny_checkpoint: Checkpoint
+) -> None:
+    base = tiny_checkpoint("llama")
+    code, out, err = run("report", measured, "--against", base, "--new-tokens", "4")
+    assert code == 0, err
+    assert str(measured / "report.html") in out
+    page = (measured / "report.html").read_text()
+    assert sections(page) == [
+        *ALWAYS[:2], "Quality", "Speed and memory", "Recovery", "Samples", ALWAYS[2],
+    ]  # fmt: skip
+    assert page.count('<div role="img" aria-label="') == page.count("<figcaption>") == 7
+    assert page.count("<svg") == 14  # a wide and a narrow one of each
+    report = json.loads((measured / "pruning_report.json").read_text())
+    for number in ("params_before", "params_after"):
+        assert f"{report[number]:,}" in page
+    for ratio in ("target_ratio", "block_ratio", "total_ratio"):
+        assert f"{report[ratio]:.2%}" in page
+    for result in json.loads((measured / "eval" / "perplexity.json").read_text()):
+        assert f"<td>{result['base_perplexity']:.2f}</td>" in page
+        assert f"<td>{result['perplexity']:.2f}</td>" in page
+    assert "0.6410 <small>± 0.0120" in page
+    assert "0.5120 <small>± 0.0110" in page
+    assert "<b>1.30×</b>" in page
+    assert "1.6 <small>1.5–1.7</small></td><td>1.9</td>" in page
+    assert "<td>64</td><td>32</td><td>1,024</td>" in page
+    assert "91.00 at first, 61.25 at last" in page
+    kept = sum(len(block["attention"]["keep"]) for block in report["blocks"])
+    assert f"{kept} of 16 are kept" in page
+    assert all(prompt in page for prompt in reporting.PROMPTS)
+    assert "--teacher owner/teacher" in page
+    assert all(version in page for version in report["versions"].values())
+    assert str(measured.parent) not in page
+    assert str(base.parent) not in page
+
+
+def test_sections_without_data_are_left_out(slim: Path) -> None:
+    assert sections(slimgpt.report(slim).read_text()) == ALWAYS
+    edit(slim / "pruning_report.json", lambda report: report.pop("shapes"))
+    page = slimgpt.report(slim).read_text()
+    assert "Share removed from each block" in page
+    assert "Key/value groups" not in page
+
+
+def test_methods_for_comparison_are_named(slim: Path) -> None:
+    edit(slim / "pruning_report.json", lambda report: report["config"].update(method="wanda_sp"))
+    page = slimgpt.report(slim).read_text()
+    assert "pruned by 45% with wanda_sp</h1>" in page
+    assert "as wanda_sp, a method for comparison, chooses them" in page
+    assert "weights that stay are updated" not in page
+    assert "--method wanda_sp" in page
+
+
+def test_samples_are_greedy_and_of_the_prompts_given(
+    slim: Path, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("A first text\n\nA second <b>text</b>\n")
+    options: dict[str, Any] = {"prompts": tmp_path / "prompts.txt", "new_tokens": 8}
+    page = slimgpt.report(slim, against=str(tiny_checkpoint("llama")), **options).read_text()
+    assert "<h3>A first text</h3>" in page
+    assert "<h3>A second &lt;b&gt;text&lt;/b&gt;</h3>" in page
+    base, ours = re.findall(r"<h4>(?:base|this model)</h4><p>(.*?)</p>", page, re.S)[:2]
+    assert base != ours
+    same = slimgpt.report(slim, against=str(slim), **options).read_text()
+    assert re.findall(r"<h4>(?:base|this model)</h4><p>(.*?)</p>", same, re.S)[:2] == [ours, ours]
+
+
+def test_nothing_in_the_data_is_markup(slim: Path) -> None:
+    attack = '"><script>alert(1)</script>$x_1$'
+    edit(slim / "pruning_report.json", lambda report: report.update(base_model=attack))
+    result = {
+        "data": attack, "seqlen": 8, "tokens": 7, "perplexity": 9.0, "base_perplexity": None,
+        "kl_divergence": None, "layer_errors": [0.1] * 4,
+    }  # fmt: skip
+    (slim / "eval").mkdir()
+    (slim / "eval" / "perplexity.json").write_text(json.dumps([result]))
+    page = slimgpt.report(slim).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;$x_1$, 8 tokens") == 2  # the legends
+
+
+def test_same_inputs_give_the_same_bytes(measured: Path) -> None:
+    first = slimgpt.report(measured).read_bytes()
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        assert slimgpt.report(measured).read_bytes() == first
+
+
+def test_page_needs_nothing_but_itself(measured: Path) -> None:
+    page = slimgpt.report(measured).read_text()
+    assert set(re.findall(r'(?:src|(?<!:)href)="([^#"]*)', page)) == {
+        "data:,",
+        "https://arxiv.org/abs/2412.18110",
+    }
+    assert "@import" not in page
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|xlink:href=")#([^")]*)', page)) == set(ids)
+    assert set(re.findall(r"url\((.)", page)) == {"#"}
+    assert not re.search(r"#0[1-7]0[1-7]0[1-7]", page)  # each colour is a variable
+    colors = set(re.findall(r"var\((--[\w-]+)\)", page))
+    light, dark = (set(re.findall(r"(--[\w-]+):", part)) for part in page.split("@media")[:2])
+    assert colors <= light == dark
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "paper", "ratio": 0.3},
+        {"uniform": True, "ratio": 0.5},
+        {"schedule": "linear_decrease", "min_ratio": 0.1, "multiple_of": 4},
+        {"layer_ratios": (0.5, 0.25), "method": "flap"},
+    ],
+)
+def test_command_makes_the_same_plan(
+    options: dict[str, Any], run: Run, tiny_checkpoint: Checkpoint
+) -> None:
+    model = str(tiny_checkpoint("llama"))
+    config = PruneConfig.create(**options)
+    command = reporting._command("prune", model, config.model_dump(mode="json"), PruneConfig)
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words[0] == "slimgpt"
+    code, out, err = run(*words[1:], "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads(json.dumps(asdict(slimgpt.plan(model, **options))))
+
+
+def remove_report(directory: Path) -> None:
+    (directory / "pruning_report.json").unlink()
+
+
+def cut_report(directory: Path) -> None:
+    report = (directory / "pruning_report.json").read_text()
+    (directory / "pruning_report.json").write_text(report[:200])
+
+
+def cut_speeds(directory: Path) -> None:
+    (directory / "eval").mkdir()
+    (directory / "eval" / "speed.json").write_text("[{")
+
+
+@pytest.mark.parametrize(
+    ("breakage", "arguments", "message", "hint"),
+    [
+        (remove_report, (), "has no pruning_report.json", "`slimgpt prune` or `slimgpt recover`"),
+        (cut_report, (), "cannot read", "the file is broken"),
+        (cut_speeds, (), "speed.json", "the file is broken"),
+        (None, ("--against", "nothing"), "no model 'nothing'", ""),
+        (None, ("--prompts", "p.txt", "--new-tokens", "4"), "nothing is generated: new_tokens", ""),
+        (None, ("--against", "BASE", "--prompts", "none.txt"), "cannot read --prompts", ""),
+        (None, ("--against", "BASE", "--prompts", "empty.txt"), "has no prompt", "on each line"),
+        (None, ("--against", "BASE", "--new-tokens", "128"), "exceed the context", "--new-tokens"),
+    ],
+)
+def test_refusals(
+    breakage: Callable[[Path], None] | None,
+    arguments: tuple[str, ...],
+    message: str,
+    hint: str,
+    run: Run,
+    slim: Path,
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    if breakage:
+        breakage(slim)
+    words = [str(tiny_checkpoint("llama")) if word == "BASE" else word for word in arguments]
+    code, out, err = run("report", slim, *words)
+    assert code == 2
+    assert message in err
+    assert hint in err
+    assert not out
+    assert not (slim / "report.html").exists()
+
+
+def test_directory_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none has no pruning_report\.json"):
+        slimgpt.report(tmp_path / "none")
+
+
+def test_missing_packages(slim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="'jinja2'") as error:
+        slimgpt.report(slim)
+    assert "slimgpt[report]" in str(error.value.hint)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium that keeps a log of its console and of its requests."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium or no chromedriver in PATH")
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    options = ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+        "disable-background-networking", "disable-component-update", "disable-sync",
+        "disable-dev-shm-usage", f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "*")  # the driver is on this machine
+        chrome = Chrome(options, Service(driver))
+        yield chrome
+        chrome.quit()
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of a CSS colour, WCAG 2.1."""
+    channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(first: str, second: str) -> float:
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_in_a_browser(
+    width: int, scheme: str, browser: Any, measured: Path, tiny_checkpoint: Checkpoint
+) -> None:
+    base = str(tiny_checkpoint("llama"))
+    url = slimgpt.report(measured, against=base, new_tokens=2).as_uri()
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width == 360}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get_log("performance")  # drops what came before
+    browser.get(url)
+    browser.execute_script("document.querySelector('details').open = true")
+    seen = browser.execute_script(
+        """
+        const fill = element => getComputedStyle(element).fill;
+        const shown = [...document.querySelectorAll('svg')].filter(s => s.getClientRects().length);
+        return {
+            width: document.documentElement.scrollWidth,
+            page: getComputedStyle(document.body).backgroundColor,
+            ink: getComputedStyle(document.body).color,
+            muted: getComputedStyle(document.querySelector('figcaption')).color,
+            labels: shown.map(svg => fill(svg.querySelector('text'))),
+            bar: fill(shown[2].querySelector('[style*="--series-1"]')),
+            kinds: shown.map(svg => svg.classList[0]),
+            widths: shown.map(svg => svg.getBoundingClientRect().width),
+            textSize: shown[0].getScreenCTM().a * 12,
+        };
+        """
+    )
+    assert seen["width"] <= width
+    assert seen["kinds"] == ["narrow" if width == 360 else "wide"] * 7
+    assert min(seen["widths"]) > 300
+    assert 11 < seen["textSize"] < 13
+    assert (luminance(seen["page"]) < 0.1) == (scheme == "dark")
+    for text in (seen["ink"], seen["muted"], *seen["labels"]):
+        assert contrast(text, seen["page"]) > 4.5
+    assert contrast(seen["bar"], seen["page"]) > 3
+    assert browser.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requested = {
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    }
+    assert requested == {url}
