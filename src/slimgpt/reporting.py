@@ -175,6 +175,8 @@ def _figures(
         name: (depth, [block[kind]["relative_error"] for block in blocks])
         for name, kind in (("attention", "attention"), ("FFN", "ffn"))
     }
+    kept = [block["attention"]["keep"] for block in blocks]
+    before = [shape["num_groups"] for shape in pruning["shapes"]]
     drawn = {
         "ratios": figures.bars(
             f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
@@ -183,6 +185,16 @@ def _figures(
             (f"all blocks: {pruning['block_ratio']:.1%}", pruning["block_ratio"]),
             percent=True,
         ),
+        "heads": figures.unit_map(
+            f"Map of the key/value groups: {sum(map(len, kept))} of {sum(before)} are kept.",
+            kept,
+            before,
+        ),
+        "widths": figures.bars(
+            f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
+            f"{widths[-1]:,} in the last.",
+            {"kept": widths, "before": [shape["num_channels"] for shape in pruning["shapes"]]},
+        ),
         "errors": figures.lines(
             "Curves of the relative error of attention and FFN in each block; the largest is "
             f"{max(max(y) for _, y in errors.values()):.1%}.",
@@ -190,26 +202,13 @@ def _figures(
             percent=True,
         ),
     }
-    if shapes := pruning.get("shapes"):
-        kept = [block["attention"]["keep"] for block in blocks]
-        before = [shape["num_groups"] for shape in shapes]
-        drawn["heads"] = figures.unit_map(
-            f"Map of the key/value groups: {sum(map(len, kept))} of {sum(before)} are kept.",
-            kept,
-            before,
-        )
-        drawn["widths"] = figures.bars(
-            f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
-            f"{widths[-1]:,} in the last.",
-            {"kept": widths, "before": [shape["num_channels"] for shape in shapes]},
-        )
     distances = {
         f"{result['data'].partition(' (')[0]}, {result['seqlen']} tokens": (
             depth,
             result["layer_errors"],
         )
         for result in perplexity
-        if result.get("layer_errors")
+        if result["layer_errors"]
     }
     if distances:
         last = next(iter(distances.values()))[1][-1]
