@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 import slimgpt
@@ -184,6 +185,33 @@ def report(
     """Show what is known of the model in OUT on one page: OUT/report.html."""
     page = slimgpt.report(output, **_given(None, options))
     _emit({"page": str(page)}, (f"the report is {page}",), as_json)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with a grid.", metavar="RECIPE")],
+    output: Annotated[Path, typer.Option(help="Directory for the results.")],
+    small: Annotated[bool, typer.Option("--small", help="Run the small variant.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder that {data} in the recipe stands for.")
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option(help="Keep the pruned models when they are no longer needed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the experiments of RECIPE and make its table or figure."""
+    options: dict[str, Any] = {"small": small, "data_dir": data_dir, "keep_models": keep_models}
+    with _resumable():
+        result = slimgpt.run_recipe(recipe, output, **options)
+    where = f"the results are in {result.output}"
+    _emit(result.report, (Markdown(result.markdown), where), as_json)
+    if result.errors:
+        raise SlimGPTError(
+            f"{len(result.errors)} of {len(result.report['cells'])} cells failed: "
+            + "; ".join(dict.fromkeys(result.errors)),
+            hint="the same command tries them again; what is finished is not done again",
+        )
 
 
 def main() -> None:
