@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import slimgpt
 from slimgpt import experiments
 from slimgpt.config import RecipeConfig
-from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.experiments import Cell, RecipeResult, expand, read_recipe
+from slimgpt.errors import NumericalError
+from slimgpt.experiments import Cell, expand, read_recipe
 from slimgpt.rendering import draw, to_markdown
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -231,6 +231,8 @@ def test_a_full_disk_stops_the_run(
         ({"grid": {"ratio": [0.2, 1.5]}}, "prune: ratio=1.5: Input should be less than 1"),
         ({"grid": {"ration": [0.2]}}, "prune: unknown option 'ration': did you mean 'ratio'?"),
         ({"grid": {"v": {"a": {"prone": {}}}}}, "unknown step 'prone': did you mean 'prune'?"),
+        ({"grid": {"v": {"a": {"prune": None}}}}, "prune=None is no mapping of options"),
+        ({"grid": {"v": {"a": {"bench": [2]}}}}, "bench=[2] is no mapping of options"),
         ({"grid": {"ratio": 0.2}}, "grid=0.2"),
         ({"grid": {}, "model": None}, "model is missing"),
         ({"evaluate": {"data": ["pydocs"], "batch_size": 0}}, "evaluate: batch_size=0"),
@@ -298,8 +300,7 @@ def test_a_grid_is_the_product_of_its_dimensions(
         {"damping": 0.02, "ratio": 0.5, **place} for place in places
     ]
     dense = [cell for cell in cells if cell.is_dense]
-    alone = {name: values[0] if len(values) == 1 else None for name, values in grid.items()}
-    assert [cell.labels for cell in dense] == [{"ratio": 0, **alone}] * with_dense
+    assert [cell.labels for cell in dense] == [{"ratio": 0, **dict.fromkeys(grid)}] * with_dense
 
 
 def test_named_changes_and_placeholders() -> None:

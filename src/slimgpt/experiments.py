@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import reduce
 from hashlib import sha256
 from importlib.util import find_spec
@@ -48,6 +49,7 @@ from slimgpt.run import (
 log = logging.getLogger(__name__)
 
 MARKDOWN_FILE, JSON_FILE, FIGURE_FILE = "result.md", "result.json", "result.svg"
+DENSE_LACKS = {"prune", "recover"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Cell:
         and not recovered.
     """
 
-    labels: dict[str, Any] = field(compare=False)
+    labels: dict[str, Any]
     model: str
     prune: dict[str, Any]
     recover: dict[str, Any] | None
@@ -172,8 +174,8 @@ def run_recipe(
         rows.append(row)
     report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
     result = RecipeResult(directory, report, to_markdown(report, FIGURE_FILE))
-    if not (keep_models or result.errors):
-        shutil.rmtree(directory / "models")  # with what an older recipe has left
+    with suppress(OSError):  # that it is not empty
+        (directory / "models").rmdir()
     with writing(directory):
         if config.figure:
             with replacing(directory / FIGURE_FILE) as temporary:
@@ -216,7 +218,7 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
         With all wrong options of all cells, or if there is no `data_dir` to put in.
     """
     base = {name: getattr(recipe, name) for name in ("model", *VERBS)}
-    if data_dir is None and "{data}" in json.dumps([base, recipe.grid]):
+    if data_dir is None and "{data}" in str([base, recipe.grid]):
         raise ConfigError(
             "the recipe reads local files from {data}", hint="name the folder with --data-dir"
         )
@@ -233,15 +235,11 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
             continue
         if PruneConfig.create(**options["prune"]).ratio == 0:
             options |= {"prune": {"ratio": 0}, "recover": None}
+            for name, (_, changes) in zip(recipe.grid, choices, strict=True):
+                if "ratio" not in changes.get("prune", {}) and changes.keys() <= DENSE_LACKS:
+                    labels[name] = None
         cell = Cell(labels, **options)
-        if cell in cells:
-            place = cells.index(cell)
-            shared = {
-                name: label if label == labels[name] else None
-                for name, label in cells[place].labels.items()
-            }
-            cells[place] = replace(cell, labels=shared)
-        else:
+        if cell not in cells:
             cells.append(cell)
     if problems:
         raise ConfigError("the recipe has wrong options:\n  " + "\n  ".join(problems))
@@ -271,7 +269,7 @@ def _filled_in(value: Any, places: dict[str, str]) -> Any:
     if isinstance(value, str):
         return reduce(lambda text, place: text.replace(place, places[place]), places, value)
     if isinstance(value, dict):
-        return {key: _filled_in(item, places) for key, item in value.items()}
+        return {str(key): _filled_in(item, places) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_filled_in(item, places) for item in value]
     return value
@@ -284,14 +282,17 @@ def _problems(options: dict[str, Any]) -> list[str]:
         for name in options
         if name not in known
     ]
-    if options["model"] is None:
+    if not isinstance(options["model"], str):
         problems.append("model is missing")
     for verb, config in VERBS.items():
-        if options[verb] is not None:
+        values = options[verb]
+        if isinstance(values, dict):
             try:
-                config.create(**options[verb])
+                config.create(**values)
             except ConfigError as err:
                 problems.append(f"{verb}: {err}")
+        elif values is not None or verb == "prune":
+            problems.append(f"{verb}={values!r} is no mapping of options")
     return problems
 
 

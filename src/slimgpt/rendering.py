@@ -235,7 +235,7 @@ def draw(report: Values, file: Path) -> None:
     ):
         for label, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker=".", label=label or None)
-        axes.set_title(title)
+        axes.set_title(title.replace("_", " "))
         axes.set_xlabel(recipe["x"] or CURVES[title].axis)
         if any(curves):
             axes.legend()
