@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.table import Table
 
 import slimgpt
@@ -204,8 +203,11 @@ def run_recipe(
     options: dict[str, Any] = {"small": small, "data_dir": data_dir, "keep_models": keep_models}
     with _resumable():
         result = slimgpt.run_recipe(recipe, output, **options)
-    where = f"the results are in {result.output}"
-    _emit(result.report, (Markdown(result.markdown), where), as_json)
+    if as_json:
+        _emit(result.report, (), as_json=True)
+    else:
+        stdout.print(result.markdown, markup=False, soft_wrap=True)
+        stdout.print(f"the results are in {result.output}", soft_wrap=True)
     if result.errors:
         raise SlimGPTError(
             f"{len(result.errors)} of {len(result.report['cells'])} cells failed: "

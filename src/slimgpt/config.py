@@ -350,6 +350,7 @@ class ReportConfig(_RuntimeOptions):
         idle = self.model_fields_set - {"against"}
         if idle and self.against is None:
             raise ValueError(f"without against, nothing is generated: {', '.join(sorted(idle))}")
+        return self
 
 
 VERBS: dict[str, type[_Options]] = {

@@ -11,6 +11,17 @@ from slimgpt.config import VERBS
 Values = dict[str, Any]
 Points = list[tuple[float, float]]
 MEAN, RATIO = "mean", "ratio"
+PROTOCOL = (
+    "Model",
+    "Calibration",
+    "Recovery",
+    "Perplexity",
+    "Tasks, in %",
+    "Inference",
+    "Evaluated in",
+    "Machine",
+    "Versions",
+)
 Best = Callable[[Iterable[float]], float]
 
 
@@ -174,14 +185,14 @@ def _bold(rows: Sequence[Values], values: Sequence[float | None], best: Best | N
 
 def _protocol(recipe: Values, rows: Sequence[Values]) -> str:
     """How the numbers were measured: a list of facts, each of them once."""
-    facts: dict[str, dict[str, None]] = defaultdict(dict)
+    facts: dict[str, dict[str, None]] = {kind: {} for kind in PROTOCOL}
     for row in rows:
         for kind, text in _facts(row):
             facts[kind][text] = None
     precision = (recipe["evaluate"] or {}).get("dtype")
     if precision:
         facts["Evaluated in"][precision] = None
-    return "\n".join(f"- {kind}: {'; '.join(texts)}" for kind, texts in facts.items())
+    return "\n".join(f"- {kind}: {'; '.join(texts)}" for kind, texts in facts.items() if texts)
 
 
 def _facts(row: Values) -> Iterator[tuple[str, str]]:
@@ -206,7 +217,7 @@ def _facts(row: Values) -> Iterator[tuple[str, str]]:
         yield "Inference", f"{of.format(**speed)}, {speed['costs'][0]['dtype']}"
     for step in (row[verb] for verb in VERBS if verb in row):
         yield "Machine", step["machine"]
-        yield "Versions", ", ".join(f"{name} {v}" for name, v in sorted(step["versions"].items()))
+        yield from (("Versions", f"{name} {number}") for name, number in step["versions"].items())
 
 
 def draw(report: Values, file: Path) -> None:

@@ -7,6 +7,8 @@ rename, but for the checkpoints, which the Trainer writes. The finished product 
 is complete.
 """
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -287,8 +289,18 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def trim_heap() -> None:
+    """Give freed memory back to the system, which glibc keeps in pieces between those in use."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
 def reset_peak_memory() -> bool:
     """Have `peak_memory` begin anew; False where the system cannot (all but Linux)."""
+    gc.collect()
+    trim_heap()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
