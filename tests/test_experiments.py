@@ -436,3 +436,5 @@ def test_a_figure_from_results(
     assert sum(name.startswith("axes_") for name in groups) == len(figure)
     assert sum(name.startswith("legend_") for name in groups) == len(figure)
     assert "![A title](result.svg)" in to_markdown(report, "result.svg")
+    draw(report | {"cells": []}, files[0])  # as if all had failed
+    assert ElementTree.parse(files[0]).getroot().tag.endswith("svg")

@@ -170,13 +170,13 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
 
 
 def _bold(rows: Sequence[Values], values: Sequence[float | None], best: Best | None) -> list[str]:
-    """What stands on both sides of each value: asterisks if it is the best of several."""
+    """What stands on both sides of each value: asterisks if it is better than another."""
     rivals = defaultdict(list)
     for row, value in zip(rows, values, strict=True):
         if value is not None:
             rivals[row["labels"].get(RATIO)].append(value)
     return [
-        "**" if best and len(others) > 1 and value == best(others) else ""
+        "**" if best and len(set(others)) > 1 and value == best(others) else ""
         for value, others in zip(
             values, (rivals[row["labels"].get(RATIO)] for row in rows), strict=True
         )
@@ -240,10 +240,10 @@ def draw(report: Values, file: Path) -> None:
             for title, points in _points(row, name, recipe["x"]).items():
                 series = {key: v for key, v in row["labels"].items() if key != recipe["x"]}
                 panels[title][describe(series)] += points
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    for axes, (title, curves) in zip(
-        figure.subplots(1, len(panels) or 1, squeeze=False)[0], panels.items(), strict=False
-    ):
+    num_panels = max(1, len(panels))  # none if every cell has failed
+    figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
+    all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
         for label, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker=".", label=label or None)
         axes.set_title(title.replace("_", " "))
