@@ -242,6 +242,7 @@ def test_a_full_disk_stops_the_run(
         ({"figure": ["perplexity"]}, "needs x"),
         ({"figure": ["layer_ratios"], "x": "ratio"}, "x='ratio' is for figures of measures"),
         ({"figure": ["perplexity"], "x": "schedule"}, "x='schedule' is no dimension of numbers"),
+        ({"figure": ["layer_errors"]}, "layer_errors need data and against"),
         ({"table": ["inference"]}, "inference comes from `bench`"),
         ({"small": {"titel": "x"}}, "unknown option 'titel'"),
     ],

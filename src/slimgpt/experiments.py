@@ -312,8 +312,11 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
             check_dataset(recovery.data, "calibration")
             check_dataset(recovery.eval_data, "evaluation")
         if cell.evaluate is not None:
-            for text in EvalConfig.create(**cell.evaluate).data:
+            evaluation = EvalConfig.create(**cell.evaluate)
+            for text in evaluation.data:
                 check_dataset(text, "evaluation")
+            if "layer_errors" in recipe.figure and not (evaluation.against and evaluation.data):
+                raise ConfigError("layer_errors need data and against in the options of evaluate")
 
 
 @dataclass(frozen=True)

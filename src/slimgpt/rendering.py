@@ -114,7 +114,7 @@ MEASURES = {
 CURVES = {
     "layer_ratios": Curves("prune", lambda report: _numbered(report["layer_ratios"]), "layer"),
     "layer_errors": Curves(
-        "evaluate", lambda result: _numbered(result["perplexity"][0]["layer_errors"]), "layer"
+        "evaluate", lambda r: _numbered(r["perplexity"][0]["layer_errors"] or ()), "layer"
     ),
     "train_loss": Curves("recover", lambda report: report["train_loss"], "step"),
     "held_out_perplexity": Curves("recover", lambda r: r["held_out_perplexity"], "step"),
@@ -239,14 +239,15 @@ def draw(report: Values, file: Path) -> None:
         for name in recipe["figure"]:
             for title, points in _points(row, name, recipe["x"]).items():
                 series = {key: v for key, v in row["labels"].items() if key != recipe["x"]}
-                panels[title][describe(series)] += points
+                if points:
+                    panels[title][describe(series)] += points
     num_panels = max(1, len(panels))  # none if every cell has failed
     figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
     all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
         for label, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker=".", label=label or None)
-        axes.set_title(title.replace("_", " "))
+        axes.set_title(title.replace("_", " ") if title in CURVES else title)
         axes.set_xlabel(recipe["x"] or CURVES[title].axis)
         if any(curves):
             axes.legend()
