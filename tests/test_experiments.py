@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import slimgpt
 from slimgpt import experiments
 from slimgpt.config import RecipeConfig
-from slimgpt.errors import NumericalError
+from slimgpt.errors import NumericalError, RunStateError
 from slimgpt.experiments import Cell, expand, read_recipe
 from slimgpt.rendering import draw, to_markdown
 
@@ -214,12 +214,20 @@ def test_a_failure_in_numbers_does_not_stop_the_rest(
     assert "evaluate" in result.report["cells"][1]
 
 
-def test_a_full_disk_stops_the_run(
+def test_what_is_wrong_with_the_machine_stops_the_run(
     recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(slimgpt.SlimGPTError, match="cannot write"):
+    with pytest.raises(RunStateError, match="cannot write"):
         slimgpt.run_recipe(recipe(), tmp_path / "file" / "out")
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RunStateError("the disk is full")
+
+    monkeypatch.setattr(experiments, "prune", fail)
+    with pytest.raises(RunStateError, match="the disk is full"):
+        slimgpt.run_recipe(recipe(), tmp_path / "out")
+    assert not (tmp_path / "out" / "result.md").exists()
 
 
 @pytest.mark.parametrize(
