@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from slimgpt.benchmarking import BenchResult, bench
     from slimgpt.errors import SlimGPTError
     from slimgpt.evaluation import EvalResult, Evaluation, TaskResult, evaluate
+    from slimgpt.experiments import RecipeResult, run_recipe
     from slimgpt.exporting import ExportResult, export
     from slimgpt.inspection import ModelSummary, inspect
     from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
@@ -28,6 +29,7 @@ __all__ = [
     "ModelSummary",
     "PrunePlan",
     "PruneResult",
+    "RecipeResult",
     "RecoverResult",
     "SlimGPTError",
     "TaskResult",
@@ -39,6 +41,7 @@ __all__ = [
     "prune",
     "recover",
     "report",
+    "run_recipe",
 ]
 
 _HOMES = {
@@ -49,6 +52,7 @@ _HOMES = {
     "ModelSummary": "inspection",
     "PrunePlan": "pruning",
     "PruneResult": "pruning",
+    "RecipeResult": "experiments",
     "RecoverResult": "recovery",
     "SlimGPTError": "errors",
     "TaskResult": "evaluation",
@@ -60,6 +64,7 @@ _HOMES = {
     "prune": "pruning",
     "recover": "recovery",
     "report": "reporting",
+    "run_recipe": "experiments",
 }
 
 

@@ -186,6 +186,36 @@ def report(
     _emit({"page": str(page)}, (f"the report is {page}",), as_json)
 
 
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with a grid.", metavar="RECIPE")],
+    output: Annotated[Path, typer.Option(help="Directory for the results.")],
+    small: Annotated[bool, typer.Option("--small", help="Run the small variant.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder that {data} in the recipe stands for.")
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option(help="Keep the pruned models when they are no longer needed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the experiments of RECIPE and make its table or figure."""
+    options: dict[str, Any] = {"small": small, "data_dir": data_dir, "keep_models": keep_models}
+    with _resumable():
+        result = slimgpt.run_recipe(recipe, output, **options)
+    if as_json:
+        _emit(result.report, (), as_json=True)
+    else:
+        stdout.print(result.markdown, markup=False, soft_wrap=True)
+        stdout.print(f"the results are in {result.output}", soft_wrap=True)
+    if result.errors:
+        raise SlimGPTError(
+            f"{len(result.errors)} of {len(result.report['cells'])} cells failed: "
+            + "; ".join(dict.fromkeys(result.errors)),
+            hint="the same command tries them again; what is finished is not done again",
+        )
+
+
 def main() -> None:
     """Run the command line; turn errors into one line, a hint and an exit code."""
     for stream in (sys.stdout, sys.stderr):

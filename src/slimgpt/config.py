@@ -31,6 +31,8 @@ Preset = Literal["default", "paper"]
 Method = Literal["slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RecoverMethod = Literal["lora", "full", "distill"]
+Measure = Literal["parameters", "pruning", "perplexity", "tasks", "means", "inference"]
+Curve = Literal["layer_ratios", "layer_errors", "train_loss", "held_out_perplexity"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -85,9 +87,11 @@ class _Options(BaseModel):
     @classmethod
     def _explain(cls, problem: Mapping[str, Any]) -> str:
         name = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "missing":
+            return f"{name} is missing"
         if problem["type"] == "extra_forbidden":
             return f"unknown option {name!r}: {did_you_mean(name, list(cls.model_fields))}"
-        if problem["type"] == "literal_error":
+        if problem["type"] == "literal_error" and len(problem["loc"]) == 1:
             known = [str(arg) for arg in get_args(cls.model_fields[name].annotation)]
             return f"{name}={problem['input']!r}: {did_you_mean(str(problem['input']), known)}"
         message = problem["msg"].removeprefix("Value error, ")
@@ -346,6 +350,48 @@ class ReportConfig(_RuntimeOptions):
         idle = self.model_fields_set - {"against"}
         if idle and self.against is None:
             raise ValueError(f"without against, nothing is generated: {', '.join(sorted(idle))}")
+        return self
+
+
+VERBS: dict[str, type[_Options]] = {
+    "prune": PruneConfig,
+    "recover": RecoverConfig,
+    "evaluate": EvalConfig,
+    "bench": BenchConfig,
+}
+
+
+class RecipeConfig(_Options):
+    """A grid of runs of the verbs, and the table or figure made of their results."""
+
+    title: str = Field(description="What the table shows.")
+    reproduces: str = Field(description="Table or figure of the paper.")
+    note: str = Field("", description="What a reader has to know beside it.")
+    model: str | None = Field(None, description="Model of every cell that names no other.")
+    prune: dict[str, Any] = Field({}, description="Options of every cell, as are the next three.")
+    recover: dict[str, Any] | None = None
+    evaluate: dict[str, Any] | None = None
+    bench: dict[str, Any] | None = None
+    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
+        description="Dimensions: values of an option of prune or of model, or named changes to "
+        "model, prune, recover, evaluate and bench."
+    )
+    table: tuple[Measure, ...] = Field(min_length=1, description="Columns of the table.")
+    figure: tuple[Literal[Measure, Curve], ...] = Field((), description="Panels of the figure.")
+    x: str | None = Field(None, description="Dimension along the axis of a figure of measures.")
+    small: dict[str, Any] | None = Field(None, description="What differs in the small variant.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        curves = [panel for panel in self.figure if panel in get_args(Curve)]
+        if self.x is None and len(curves) < len(self.figure):
+            raise ValueError("a figure of measures needs x, a dimension of numbers")
+        if self.x is not None and (curves or not self.figure):
+            raise ValueError(f"x={self.x!r} is for figures of measures only")
+        if self.x is not None:
+            values = self.grid.get(self.x)
+            if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
+                raise ValueError(f"x={self.x!r} is no dimension of numbers")
         return self
 
 

@@ -7,6 +7,8 @@ rename, but for the checkpoints, which the Trainer writes. The finished product 
 is complete.
 """
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -285,6 +287,33 @@ def peak_memory() -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, which glibc keeps in pieces between those in use."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+def reset_peak_memory() -> bool:
+    """Have `peak_memory` begin anew; False where the system cannot (all but Linux)."""
+    gc.collect()
+    trim_heap()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def machine() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
 
 
 def _sync(path: Path) -> None:

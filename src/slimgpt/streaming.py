@@ -1,7 +1,5 @@
 """A model whose blocks are in memory one at a time."""
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -13,6 +11,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.calibrate import Stream, embed
 from slimgpt.families import Block, bind, blocks_of, decoder_of, family_of
+from slimgpt.run import trim_heap
 from slimgpt.weights import Weights
 
 
@@ -67,7 +66,7 @@ class StreamedModel:
                 del tensors
                 yield block
                 _release(block.module)
-                _trim_heap()
+                trim_heap()
 
     def _read(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
         names = [name for name, _ in module.named_parameters()]
@@ -86,11 +85,3 @@ def _release(module: nn.Module) -> None:
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
             setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system, which glibc keeps in pieces between those in use."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)

@@ -1,0 +1,414 @@
+"""Run a recipe: do what each cell of its grid needs, once, and show the results.
+
+What a step depends on is hashed into the name of its result, so steps that cells share are done
+once, finished ones are never done again, and a changed recipe redoes only what has changed.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import reduce
+from hashlib import sha256
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from slimgpt.benchmarking import bench
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE
+from slimgpt.config import (
+    VERBS,
+    EvalConfig,
+    PruneConfig,
+    RecipeConfig,
+    RecoverConfig,
+    did_you_mean,
+    load_recipe,
+)
+from slimgpt.data import check_dataset
+from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError, SlimGPTError
+from slimgpt.evaluation import evaluate
+from slimgpt.pruning import plan, prune
+from slimgpt.recovery import recover
+from slimgpt.rendering import SHOWN, describe, draw, to_markdown
+from slimgpt.run import (
+    Run,
+    describe_file,
+    machine,
+    replacing,
+    reset_peak_memory,
+    versions,
+    write_atomically,
+    writing,
+)
+
+log = logging.getLogger(__name__)
+
+MARKDOWN_FILE, JSON_FILE, FIGURE_FILE = "result.md", "result.json", "result.svg"
+DENSE_LACKS = {"prune", "recover"}
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """What a recipe has measured.
+
+    Attributes
+    ----------
+    output : Path
+        The directory with the results.
+    report : dict
+        The content of ``result.json``: for each cell its labels, the results of its steps, or
+        the error that ended it.
+    markdown : str
+        The content of ``result.md``.
+    """
+
+    output: Path
+    report: dict[str, Any]
+    markdown: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Messages of the cells that have failed."""
+        return [cell["error"] for cell in self.report["cells"] if cell["error"]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is done with one model.
+
+    Attributes
+    ----------
+    labels : dict
+        Its place in each dimension of the grid; None where that makes no difference.
+    model : str
+        The dense model.
+    prune, recover, evaluate, bench : dict or None
+        Options of the verbs; one with None is not run. A dense model is pruned by a ratio of 0,
+        and not recovered.
+    """
+
+    labels: dict[str, Any]
+    model: str
+    prune: dict[str, Any]
+    recover: dict[str, Any] | None
+    evaluate: dict[str, Any] | None
+    bench: dict[str, Any] | None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is removed."""
+        return self.prune == {"ratio": 0}
+
+
+def run_recipe(
+    recipe: str | Path,
+    output: str | Path,
+    *,
+    small: bool = False,
+    data_dir: str | Path | None = None,
+    keep_models: bool = False,
+) -> RecipeResult:
+    """Do what a recipe says, and write its table or figure.
+
+    After an interruption, or with a changed recipe, the same call does what is left to do.
+
+    Parameters
+    ----------
+    recipe : str or Path
+        A YAML file with the fields of `slimgpt.config.RecipeConfig`.
+    output : str or Path
+        Directory for ``result.md``, ``result.json``, the figure, and what they are made from.
+    small : bool
+        Run the small variant.
+    data_dir : str or Path, optional
+        Takes the place of ``{data}`` in the recipe.
+    keep_models : bool
+        Keep the pruned models, which otherwise go when they are no longer needed.
+
+    Returns
+    -------
+    RecipeResult
+        Where the results lie, and what they are. Cells that failed have an error; the next call
+        tries them again.
+
+    Raises
+    ------
+    SlimGPTError
+        If the recipe or an option of any cell is wrong, before any work; if a package is missing
+        or the output cannot be written.
+
+    Examples
+    --------
+    >>> import slimgpt
+    >>> slimgpt.run_recipe("recipes/table6.yaml", "table6", small=True,
+    ...                    data_dir="data")  # doctest: +SKIP
+    """
+    config = read_recipe(Path(recipe), small)
+    cells = expand(config, data_dir)
+    _check(config, cells)
+    directory = Path(output)
+    with writing(directory):
+        for folder in ("steps", "models"):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, cell in enumerate(cells):
+        log.info("cell %d/%d: %s", index + 1, len(cells), describe(cell.labels))
+        row: dict[str, Any] = {"labels": cell.labels, "model": cell.model, "error": None}
+        try:
+            row |= _Work(cell, directory).results()
+        except (MissingDependencyError, RunStateError):  # of the machine, not of the cell
+            raise
+        except SlimGPTError as err:
+            row["error"] = f"{err}; {err.hint}" if err.hint else str(err)
+            log.warning("%s: %s", describe(cell.labels), row["error"])
+        else:
+            if not keep_models:
+                later = (_Work(other, directory).models() for other in cells[index + 1 :])
+                for model in _Work(cell, directory).models().difference(*later):
+                    shutil.rmtree(model, ignore_errors=True)
+        rows.append(row)
+    report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
+    result = RecipeResult(directory, report, to_markdown(report, FIGURE_FILE))
+    with suppress(OSError):  # that it is not empty
+        (directory / "models").rmdir()
+    with writing(directory):
+        if config.figure:
+            with replacing(directory / FIGURE_FILE) as temporary:
+                draw(report, temporary)
+        write_atomically(directory / JSON_FILE, json.dumps(report, indent=1) + "\n")
+        write_atomically(directory / MARKDOWN_FILE, result.markdown)
+    return result
+
+
+def read_recipe(file: Path, small: bool = False) -> RecipeConfig:
+    """Read a recipe or its small variant.
+
+    Raises
+    ------
+    ConfigError
+        With all that is wrong in it, or if it has no small variant.
+    """
+    values = load_recipe(file)
+    recipe = RecipeConfig.create(**values)
+    if not small:
+        return recipe
+    if recipe.small is None:
+        raise ConfigError(f"the recipe {file} has no small variant", hint="run it without --small")
+    return RecipeConfig.create(**_changed(values, recipe.small | {"small": None}))
+
+
+def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cell]:
+    """List the cells of a grid: the product of its dimensions, with a dense model only once.
+
+    Parameters
+    ----------
+    recipe : RecipeConfig
+        Its strings may contain ``{data}`` and, for the model of the cell, ``{model}``.
+    data_dir : str or Path, optional
+        Takes the place of ``{data}``.
+
+    Raises
+    ------
+    ConfigError
+        With all wrong options of all cells, or if there is no `data_dir` to put in.
+    """
+    base = {name: getattr(recipe, name) for name in ("model", *VERBS)}
+    if data_dir is None and "{data}" in str([base, recipe.grid]):
+        raise ConfigError(
+            "the recipe reads local files from {data}", hint="name the folder with --data-dir"
+        )
+    cells: list[Cell] = []
+    problems: dict[str, None] = {}  # an ordered set: many cells share a mistake
+    dimensions = [_choices(name, values) for name, values in recipe.grid.items()]
+    for choices in product(*dimensions):
+        labels = dict(zip(recipe.grid, (label for label, _ in choices), strict=True))
+        options = reduce(_changed, (changes for _, changes in choices), base)
+        options = _filled_in(options, {"{data}": str(data_dir), "{model}": str(options["model"])})
+        wrong = _problems(options)
+        problems |= dict.fromkeys(wrong)
+        if wrong:
+            continue
+        if PruneConfig.create(**options["prune"]).ratio == 0:
+            options |= {"prune": {"ratio": 0}, "recover": None}
+            for name, (_, changes) in zip(recipe.grid, choices, strict=True):
+                if "ratio" not in changes.get("prune", {}) and changes.keys() <= DENSE_LACKS:
+                    labels[name] = None
+        cell = Cell(labels, **options)
+        if cell not in cells:
+            cells.append(cell)
+    if problems:
+        raise ConfigError("the recipe has wrong options:\n  " + "\n  ".join(problems))
+    return cells
+
+
+def _choices(name: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """Labels of a dimension, each with the changes that it stands for."""
+    if isinstance(values, dict):
+        return list(values.items())
+    if name == "model":
+        return [(value, {"model": value}) for value in values]
+    return [(value, {"prune": {name: value}}) for value in values]
+
+
+def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Options with changes; those of a verb, or the dimensions of a grid, are changed singly."""
+    return base | {
+        name: base[name] | value
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+        else value
+        for name, value in changes.items()
+    }
+
+
+def _filled_in(value: Any, places: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        return reduce(lambda text, place: text.replace(place, places[place]), places, value)
+    if isinstance(value, dict):
+        return {str(key): _filled_in(item, places) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled_in(item, places) for item in value]
+    return value
+
+
+def _problems(options: dict[str, Any]) -> list[str]:
+    known = ["model", *VERBS]
+    problems = [
+        f"unknown step {name!r}: {did_you_mean(name, known)}"
+        for name in options
+        if name not in known
+    ]
+    if not isinstance(options["model"], str):
+        problems.append("model is missing")
+    for verb, config in VERBS.items():
+        values = options[verb]
+        if isinstance(values, dict):
+            try:
+                config.create(**values)
+            except ConfigError as err:
+                problems.append(f"{verb}: {err}")
+        elif values is not None or verb == "prune":
+            problems.append(f"{verb}={values!r} is no mapping of options")
+    return problems
+
+
+def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
+    """Find what is missing before hours of work and not after."""
+    for name in (*recipe.table, *recipe.figure):
+        verb = SHOWN[name].verb
+        if all(getattr(cell, verb) is None for cell in cells):
+            raise ConfigError(f"{name} comes from `{verb}`, which the recipe has no options for")
+    if recipe.figure and find_spec("matplotlib") is None:
+        raise MissingDependencyError("matplotlib", "a figure", "pip install 'slimgpt[report]'")
+    for cell in cells:
+        if not cell.is_dense:
+            check_dataset(PruneConfig.create(**cell.prune).calibration, "calibration")
+        if cell.recover is not None:
+            recovery = RecoverConfig.create(**cell.recover)
+            check_dataset(recovery.data, "calibration")
+            check_dataset(recovery.eval_data, "evaluation")
+        if cell.evaluate is not None:
+            evaluation = EvalConfig.create(**cell.evaluate)
+            for text in evaluation.data:
+                check_dataset(text, "evaluation")
+            if "layer_errors" in recipe.figure and not (evaluation.against and evaluation.data):
+                raise ConfigError("layer_errors need data and against in the options of evaluate")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The steps of a cell, with their results in a directory."""
+
+    cell: Cell
+    directory: Path
+
+    def results(self) -> dict[str, Any]:
+        """Do the steps that have not been done; return the results of all, by verb."""
+        cell = self.cell
+        steps: dict[str, Callable[[], dict[str, Any]]] = {
+            "prune": self._prune,
+            "recover": lambda: _read_json(Path(self._product(), RECOVERY_FILE)),
+            "evaluate": lambda: asdict(evaluate(self._product(), **cell.evaluate or {})),
+            "bench": lambda: asdict(bench(self._product(), **cell.bench or {})),
+        }
+        results = {}
+        for verb, step in steps.items():
+            if getattr(cell, verb) is None:
+                continue
+            file = self.directory / "steps" / f"{verb}-{self._key(verb)}.json"
+            if not file.exists():
+                place = {"machine": f"{machine()}, {os.cpu_count()} CPUs", "versions": versions()}
+                no_folder = {f"{self.directory / 'models'}{os.sep}": ""}
+                result = _filled_in(place | step(), no_folder)
+                with writing(self.directory):
+                    write_atomically(file, json.dumps(result, indent=1) + "\n")
+            results[verb] = _read_json(file)
+        return results
+
+    def models(self) -> set[Path]:
+        """Where the models are that the steps make."""
+        made = {"prune": not self.cell.is_dense, "recover": self.cell.recover is not None}
+        return {self._model(verb) for verb, is_made in made.items() if is_made}
+
+    def _prune(self) -> dict[str, Any]:
+        if self.cell.is_dense:
+            return asdict(plan(self.cell.model, **self.cell.prune))
+        is_peak_of_run = reset_peak_memory()
+        report = _read_json(Path(self._pruned(), REPORT_FILE))
+        del report["blocks"]  # all that was removed, at length
+        return report if is_peak_of_run else report | {"peak_memory_bytes": None}
+
+    def _pruned(self) -> str:
+        """The pruned model, which is made if it is not there."""
+        if self.cell.is_dense:
+            return self.cell.model
+        output = self._model("prune")
+        if not Run(output).is_published:
+            prune(self.cell.model, output, **self.cell.prune)
+        return str(output)
+
+    def _product(self) -> str:
+        """The model that is measured, which is made if it is not there."""
+        if self.cell.recover is None:
+            return self._pruned()
+        output = self._model("recover")
+        if not Run(output).is_published:
+            recover(self._pruned(), output, **self.cell.recover)
+        return str(output)
+
+    def _model(self, verb: str) -> Path:
+        return self.directory / "models" / f"{verb}-{self._key(verb)}"
+
+    def _key(self, verb: str) -> str:
+        """Hash of what the result of a verb depends on: the options so far, and local files."""
+        depends: list[Any] = [self.cell.model]
+        for name in dict.fromkeys(("prune", "recover", verb)):
+            options = getattr(self.cell, name)
+            if options is not None:
+                values = VERBS[name].create(**options).model_dump(mode="json")
+                depends.append({name: values, "files": _files(values)})
+            if name == verb:
+                break
+        return sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _files(values: dict[str, Any]) -> list[str]:
+    """Descriptions of the files that options name."""
+    texts = (
+        text
+        for value in values.values()
+        for text in (value if isinstance(value, list) else [value])
+    )
+    return [
+        describe_file(Path(text))
+        for text in texts
+        if isinstance(text, str) and Path(text).is_file()
+    ]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,281 @@
+"""The results of a recipe as a Markdown table and a figure."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimgpt.config import VERBS
+
+Values = dict[str, Any]
+Points = list[tuple[float, float]]
+MEAN, RATIO = "mean", "ratio"
+PROTOCOL = (
+    "Model",
+    "Calibration",
+    "Recovery",
+    "Perplexity",
+    "Tasks, in %",
+    "Inference",
+    "Evaluated in",
+    "Machine",
+    "Versions",
+)
+Best = Callable[[Iterable[float]], float]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a table, made from the result of one step.
+
+    Attributes
+    ----------
+    verb : str
+        The step.
+    read : callable
+        Gives the values of a row, by the header of their column.
+    style : str
+        Format specification of the values.
+    best : callable, optional
+        Which value is shown in bold, of the rows with the same ratio.
+    """
+
+    verb: str
+    read: Callable[[Values], dict[str, float]]
+    style: str
+    best: Best | None = None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A panel of a figure with one curve for each row, made from the result of one step.
+
+    Attributes
+    ----------
+    verb : str
+        The step.
+    read : callable
+        Gives the points of a row.
+    axis : str
+        What x stands for.
+    """
+
+    verb: str
+    read: Callable[[Values], Points]
+    axis: str
+
+
+def _pruning(report: Values) -> dict[str, float]:
+    seconds, peak = report.get("seconds", {}), report.get("peak_memory_bytes")
+    values = {
+        "pruning, s": sum(seconds.values()) or None,
+        "peak memory, GiB": peak / 2**30 if peak else None,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _perplexity(evaluation: Values) -> dict[str, float]:
+    return {
+        f"perplexity, {_short(r['data'])} × {r['seqlen']}": r["perplexity"]
+        for r in evaluation["perplexity"]
+    }
+
+
+def _tasks(evaluation: Values) -> dict[str, float]:
+    return {f"{r['task']}, {r['metric']}": 100 * r["value"] for r in evaluation["tasks"]}
+
+
+def _means(evaluation: Values) -> dict[str, float]:
+    return {name: value for name, value in _tasks(evaluation).items() if name.endswith(f", {MEAN}")}
+
+
+def _inference(result: Values) -> dict[str, float]:
+    values = {}
+    for setting in result["settings"]:
+        where = f"{setting['batch_size']} × {setting['prompt_length']}"
+        for phase in ("prefill", "decode"):
+            values[f"{phase} {where}, tok/s"] = setting["model"][phase]["median"]
+            if setting[f"{phase}_speedup"]:
+                values[f"{phase} {where}, × base"] = setting[f"{phase}_speedup"]["median"]
+    cost = result["costs"][0]
+    sizes = {"weights, MiB": cost["disk_bytes"], "peak memory, MiB": cost["peak_memory_bytes"]}
+    return values | {name: size / 2**20 for name, size in sizes.items() if size is not None}
+
+
+MEASURES = {
+    "parameters": Columns("prune", lambda report: {"parameters": report["params_after"]}, ",d"),
+    "pruning": Columns("prune", _pruning, ".1f"),
+    "perplexity": Columns("evaluate", _perplexity, ".2f", min),
+    "tasks": Columns("evaluate", _tasks, ".1f", max),
+    "means": Columns("evaluate", _means, ".1f", max),
+    "inference": Columns("bench", _inference, ",.2f"),
+}
+CURVES = {
+    "layer_ratios": Curves("prune", lambda report: _numbered(report["layer_ratios"]), "layer"),
+    "layer_errors": Curves(
+        "evaluate", lambda r: _numbered(r["perplexity"][0]["layer_errors"] or ()), "layer"
+    ),
+    "train_loss": Curves("recover", lambda report: report["train_loss"], "step"),
+    "held_out_perplexity": Curves("recover", lambda r: r["held_out_perplexity"], "step"),
+}
+SHOWN: dict[str, Columns | Curves] = MEASURES | CURVES
+
+
+def describe(labels: dict[str, Any]) -> str:
+    """Name a cell by its labels."""
+    named = (f"{name} {_label(name, value)}" for name, value in labels.items() if value is not None)
+    return ", ".join(named)
+
+
+def to_markdown(report: Values, figure_file: str) -> str:
+    """Write the results as Markdown.
+
+    Parameters
+    ----------
+    report : dict
+        The content of ``result.json``.
+    figure_file : str
+        Name of the figure beside the Markdown, if the recipe has one.
+    """
+    recipe, rows = report["recipe"], report["cells"]
+    source = f"{recipe['reproduces']} of SlimGPT (arXiv 2412.18110)"
+    parts = [
+        f"# {recipe['title']}",
+        f"{source}, small variant." if report["is_small"] else f"{source}.",
+        recipe["note"],
+        f"![{recipe['title']}]({figure_file})" if recipe["figure"] else "",
+        _table(recipe, rows),
+        _protocol(recipe, rows),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(recipe: Values, rows: Sequence[Values]) -> str:
+    columns = {name: [_label(name, row["labels"][name]) for row in rows] for name in recipe["grid"]}
+    for name in recipe["table"]:
+        measure = MEASURES[name]
+        read = [measure.read(row[measure.verb]) if measure.verb in row else {} for row in rows]
+        for header in dict.fromkeys(header for values in read for header in values):
+            values = [values.get(header) for values in read]
+            columns[header] = [
+                "" if value is None else f"{bold}{value:{measure.style}}{bold}"
+                for value, bold in zip(values, _bold(rows, values, measure.best), strict=True)
+            ]
+    if any(row["error"] for row in rows):
+        errors = (" ".join((row["error"] or "").split()) for row in rows)
+        columns["failed"] = [error.replace("|", "\\|") for error in errors]
+    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _bold(rows: Sequence[Values], values: Sequence[float | None], best: Best | None) -> list[str]:
+    """What stands on both sides of each value: asterisks if it is better than another."""
+    rivals = defaultdict(list)
+    for row, value in zip(rows, values, strict=True):
+        if value is not None:
+            rivals[row["labels"].get(RATIO)].append(value)
+    return [
+        "**" if best and len(set(others)) > 1 and value == best(others) else ""
+        for value, others in zip(
+            values, (rivals[row["labels"].get(RATIO)] for row in rows), strict=True
+        )
+    ]
+
+
+def _protocol(recipe: Values, rows: Sequence[Values]) -> str:
+    """How the numbers were measured: a list of facts, each of them once."""
+    facts: dict[str, dict[str, None]] = {kind: {} for kind in PROTOCOL}
+    for row in rows:
+        for kind, text in _facts(row):
+            facts[kind][text] = None
+    precision = (recipe["evaluate"] or {}).get("dtype")
+    if precision:
+        facts["Evaluated in"][precision] = None
+    return "\n".join(f"- {kind}: {'; '.join(texts)}" for kind, texts in facts.items() if texts)
+
+
+def _facts(row: Values) -> Iterator[tuple[str, str]]:
+    yield "Model", row["model"]
+    if calibration := row.get("prune", {}).get("calibration"):
+        yield "Calibration", "{data}, {nsamples} × {seqlen} tokens".format(**calibration)
+    if recovery := row.get("recover"):
+        of = "{method}, {batch_size} examples a step, learning rate {learning_rate}"
+        yield (
+            "Recovery",
+            f"{recovery['data']}, {recovery['steps']} steps, " + of.format(**recovery["config"]),
+        )
+    evaluation = row.get("evaluate", {"perplexity": [], "tasks": []})
+    for text in evaluation["perplexity"]:
+        yield "Perplexity", "{data}, {tokens:,} tokens in windows of {seqlen}".format(**text)
+    means = [task for task in evaluation["tasks"] if task["metric"] == MEAN]
+    for task in means or evaluation["tasks"]:
+        of = "{task}, {num_docs:,} questions of {data}, {num_fewshot} shots, lm-eval {lm_eval}"
+        yield "Tasks, in %", of.format(**task)
+    if speed := row.get("bench"):
+        of = "{engine}, {device}, {threads} threads, {new_tokens} new tokens, {repeats} rounds"
+        yield "Inference", f"{of.format(**speed)}, {speed['costs'][0]['dtype']}"
+    for step in (row[verb] for verb in VERBS if verb in row):
+        yield "Machine", step["machine"]
+        yield from (("Versions", f"{name} {number}") for name, number in step["versions"].items())
+
+
+def draw(report: Values, file: Path) -> None:
+    """Draw the figure of a recipe as SVG.
+
+    Parameters
+    ----------
+    report : dict
+        The content of ``result.json``.
+    file : Path
+        Where to write it.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    recipe = report["recipe"]
+    panels: dict[str, dict[str, Points]] = defaultdict(lambda: defaultdict(list))
+    for row in report["cells"]:
+        for name in recipe["figure"]:
+            for title, points in _points(row, name, recipe["x"]).items():
+                series = {key: v for key, v in row["labels"].items() if key != recipe["x"]}
+                if points:
+                    panels[title][describe(series)] += points
+    num_panels = max(1, len(panels))  # none if every cell has failed
+    figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
+    all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
+        for label, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker=".", label=label or None)
+        axes.set_title(title.replace("_", " ") if title in CURVES else title)
+        axes.set_xlabel(recipe["x"] or CURVES[title].axis)
+        if any(curves):
+            axes.legend()
+    with matplotlib.rc_context({"svg.hashsalt": "slimgpt"}):  # the same numbers, the same file
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _points(row: Values, name: str, x: str | None) -> dict[str, Points]:
+    """The points of a row in each panel that a measure or a curve makes."""
+    shown = SHOWN[name]
+    if shown.verb not in row:
+        return {}
+    if isinstance(shown, Curves):
+        return {name: shown.read(row[shown.verb])}
+    values = shown.read(row[shown.verb])
+    return {header: [(row["labels"][x], value)] for header, value in values.items()}
+
+
+def _label(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:g} %" if name == RATIO and not isinstance(value, str) else str(value)
+
+
+def _short(data: str) -> str:
+    """A data set's name without its source."""
+    return data.partition(" (")[0]
+
+
+def _numbered(values: Iterable[float]) -> Points:
+    return list(enumerate(values))
