@@ -72,7 +72,7 @@ def test_a_run_makes_the_table(run: Run, recipe: Edit, tmp_path: Path) -> None:
     assert str(output) in out
     header, _, *rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in (output / "result.md").read_text().splitlines()
+        for line in (output / "recipe.md").read_text().splitlines()
         if line.startswith("|")
     ]
     names = ["ratio", "schedule", "parameters", "pruning, s", "peak memory, GiB"]
@@ -81,7 +81,7 @@ def test_a_run_makes_the_table(run: Run, recipe: Edit, tmp_path: Path) -> None:
         ["0 %", ""], ["30 %", "log"], ["30 %", "uniform"], ["45 %", "log"], ["45 %", "uniform"]
     ]  # fmt: skip
     assert rows[0][3:5] == ["", ""]
-    report = json.loads((output / "result.json").read_text())
+    report = json.loads((output / "recipe.json").read_text())
     perplexities = [cell["evaluate"]["perplexity"][0]["perplexity"] for cell in report["cells"]]
     assert [row[-1].strip("*") for row in rows] == [f"{value:.2f}" for value in perplexities]
     bold = [row[-1].startswith("**") for row in rows]
@@ -128,7 +128,7 @@ def test_shared_work_is_done_once(recipe: Edit, calls: Counter[str], tmp_path: P
         {"ratio": 0.3, "recovery": "LoRA"},
     ]
     assert "2 steps, lora, 2 examples a step" in result.markdown
-    drawn = ElementTree.parse(tmp_path / "out" / "result.svg").getroot()
+    drawn = ElementTree.parse(tmp_path / "out" / "recipe.svg").getroot()
     assert drawn.tag.endswith("svg")
     slimgpt.run_recipe(file, tmp_path / "out")
     assert calls == {"prune": 1, "recover": 1, "evaluate": 3}
@@ -189,7 +189,7 @@ def test_a_failed_cell_is_shown_and_tried_again(
     assert code == 2
     assert "1 of 3 cells failed" in err
     assert "largest feasible ratio" in err
-    lines = [line for line in (output / "result.md").read_text().splitlines() if "|" in line]
+    lines = [line for line in (output / "recipe.md").read_text().splitlines() if "|" in line]
     assert lines[0].endswith("| failed |")
     assert ["which can lose" in line for line in lines] == [False, False, False, True, False]
     assert lines[3].startswith("| 95 % |  |")
@@ -227,7 +227,7 @@ def test_what_is_wrong_with_the_machine_stops_the_run(
     monkeypatch.setattr(experiments, "prune", fail)
     with pytest.raises(RunStateError, match="the disk is full"):
         slimgpt.run_recipe(recipe(), tmp_path / "out")
-    assert not (tmp_path / "out" / "result.md").exists()
+    assert not (tmp_path / "out" / "recipe.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_recipes_of_the_paper(file: Path, small: bool) -> None:
     assert cells
     if small:
         assert {cell.model for cell in cells} == {"smollm2-135m"}
-        assert len(cells) <= 15
+        assert len(cells) <= 25
     shown = {experiments.SHOWN[name].verb for name in (*config.table, *config.figure)}
     asked = {
         verb for verb in ("recover", "evaluate", "bench") if any(getattr(c, verb) for c in cells)
@@ -406,7 +406,7 @@ def make_report(**recipe: Any) -> dict[str, Any]:
 def test_a_table_from_results() -> None:
     report = make_report(table=["parameters", "perplexity", "tasks"], note="A note.")
     assert (
-        to_markdown(report, "result.svg")
+        to_markdown(report, "recipe.svg")
         == """# A title
 
 Table 0 of SlimGPT (arXiv 2412.18110), small variant.
@@ -444,6 +444,6 @@ def test_a_figure_from_results(
     groups = [group.get("id", "") for group in root.iter("{http://www.w3.org/2000/svg}g")]
     assert sum(name.startswith("axes_") for name in groups) == len(figure)
     assert sum(name.startswith("legend_") for name in groups) == len(figure)
-    assert "![A title](result.svg)" in to_markdown(report, "result.svg")
+    assert "![A title](recipe.svg)" in to_markdown(report, "recipe.svg")
     draw(report | {"cells": []}, files[0])  # as if all had failed
     assert ElementTree.parse(files[0]).getroot().tag.endswith("svg")

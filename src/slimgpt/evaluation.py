@@ -53,7 +53,7 @@ class EvalResult:
         Mean KL(base ‖ model) of the next-token distributions, in nats.
     layer_errors : tuple of float or None
         How far the residual stream is from that of the base after each block, the last one after
-        the final norm: mean of ‖h − h_base‖²/‖h_base‖² over the tokens. None where the two models
+        the final norm: ‖h − h_base‖²/‖h_base‖² of the median token. None where the two models
         differ in depth or hidden size.
     """
 
@@ -232,7 +232,7 @@ def mean_losses(model: PreTrainedModel, base: PreTrainedModel | None, windows_NT
     shapes = {(m.config.num_hidden_layers, m.config.hidden_size) for m in (model, base or model)}
     with_streams = base is not None and len(shapes) == 1
     sums = torch.zeros(3, dtype=torch.float64)
-    errors_L = torch.zeros(model.config.num_hidden_layers * with_streams, dtype=torch.float64)
+    errors_LT: list[Tensor] = []
     start = logged = time.monotonic()
     for index, window_T in enumerate(windows_NT):
         targets_T = window_T[1:].to(model.device)
@@ -244,16 +244,18 @@ def mean_losses(model: PreTrainedModel, base: PreTrainedModel | None, windows_NT
             sums[2] += functional.kl_div(
                 log_probs, base_log_probs, reduction="sum", log_target=True
             ).cpu()
-            for layer, (stream_TC, base_TC) in enumerate(zip(streams, base_streams, strict=True)):
-                change_T = (stream_TC - base_TC).float().square().sum(dim=-1)
-                errors_L[layer] += (change_T / base_TC.float().square().sum(dim=-1)).mean().cpu()
+            if with_streams:
+                pairs = zip(streams, base_streams, strict=True)
+                errors_LT.append(torch.stack([_relative_errors(*pair) for pair in pairs]).cpu())
         now = time.monotonic()
         if now - logged > SECONDS_BETWEEN_LOGS:
             logged = now
             left = (now - start) / (index + 1) * (len(windows_NT) - index - 1)
             log.info("window %d/%d; %.0f s left", index + 1, len(windows_NT), left)
     nll, base_nll, kl_divergence = (sums / (windows_NT.numel() - len(windows_NT))).tolist()
-    layer_errors = tuple((errors_L / len(windows_NT)).tolist()) or None
+    layer_errors = None
+    if errors_LT:
+        layer_errors = tuple(torch.cat(errors_LT, dim=1).median(dim=1).values.tolist())
     return Losses(nll, base_nll, kl_divergence, layer_errors)
 
 
@@ -265,3 +267,8 @@ def _run(
     output = model(inputs, use_cache=False, output_hidden_states=with_streams)
     streams = [states[0] for states in output.hidden_states[1:]] if with_streams else []
     return output.logits[0, :-1].float().log_softmax(dim=-1), streams
+
+
+def _relative_errors(stream_TC: Tensor, base_TC: Tensor) -> Tensor:
+    change_TC = (stream_TC - base_TC).float()
+    return change_TC.square().sum(dim=-1) / base_TC.float().square().sum(dim=-1)

@@ -48,7 +48,6 @@ from slimgpt.run import (
 
 log = logging.getLogger(__name__)
 
-MARKDOWN_FILE, JSON_FILE, FIGURE_FILE = "result.md", "result.json", "result.svg"
 DENSE_LACKS = {"prune", "recover"}
 
 
@@ -61,10 +60,10 @@ class RecipeResult:
     output : Path
         The directory with the results.
     report : dict
-        The content of ``result.json``: for each cell its labels, the results of its steps, or
+        All numbers: for each cell its labels, the results of its steps, or
         the error that ended it.
     markdown : str
-        The content of ``result.md``.
+        The table.
     """
 
     output: Path
@@ -122,7 +121,8 @@ def run_recipe(
     recipe : str or Path
         A YAML file with the fields of `slimgpt.config.RecipeConfig`.
     output : str or Path
-        Directory for ``result.md``, ``result.json``, the figure, and what they are made from.
+        Directory for the table (``.md``), all numbers (``.json``) and the figure (``.svg``), which
+        have the name of the recipe, and for what they are made from, which recipes share.
     small : bool
         Run the small variant.
     data_dir : str or Path, optional
@@ -173,15 +173,16 @@ def run_recipe(
                     shutil.rmtree(model, ignore_errors=True)
         rows.append(row)
     report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
-    result = RecipeResult(directory, report, to_markdown(report, FIGURE_FILE))
+    table, numbers, figure = (f"{Path(recipe).stem}.{kind}" for kind in ("md", "json", "svg"))
+    result = RecipeResult(directory, report, to_markdown(report, figure))
     with suppress(OSError):  # that it is not empty
         (directory / "models").rmdir()
     with writing(directory):
         if config.figure:
-            with replacing(directory / FIGURE_FILE) as temporary:
+            with replacing(directory / figure) as temporary:
                 draw(report, temporary)
-        write_atomically(directory / JSON_FILE, json.dumps(report, indent=1) + "\n")
-        write_atomically(directory / MARKDOWN_FILE, result.markdown)
+        write_atomically(directory / numbers, json.dumps(report, indent=1) + "\n")
+        write_atomically(directory / table, result.markdown)
     return result
 
 

@@ -134,7 +134,7 @@ def to_markdown(report: Values, figure_file: str) -> str:
     Parameters
     ----------
     report : dict
-        The content of ``result.json``.
+        See `slimgpt.experiments.RecipeResult`.
     figure_file : str
         Name of the figure beside the Markdown, if the recipe has one.
     """
@@ -226,7 +226,7 @@ def draw(report: Values, file: Path) -> None:
     Parameters
     ----------
     report : dict
-        The content of ``result.json``.
+        See `slimgpt.experiments.RecipeResult`.
     file : Path
         Where to write it.
     """
