@@ -32,14 +32,17 @@ def prune_arguments(model: Path, output: Path) -> list[str]:
     return ["prune", str(model), "--output", str(output), *flags, "--json"]
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize(
+    ("num_processes", "method"), [(2, "slimgpt"), (4, "slimgpt"), (2, "flap"), (2, "taylor")]
+)
 def test_ranks_agree_with_one_process(
-    num_processes: int, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    num_processes: int, method: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tiny_checkpoint("llama")
-    alone = slimgpt.prune(str(model), tmp_path / "alone", **OPTIONS)
+    alone = slimgpt.prune(str(model), tmp_path / "alone", method=method, **OPTIONS)
     output = tmp_path / "together"
-    finished = torchrun(num_processes, "-m", "slimgpt", *prune_arguments(model, output))
+    arguments = [*prune_arguments(model, output), f"--method={method}"]
+    finished = torchrun(num_processes, "-m", "slimgpt", *arguments)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)  # of one process
     assert finished.stderr.count("block 4/4") == 1

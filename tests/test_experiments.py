@@ -1,6 +1,8 @@
 """Recipes: what a grid stands for, that work is done once, and what is shown of it."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 import slimgpt
 from slimgpt import experiments
 from slimgpt.config import RecipeConfig
-from slimgpt.errors import NumericalError, RunStateError
+from slimgpt.errors import ConfigError, NumericalError, RunStateError
 from slimgpt.experiments import Cell, expand, read_recipe
 from slimgpt.rendering import draw, to_markdown
 
@@ -180,6 +182,23 @@ def test_a_changed_file_counts_as_changed(
     assert calls == {"evaluate": 2}
 
 
+def test_a_changed_model_counts_as_changed(
+    recipe: Edit,
+    calls: Counter[str],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("llama"), model)
+    file = recipe(model=str(model), grid={"ratio": [0.3]})
+    for _ in range(2):
+        slimgpt.run_recipe(file, tmp_path / "out")
+    assert calls == {"prune": 1, "evaluate": 1}
+    os.utime(model / "model.safetensors", (0, 0))
+    slimgpt.run_recipe(file, tmp_path / "out")
+    assert calls == {"prune": 2, "evaluate": 2}
+
+
 def test_a_failed_cell_is_shown_and_tried_again(
     run: Run, recipe: Edit, calls: Counter[str], tmp_path: Path
 ) -> None:
@@ -252,6 +271,7 @@ def test_what_is_wrong_with_the_machine_stops_the_run(
         ({"figure": ["perplexity"], "x": "schedule"}, "x='schedule' is no dimension of numbers"),
         ({"figure": ["layer_errors"]}, "layer_errors need data and against"),
         ({"table": ["inference"]}, "inference comes from `bench`"),
+        ({"evaluate": {"tasks": ["piqa"], "data_dir": "none"}}, "directory none does not exist"),
         ({"small": {"titel": "x"}}, "unknown option 'titel'"),
     ],
 )
@@ -297,6 +317,33 @@ names = st.sampled_from(["seed", "nsamples", "seqlen", "multiple_of"])
 numbers = st.lists(st.integers(2, 9), min_size=1, max_size=3, unique=True)
 
 
+def test_texts_of_the_same_name(run: Run, recipe: Edit, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text("one two three")
+    texts = [str(tmp_path / folder / "text.txt") for folder in ("a", "b")]
+    code, _, err = run("run", recipe(evaluate={"data": texts}), "--output", tmp_path / "out")
+    assert code == 2
+    assert "several texts to evaluate on have the name text.txt" in err
+
+
+def test_one_process(recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(ConfigError, match="runs in one process"):
+        slimgpt.run_recipe(recipe(), tmp_path / "out")
+
+
+def test_a_cell_without_memory_fails_alone(
+    recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*args: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(experiments, "evaluate", evaluate)
+    result = slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
+    assert result.errors == ["out of memory"] * 2
+
+
 @given(st.dictionaries(names, numbers, max_size=3), st.booleans())
 def test_a_grid_is_the_product_of_its_dimensions(
     grid: dict[str, list[int]], with_dense: bool
@@ -318,7 +365,7 @@ def test_named_changes_and_placeholders() -> None:
         recover={"rank": 4},
         evaluate={"data": ["{data}/test.txt"], "against": "{model}"},
         grid={
-            "model": ["a/one", "two"],
+            "model": ["a/one", "{data}/two"],
             "variant": {
                 "as it is": {},
                 "other": {"prune": {"preset": "paper"}, "recover": None, "evaluate": {"limit": 9}},
@@ -333,7 +380,8 @@ def test_named_changes_and_placeholders() -> None:
     prune = {"preset": "paper"}
     assert cells[1] == Cell(labels, "a/one", prune, None, evaluation | {"limit": 9}, None)
     assert cells[1].labels == labels
-    assert [cell.model for cell in cells] == ["a/one", "a/one", "two", "two"]
+    assert [cell.model for cell in cells] == ["a/one", "a/one", "texts/two", "texts/two"]
+    assert cells[2].evaluate == evaluation | {"against": "texts/two"}
 
 
 def test_small_changes_options_and_dimensions_singly(tmp_path: Path) -> None:

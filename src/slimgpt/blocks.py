@@ -231,6 +231,7 @@ def _prune_sublayer(
             del problem
         else:
             decision = _cut(sublayer, num_keep, activations, config, scores_U)
+            del activations
         new_weight.copy_(decision.weight_OK)
         if decision.bias_O is not None:
             _set_bias(output, decision.bias_O)
@@ -238,6 +239,8 @@ def _prune_sublayer(
         keep = tuple(decision.kept_units.tolist())
         plan = SublayerPlan(keep, decision.error, relative, decision.damping)
         del decision
+    else:
+        del activations
     plan = from_main(plan)
     kept_units = torch.tensor(plan.keep, device=new_weight.device)
     if output.bias is not None:
@@ -292,7 +295,7 @@ def _cut(
         scores_U = LOCAL_SCORES[config.method](sublayer, activations)
     kept_units = scores_U.argsort(descending=True, stable=True)[:num_keep].sort().values
     hessian_II, mean_I = activations.hessian_II, activations.mean_I
-    weight_OI = sublayer.output.weight.to(mean_I)
+    weight_OI = sublayer.output.weight.to(mean_I.device).to(mean_I.dtype)
     columns_K = unit_columns(kept_units, sublayer.unit_size).to(mean_I.device)
     removed_R = torch.ones_like(mean_I, dtype=torch.bool).index_fill_(0, columns_K, False)
     weight_OR, lost_RR = weight_OI[:, removed_R], hessian_II[removed_R][:, removed_R]
@@ -302,14 +305,15 @@ def _cut(
         lost_RR -= mean_R.outer(mean_R)
         bias_O = weight_OR @ mean_R
         if sublayer.output.bias is not None:
-            bias_O += sublayer.output.bias.to(bias_O)
+            bias_O += sublayer.output.bias.to(bias_O.device)
     error = obs.output_power(weight_OR, lost_RR)
     power = obs.output_power(weight_OI, hessian_II)
     return Decision(kept_units, weight_OI[:, columns_K], bias_O, error, power)
 
 
 def _set_bias(linear: nn.Linear, bias_O: Tensor) -> None:
-    linear.bias = nn.Parameter(bias_O.to(linear.weight), requires_grad=False)
+    bias_O = bias_O.to(linear.weight.dtype).to(linear.weight.device)
+    linear.bias = nn.Parameter(bias_O, requires_grad=False)
 
 
 def _apply(

@@ -174,6 +174,8 @@ def keep_results(
 
 def _update_card(directory: Path) -> None:
     """Replace the results in ``README.md``, if it has sections for them, and nothing else."""
+    if not (directory / CARD_FILE).is_file():
+        return
     card = (directory / CARD_FILE).read_text(encoding="utf-8")
     new = card
     sections = (

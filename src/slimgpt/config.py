@@ -197,6 +197,7 @@ class PruneConfig(_ModelOptions):
         solver = {"damping", "damping_mode", "channel_selection", "head_error"}
         idle = (solver | {"min_group_size", "max_group_size"}) & self.model_fields_set
         if self.method != "slimgpt" and idle:
+            idle = {"preset"} if self.preset != "default" else idle
             raise ValueError(f"method={self.method!r} has no {', '.join(sorted(idle))}")
         if self.uniform and self.schedule != "uniform":
             raise ValueError(

@@ -138,6 +138,11 @@ def describe_dataset(name: str, purpose: Purpose) -> str:
     return name if name == SELF else Path(name).name
 
 
+def short_name(description: str) -> str:
+    """What `describe_dataset` says, without the source."""
+    return description.partition(" (")[0]
+
+
 def calibration_tokens(
     name: str,
     tokenizer: PreTrainedTokenizerBase,

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -17,6 +18,9 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.distributed import is_torchelastic_launched
 
 from slimgpt.benchmarking import bench
 from slimgpt.card import RECOVERY_FILE, REPORT_FILE
@@ -29,11 +33,11 @@ from slimgpt.config import (
     did_you_mean,
     load_recipe,
 )
-from slimgpt.data import check_dataset
+from slimgpt.data import check_dataset, describe_dataset
 from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError, SlimGPTError
 from slimgpt.evaluation import evaluate
-from slimgpt.pruning import plan, prune
-from slimgpt.recovery import recover
+from slimgpt.pruning import check_inputs, plan, prune
+from slimgpt.recovery import check_packages, recover
 from slimgpt.rendering import SHOWN, describe, draw, to_markdown
 from slimgpt.run import (
     Run,
@@ -45,6 +49,7 @@ from slimgpt.run import (
     write_atomically,
     writing,
 )
+from slimgpt.tasks import check_lm_eval
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +153,10 @@ def run_recipe(
     >>> slimgpt.run_recipe("recipes/table6.yaml", "table6", small=True,
     ...                    data_dir="data")  # doctest: +SKIP
     """
+    if is_torchelastic_launched():
+        raise ConfigError(
+            "a recipe runs in one process", hint="torchrun is for `slimgpt prune` and `recover`"
+        )
     config = read_recipe(Path(recipe), small)
     cells = expand(config, data_dir)
     _check(config, cells)
@@ -163,8 +172,9 @@ def run_recipe(
             row |= _Work(cell, directory).results()
         except (MissingDependencyError, RunStateError):  # of the machine, not of the cell
             raise
-        except SlimGPTError as err:
-            row["error"] = f"{err}; {err.hint}" if err.hint else str(err)
+        except (SlimGPTError, MemoryError, torch.OutOfMemoryError) as err:
+            hint = getattr(err, "hint", None)
+            row["error"] = "; ".join(filter(None, (str(err) or "out of memory", hint)))
             log.warning("%s: %s", describe(cell.labels), row["error"])
         else:
             if not keep_models:
@@ -229,7 +239,7 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
     for choices in product(*dimensions):
         labels = dict(zip(recipe.grid, (label for label, _ in choices), strict=True))
         options = reduce(_changed, (changes for _, changes in choices), base)
-        options = _filled_in(options, {"{data}": str(data_dir), "{model}": str(options["model"])})
+        options = _filled_in(options, {"{model}": str(options["model"]), "{data}": str(data_dir)})
         wrong = _problems(options)
         problems |= dict.fromkeys(wrong)
         if wrong:
@@ -307,17 +317,30 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
         raise MissingDependencyError("matplotlib", "a figure", "pip install 'slimgpt[report]'")
     for cell in cells:
         if not cell.is_dense:
-            check_dataset(PruneConfig.create(**cell.prune).calibration, "calibration")
+            check_inputs(PruneConfig.create(**cell.prune))
         if cell.recover is not None:
             recovery = RecoverConfig.create(**cell.recover)
+            check_packages(recovery)
             check_dataset(recovery.data, "calibration")
             check_dataset(recovery.eval_data, "evaluation")
         if cell.evaluate is not None:
             evaluation = EvalConfig.create(**cell.evaluate)
-            for text in evaluation.data:
-                check_dataset(text, "evaluation")
+            _check_evaluation(evaluation)
             if "layer_errors" in recipe.figure and not (evaluation.against and evaluation.data):
                 raise ConfigError("layer_errors need data and against in the options of evaluate")
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    for text in config.data:
+        check_dataset(text, "evaluation")
+    names = Counter(describe_dataset(text, "evaluation") for text in config.data)
+    if double := [name for name, number in names.items() if number > 1]:
+        raise ConfigError(
+            f"several texts to evaluate on have the name {double[0]}, like their results",
+            hint="rename the files",
+        )
+    if config.tasks:
+        check_lm_eval(config.data_dir)
 
 
 @dataclass(frozen=True)
@@ -342,7 +365,7 @@ class _Work:
                 continue
             file = self.directory / "steps" / f"{verb}-{self._key(verb)}.json"
             if not file.exists():
-                place = {"machine": f"{machine()}, {os.cpu_count()} CPUs", "versions": versions()}
+                place = {"machine": _machine(), "versions": versions()}
                 no_folder = {f"{self.directory / 'models'}{os.sep}": ""}
                 result = _filled_in(place | step(), no_folder)
                 with writing(self.directory):
@@ -382,33 +405,37 @@ class _Work:
         return str(output)
 
     def _model(self, verb: str) -> Path:
-        return self.directory / "models" / f"{verb}-{self._key(verb)}"
+        # Other versions could not go on with a run, so they begin another one.
+        return self.directory / "models" / f"{verb}-{_hash([self._key(verb), versions()])}"
 
     def _key(self, verb: str) -> str:
         """Hash of what the result of a verb depends on: the options so far, and local files."""
-        depends: list[Any] = [self.cell.model]
+        depends: list[Any] = [self.cell.model, _files([self.cell.model])]
         for name in dict.fromkeys(("prune", "recover", verb)):
             options = getattr(self.cell, name)
             if options is not None:
                 values = VERBS[name].create(**options).model_dump(mode="json")
-                depends.append({name: values, "files": _files(values)})
+                depends.append({name: values, "files": _files(values.values())})
             if name == verb:
                 break
-        return sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+        return _hash(depends)
 
 
-def _files(values: dict[str, Any]) -> list[str]:
-    """Descriptions of the files that options name."""
-    texts = (
-        text
-        for value in values.values()
-        for text in (value if isinstance(value, list) else [value])
-    )
-    return [
-        describe_file(Path(text))
-        for text in texts
-        if isinstance(text, str) and Path(text).is_file()
-    ]
+def _hash(values: list[Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _files(values: Iterable[Any]) -> list[str]:
+    """Descriptions of the files, and of those in the folders, that are among values."""
+    names = (n for value in values for n in (value if isinstance(value, list) else [value]))
+    paths = [Path(name) for name in names if isinstance(name, str) and Path(name).exists()]
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return [describe_file(file) for file in sorted(files) if file.is_file()]
+
+
+def _machine() -> str:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join([machine(), f"{os.cpu_count()} CPUs", *gpus])
 
 
 def _read_json(file: Path) -> dict[str, Any]:

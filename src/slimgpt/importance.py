@@ -18,6 +18,7 @@ Zhang et al. 2023, "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Effic
 arXiv 2305.18403.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,21 +31,21 @@ from slimgpt.calibrate import Activations
 from slimgpt.families import Sublayer, bind
 from slimgpt.schedule import BlockWidths
 
-# Settings of LoRAPrune, but for the moving average and the pace, which are for few steps.
+# Settings of LoRAPrune, but for the last three, which suit the few samples of a calibration.
 LORA_RANK, LORA_ALPHA, LEARNING_RATE = 8, 16, 1e-4
-MOVING_AVERAGE, FULLY_MASKED = 0.9, 0.8
+NUM_STEPS, MOVING_AVERAGE, FULLY_MASKED = 16, 0.9, 0.8
 
 
 def magnitude(sublayer: Sublayer, _: Activations) -> Tensor:
     """Squared norm of all weights of a unit."""
-    return unit_sums(sublayer, lambda linear: linear.weight.double().square())
+    return unit_sums(sublayer, lambda linear: linear.weight.float().square())
 
 
 def wanda_sp(sublayer: Sublayer, activations: Activations) -> Tensor:
     """Σ |W_ij|·‖x_j‖ over the output projection's columns (Wanda-sp, in FLAP, section 4)."""
     norms_I = activations.hessian_II.diagonal().sqrt()
-    weight_OI = sublayer.output.weight.double().abs()
-    return (weight_OI.sum(dim=0).to(norms_I) * norms_I).view(sublayer.num_units, -1).sum(dim=1)
+    sums_I = sublayer.output.weight.float().abs().sum(dim=0).to(norms_I.device)
+    return (sums_I * norms_I).view(sublayer.num_units, -1).sum(dim=1)
 
 
 def fluctuation(sublayer: Sublayer, activations: Activations) -> Tensor:
@@ -54,9 +55,8 @@ def fluctuation(sublayer: Sublayer, activations: Activations) -> Tensor:
     does that.
     """
     variance_I = activations.hessian_II.diagonal() - activations.mean_I.square()
-    weight_OI = sublayer.output.weight.double().square()
-    scores_I = weight_OI.sum(dim=0).to(variance_I) * variance_I
-    return scores_I.view(sublayer.num_units, -1).sum(dim=1)
+    sums_I = sublayer.output.weight.float().square().sum(dim=0).to(variance_I.device)
+    return (sums_I * variance_I).view(sublayer.num_units, -1).sum(dim=1)
 
 
 LOCAL_SCORES: dict[str, Callable[[Sublayer, Activations], Tensor]] = {
@@ -85,8 +85,8 @@ def taylor(
 ) -> list[Tensor]:
     """Σ |w·∂L/∂w| over all weights of a unit (LLM-Pruner, first order, element-wise, summed).
 
-    L is the loss of the language model. LLM-Pruner takes ten samples; here all samples of the
-    calibration count.
+    L is the loss of the language model, summed over the samples. LLM-Pruner takes ten of them; here
+    all of the calibration count.
 
     Parameters
     ----------
@@ -106,9 +106,9 @@ def taylor(
     for sublayer in sublayers:
         for linear in (*sublayer.inputs.values(), sublayer.output):
             linear.weight.requires_grad_()
-    for samples in samples_NT.split(_batch_size(samples_NT)):
-        _loss(model, samples).backward()
-    return [unit_sums(sublayer, _first_order).cpu() for sublayer in sublayers]
+    for sample_T in samples_NT:
+        _add_gradient(model, sample_T)
+    return [unit_sums(sublayer, _first_order) for sublayer in sublayers]
 
 
 def lora_gradient(
@@ -148,14 +148,15 @@ def lora_gradient(
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
-    scores = [torch.zeros(s.num_units, dtype=torch.float64, device=model.device) for s in sublayers]
+    scores = [torch.zeros(s.num_units, dtype=torch.float64) for s in sublayers]
     for sublayer, scores_U in zip(sublayers, scores, strict=True):
         projection: Any = sublayer.module.get_submodule(sublayer.spec.output)
         projection.register_forward_pre_hook(partial(_mask, scores_U))
-    batches = samples_NT.split(_batch_size(samples_NT))
-    for step, samples in enumerate(batches):
+    batches = samples_NT.split(math.ceil(len(samples_NT) / NUM_STEPS))
+    for step, batch_NT in enumerate(batches):
         optimizer.zero_grad()
-        _loss(model, samples).backward()
+        for sample_T in batch_NT:
+            _add_gradient(model, sample_T)
         progress = min((step + 1) / len(batches) / FULLY_MASKED, 1)
         masked = 1 - (1 - progress) ** 3  # the share that is masked grows as a cubic
         for sublayer, keep, scores_U in zip(sublayers, num_keep, scores, strict=True):
@@ -164,7 +165,7 @@ def lora_gradient(
             num_masked = round(masked * (sublayer.num_units - keep))
             scores_U[scores_U.argsort(stable=True)[:num_masked]] = -torch.inf
         optimizer.step()
-    return [scores_U.cpu() for scores_U in scores]
+    return scores
 
 
 GLOBAL_SCORES: dict[
@@ -191,36 +192,34 @@ def unit_sums(sublayer: Sublayer, score: Callable[[Any], Tensor]) -> Tensor:
     linears = [sublayer.module.get_submodule(name) for name in sublayer.spec.inputs]
     output = sublayer.module.get_submodule(sublayer.spec.output)
     sums = [*(score(linear).sum(dim=1) for linear in linears), score(output).sum(dim=0)]
-    return torch.stack([s.view(sublayer.num_units, -1).sum(dim=1) for s in sums]).sum(dim=0)
+    sums_U = [s.cpu().double().view(sublayer.num_units, -1).sum(dim=1) for s in sums]
+    return torch.stack(sums_U).sum(dim=0)
 
 
 def _sublayers(model: PreTrainedModel) -> list[Sublayer]:
     return [sublayer for block in bind(model) for sublayer in block.sublayers]
 
 
-def _batch_size(samples_NT: Tensor) -> int:
-    return max(1, len(samples_NT) // 16)
-
-
-def _loss(model: PreTrainedModel, samples_NT: Tensor) -> Tensor:
-    samples_NT = samples_NT.to(model.device)
-    return model(samples_NT, labels=samples_NT, use_cache=False).loss
+def _add_gradient(model: PreTrainedModel, sample_T: Tensor) -> None:
+    """Add the gradient of the loss on one sample, which is all that is in memory."""
+    sample_NT = sample_T[None].to(model.device)
+    model(sample_NT, labels=sample_NT, use_cache=False).loss.backward()
 
 
 def _first_order(linear: nn.Linear) -> Tensor:
     assert linear.weight.grad is not None
-    return (linear.weight.detach() * linear.weight.grad).abs().double()
+    return (linear.weight.detach() * linear.weight.grad).abs()
 
 
 def _lora_gradient_squared(adapted: Any) -> Tensor:
     a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
     gradient_OI = b.grad @ a.detach() + b.detach() @ a.grad - b.grad @ a.grad
     weight_OI = adapted.base_layer.weight + adapted.get_delta_weight("default").detach()
-    return (weight_OI * gradient_OI).square().double()
+    return (weight_OI * gradient_OI).square()
 
 
 def _mask(scores_U: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Let nothing of the units of score −inf into an output projection."""
     (hidden_NTI,) = args
-    mask_U1 = scores_U.isfinite().to(hidden_NTI.dtype)[:, None]
+    mask_U1 = scores_U.isfinite().to(hidden_NTI)[:, None]
     return ((hidden_NTI.unflatten(-1, (len(scores_U), -1)) * mask_U1).flatten(-2),)

@@ -147,7 +147,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
     81435456
     """
     config = PruneConfig.create(**options)
-    return _plan(build_skeleton(_load_config(find_model(model), config)), config)
+    return _plan(load_config(find_model(model)), config)
 
 
 def prune(model: str, output: str | Path, *, restart: bool = False, **options: Any) -> PruneResult:
@@ -187,15 +187,12 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
     config = PruneConfig.create(**options)
     output = Path(output)
     source = find_model(model)
-    check_dataset(config.calibration, "calibration")
-    if config.method == "loraprune" and find_spec("peft") is None:
-        raise MissingDependencyError(
-            "peft", "the method 'loraprune'", "pip install 'slimgpt[recover]'"
-        )
+    check_inputs(config)
     with process_group(find_device(config.device)) as device:
         start = time.monotonic()
-        model_config = _load_config(source, config)
-        planned = _plan(build_skeleton(model_config), config)
+        model_config = load_config(source)
+        planned = _plan(model_config, config)
+        model_config = _initial_config(model_config, config)
         tokenizer = load_tokenizer(source)
         generation_config = load_generation_config(source, model_config)
         seqlen = usable_seqlen(config.seqlen, model_config)
@@ -216,7 +213,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                     footprint.check(output, run.size)
             if not from_main(run and run.is_written):
                 samples_NT = from_main(run and _samples(run, source, tokenizer, seqlen, config))
-                scores = from_main(run and _scores(run, streamed, samples_NT, planned, config))
+                scores = _scores(run, streamed, samples_NT, planned, config) if run else []
                 prepared = time.monotonic() - start
                 directory = output / STATE_DIR if footprint.is_mapped else None
                 with writing(output):
@@ -231,6 +228,15 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         report = from_main(is_main() and json.loads((output / REPORT_FILE).read_text("utf-8")))
     blocks = tuple(map(BlockPlan.from_json, report["blocks"]))
     return PruneResult(output, planned, blocks, report)
+
+
+def check_inputs(config: PruneConfig) -> None:
+    """Check that the calibration data exists and the packages for the method are installed."""
+    check_dataset(config.calibration, "calibration")
+    if config.method == "loraprune" and find_spec("peft") is None:
+        raise MissingDependencyError(
+            "peft", "the method 'loraprune'", "pip install 'slimgpt[recover]'"
+        )
 
 
 def _samples(
@@ -423,15 +429,15 @@ def _report(
     }
 
 
-def _load_config(source: Source, config: PruneConfig) -> PreTrainedConfig:
-    """Config of the model before pruning, with what the method adds to it."""
-    model_config = load_config(source)
+def _initial_config(model_config: PreTrainedConfig, config: PruneConfig) -> PreTrainedConfig:
+    """Config of the model that is pruned: the base, with what the method adds to it."""
     return with_biases(model_config) if config.method == "flap" else model_config
 
 
-def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:
+def _plan(model_config: PreTrainedConfig, config: PruneConfig) -> PrunePlan:
+    skeleton = build_skeleton(model_config)
     shapes = [block.shape for block in bind(skeleton)]
-    uniform_groups = uniform_group_counts(skeleton.config) if config.uniform else None
+    uniform_groups = uniform_group_counts(model_config) if config.uniform else None
     widths = plan_widths(
         shapes,
         config.ratio,
@@ -444,14 +450,15 @@ def _plan(skeleton: PreTrainedModel, config: PruneConfig) -> PrunePlan:
     given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
     prunable = sum(shape.params for shape in shapes)
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
-    total = skeleton.num_parameters()
+    product = pruned_config(_initial_config(model_config, config), widths, config.uniform)
+    before, after = (m.num_parameters() for m in (skeleton, build_skeleton(product)))
     return PrunePlan(
         shapes=tuple(shapes),
         widths=tuple(widths),
         layer_ratios=tuple(r / s.params for r, s in zip(removed, shapes, strict=True)),
         target_ratio=given / prunable if config.layer_ratios else config.ratio,
         block_ratio=sum(removed) / prunable,
-        total_ratio=sum(removed) / total,
-        params_before=total,
-        params_after=total - sum(removed),
+        total_ratio=1 - after / before,
+        params_before=before,
+        params_after=after,
     )

@@ -133,7 +133,7 @@ def recover(
     teacher = _find_teacher(source, config) if config.method == "distill" else None
     check_dataset(config.data, "calibration")
     check_dataset(config.eval_data, "evaluation")
-    _check_packages(config)
+    check_packages(config)
     model_config = load_config(source)
     seqlen = usable_seqlen(config.seqlen, model_config)
     config = config.model_copy(update={"seqlen": seqlen})
@@ -370,7 +370,8 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     return teacher
 
 
-def _check_packages(config: RecoverConfig) -> None:
+def check_packages(config: RecoverConfig) -> None:
+    """Check that the packages for the method and the trackers are installed."""
     if config.method != "full" and find_spec("peft") is None:
         raise MissingDependencyError(
             "peft", f"the method {config.method!r}", "pip install 'slimgpt[recover]'"

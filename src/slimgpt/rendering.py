@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt.config import VERBS
+from slimgpt.data import short_name
 
 Values = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -77,7 +78,7 @@ def _pruning(report: Values) -> dict[str, float]:
 
 def _perplexity(evaluation: Values) -> dict[str, float]:
     return {
-        f"perplexity, {_short(r['data'])} × {r['seqlen']}": r["perplexity"]
+        f"perplexity, {short_name(r['data'])} × {r['seqlen']}": r["perplexity"]
         for r in evaluation["perplexity"]
     }
 
@@ -270,11 +271,6 @@ def _label(name: str, value: Any) -> str:
     if value is None:
         return ""
     return f"{100 * value:g} %" if name == RATIO and not isinstance(value, str) else str(value)
-
-
-def _short(data: str) -> str:
-    """A data set's name without its source."""
-    return data.partition(" (")[0]
 
 
 def _numbered(values: Iterable[float]) -> Points:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from slimgpt.card import PERPLEXITY_FILE, RECOVERY_FILE, REPORT_FILE, SPEED_FILE, TASKS_FILE
 from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig
+from slimgpt.data import short_name
 from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.model import Source, check_same_vocabulary, find_model, load_model, load_tokenizer
 from slimgpt.run import write_atomically, writing
@@ -147,7 +148,11 @@ def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": _short, "number": _number}
+    environment.filters |= {
+        "millions": _millions,
+        "number": _number,
+        "short_name": short_name,
+    }
     commands = [_command("prune", pruning["base_model"], pruning["config"], PruneConfig)]
     if recovery:
         chosen = recovery["config"] | ({"teacher": t} if (t := recovery["teacher"]) else {})
@@ -203,7 +208,7 @@ def _figures(
         ),
     }
     distances = {
-        f"{result['data'].partition(' (')[0]}, {result['seqlen']} tokens": (
+        f"{short_name(result['data'])}, {result['tokens']:,} in windows of {result['seqlen']}": (
             depth,
             result["layer_errors"],
         )
@@ -256,7 +261,7 @@ def _command(
     return " \\\n  ".join(lines)
 
 
-def _short(count: float) -> str:
+def _millions(count: float) -> str:
     """A large number in millions or billions."""
     unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
     return f"{count / unit:.3g} {name}"

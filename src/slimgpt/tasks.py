@@ -134,6 +134,14 @@ class TaskSet:
     means: dict[str, Suite]
 
 
+def check_lm_eval(data_dir: Path | None) -> None:
+    """Check that lm-eval is installed and that the folder with the tasks' data exists."""
+    if find_spec("lm_eval") is None:
+        raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
+    if data_dir and not data_dir.is_dir():
+        raise ConfigError(f"the data directory {data_dir} does not exist")
+
+
 def load_tasks(
     names: Sequence[str], data_dir: Path | None = None, num_fewshot: int | None = None
 ) -> TaskSet:
@@ -158,10 +166,7 @@ def load_tasks(
     DataError
         If the data of a task cannot be had.
     """
-    if find_spec("lm_eval") is None:
-        raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
-    if data_dir and not data_dir.is_dir():
-        raise ConfigError(f"the data directory {data_dir} does not exist")
+    check_lm_eval(data_dir)
     manager = _manager()
     means: dict[str, Suite] = {}
     shots: dict[str, int | None] = {}
