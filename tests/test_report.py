@@ -153,7 +153,8 @@ def test_nothing_in_the_data_is_markup(slim: Path) -> None:
     (slim / "eval" / "perplexity.json").write_text(json.dumps([result]))
     page = slimgpt.report(slim).read_text()
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;$x_1$, 7 in windows of 8") == 2  # the legends
+    legend = "&lt;script&gt;alert(1)&lt;/script&gt;$x_1$, 7 in windows of 8"
+    assert page.count(legend) == 2  # in two widths
 
 
 def test_same_inputs_give_the_same_bytes(measured: Path) -> None:
