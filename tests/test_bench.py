@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +226,18 @@ class FakeVllm(ModuleType):
 
     def generate(self, inputs: object, sampling: dict[str, Any], use_tqdm: bool) -> None:
         self.now += self.seconds[sampling["max_tokens"]]
+
+
+def test_the_processes_of_vllm_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, ended = FakeVllm({}), []
+    fake.llm_engine = SimpleNamespace(
+        engine_core=SimpleNamespace(shutdown=lambda: ended.append("mine"))
+    )
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    engines.load("mine", BenchConfig.create(engine="vllm", dtype="float32"))
+    engines.unload("mine")
+    engines.unload("mine")
+    assert ended == ["mine"]
 
 
 @pytest.mark.parametrize("seconds", [3.0, 1.0])

@@ -5,13 +5,14 @@ machine slows both, and every ratio is that of two neighbouring measurements.
 """
 
 import logging
+import os
 import random
 import statistics
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -235,8 +236,12 @@ def bench(model: str, **options: Any) -> BenchResult:
         _check_lengths(subjects, config)
         workers = []
         for subject in subjects:
-            pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            # What an engine prints goes to stderr.
+            pool = ProcessPoolExecutor(
+                1, get_context("spawn"), initializer=os.dup2, initargs=(2, 1)
+            )
             workers.append(_Worker(subject, config, stack.enter_context(pool)))
+            stack.callback(workers[-1].unload)
             workers[-1].load()
         vocab_size = min(subject.vocab_size for subject in subjects)
         settings = tuple(
@@ -286,6 +291,10 @@ class _Worker:
     def load(self) -> None:
         log.info("loading %s", self._subject.name)
         self._run(engines.load, self._config)
+
+    def unload(self) -> None:
+        with suppress(EngineError):  # of a process that has ended already
+            self._run(engines.unload)
 
     def generate(self, prompts: list[list[int]]) -> Timing:
         return self._run(engines.generate, prompts, self._config.new_tokens)

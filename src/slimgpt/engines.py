@@ -176,6 +176,10 @@ class Vllm:
         self._llm.generate(inputs, sampling, use_tqdm=False)
         return time.perf_counter() - start
 
+    def shut_down(self) -> None:
+        """End vLLM's own processes: this one would wait for them for ever."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def peak_memory(self) -> int | None:
         """Not known: it lies in processes of vLLM, which fills what it is given with its cache."""
         return None
@@ -203,3 +207,10 @@ def generate(model: str, prompts: list[list[int]], num_tokens: int) -> Timing:
 def peak(model: str) -> int | None:
     """Largest memory that a loaded model has needed so far, in bytes."""
     return _loaded[model].peak_memory()
+
+
+def unload(model: str) -> None:
+    """Let go of a model, if it has been loaded."""
+    engine = _loaded.pop(model, None)
+    if isinstance(engine, Vllm):
+        engine.shut_down()
