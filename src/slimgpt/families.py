@@ -58,6 +58,11 @@ class Family(BaseModel):
     attention: SublayerSpec
     ffn: SublayerSpec
 
+    @property
+    def linears(self) -> list[str]:
+        """Names of the linear layers of both sublayers."""
+        return [n for spec in (self.attention, self.ffn) for n in (*spec.inputs, spec.output)]
+
 
 @dataclass(frozen=True)
 class Sublayer:

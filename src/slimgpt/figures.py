@@ -84,11 +84,8 @@ def bars(
             axes.bar(range(len(heights)), heights, 0.78, color=color, label=name, zorder=zorder)
         if level:
             axes.axhline(level[1], color=_INK, linestyle="--", linewidth=1.2, label=level[0])
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_xlabel("block")
 
-    return _figure(label, plot)
+    return _figure(label, plot, percent=percent)
 
 
 def lines(
@@ -116,11 +113,9 @@ def lines(
         for name, (x, y) in series.items():
             axes.plot(x, y, marker="o" if len(x) <= 40 else "", label=name)
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.set_ylim(bottom=0)
-        axes.set_xlabel(xlabel)
 
-    return _figure(label, plot)
+    return _figure(label, plot, xlabel, percent=percent)
 
 
 def unit_map(label: str, kept: Sequence[Sequence[int]], total: Sequence[int]) -> Markup:
@@ -152,7 +147,6 @@ def unit_map(label: str, kept: Sequence[Sequence[int]], total: Sequence[int]) ->
         axes.set_ylim(max(total) - 0.4, -0.6)
         axes.yaxis.set_major_locator(_whole_numbers())
         axes.grid(visible=False)
-        axes.set_xlabel("block")
 
     return _figure(label, plot, height=min(80 + 24 * max(total), 560))
 
@@ -161,7 +155,14 @@ def _whole_numbers() -> MaxNLocator:
     return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
 
 
-def _figure(label: str, plot: Callable[[Axes], None], height: int = _HEIGHT) -> Markup:
+def _figure(
+    label: str,
+    plot: Callable[[Axes], None],
+    xlabel: str = "block",
+    *,
+    percent: bool = False,
+    height: int = _HEIGHT,
+) -> Markup:
     drawings = []
     for kind, width in _WIDTHS.items():
         # The salt makes the ids that a drawing refers to its own, and the same each time.
@@ -169,6 +170,9 @@ def _figure(label: str, plot: Callable[[Axes], None], height: int = _HEIGHT) -> 
             figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
             axes = figure.subplots()
             plot(axes)
+            axes.set_xlabel(xlabel)
+            if percent:
+                axes.yaxis.set_major_formatter(PercentFormatter(1))
             axes.margins(x=0.02)
             axes.xaxis.set_major_locator(_whole_numbers())
             if labels := axes.get_legend_handles_labels()[1]:

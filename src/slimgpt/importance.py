@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.calibrate import Activations
-from slimgpt.families import Sublayer, bind
+from slimgpt.families import Sublayer, bind, family_of
 from slimgpt.schedule import BlockWidths
 
 # Settings of LoRAPrune, but for the last three, which suit the few samples of a calibration.
@@ -142,8 +142,8 @@ def lora_gradient(
 
     sublayers = _sublayers(model)
     num_keep = [n for width in widths for n in (width.num_groups, width.num_channels)]
-    names = {name.rpartition(".")[2] for s in sublayers for name in (*s.spec.inputs, s.spec.output)}
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=sorted(names))
+    adapted = family_of(model.config.model_type).linears
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=adapted)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, model)

@@ -471,14 +471,12 @@ def _trainable(source: Source, config: RecoverConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     model = load_model(source, config.dtype, "cpu")
-    family = family_of(model.config.model_type)
-    adapted = [n for spec in (family.attention, family.ffn) for n in (*spec.inputs, spec.output)]
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=adapted,
+        target_modules=family_of(model.config.model_type).linears,
     )
     return get_peft_model(model, lora)
 

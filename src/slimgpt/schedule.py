@@ -140,8 +140,9 @@ def plan_widths(
             hint="prune the original model, or leave out --uniform",
         )
     limits = [largest_ratio(shape, multiple_of, uniform_groups) for shape in shapes]
-    ratios = [*given, *[0.0] * (len(shapes) - len(given))]
-    if not given:
+    if given:
+        ratios = [*given, *[0.0] * (len(shapes) - len(given))]
+    else:
         ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
     worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
     if ratios[worst] > limits[worst] and given:
