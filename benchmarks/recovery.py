@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="examples to train on")
     parser.add_argument("--eval-data", required=True, help="text watched while training")
     parser.add_argument("--texts", nargs="+", required=True, help="texts measured at the end")
-    parser.add_argument("--data-dir", type=Path, help="measure commonsense with this data")
+    parser.add_argument("--data-dir", type=Path, help="measure the tasks with this data")
+    parser.add_argument("--tasks", default="commonsense")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--max-steps", type=int, default=80)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -74,12 +75,16 @@ def is_complete(model: Path) -> bool:
 
 
 def measure(model: str, name: str, ratio: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity on the texts, and the commonsense tasks if there is data."""
-    options: dict[str, Any] = {"data": tuple(args.texts), "seqlen": (128, 1024)}
+    """Perplexity on the texts, and the tasks if there is data."""
+    options: dict[str, Any] = {"data": args.texts, "seqlen": (128, 1024), "max_tokens": 30_720}
     if args.data_dir:
-        options |= {"tasks": "commonsense", "data_dir": args.data_dir, "limit": args.limit}
-    result = slimgpt.evaluate(model, max_tokens=30_720, dtype=args.dtype, **options)
-    return {"name": name, "ratio": ratio, **asdict(result)}
+        options |= {"tasks": args.tasks, "data_dir": str(args.data_dir), "limit": args.limit}
+    file = folder(args.work, f"measured-{name}-{ratio}", model=model, dtype=args.dtype, **options)
+    if not file.exists():
+        result = slimgpt.evaluate(model, dtype=args.dtype, **options)
+        args.work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(result)), encoding="utf-8")
+    return {"name": name, "ratio": ratio, **json.loads(file.read_text(encoding="utf-8"))}
 
 
 def report_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:

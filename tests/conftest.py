@@ -102,7 +102,9 @@ def tiny_checkpoint(
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Enter the command line: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "200")  # for --help
+    for console in (cli.stdout, cli.stderr):
+        monkeypatch.setattr(console, "width", 200)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["slimgpt", *map(str, arguments)])

@@ -257,7 +257,8 @@ def test_loss_of_the_distiller(tmp_path: Path) -> None:
         {"input_ids": [10, 11, 12], "labels": [IGNORED, 11, 12]},
     ]
     batch = recovery._pad(examples, pad_token=1)
-    assert batch["labels"][1].tolist() == [IGNORED, 11, 12, IGNORED, IGNORED]
+    assert batch["labels"][1].tolist() == [IGNORED, 11, 12] + 29 * [IGNORED]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 3]
     nll, divergence = 0.0, 0.0
     for example in examples:
         tokens = torch.tensor([example["input_ids"]])

@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -490,13 +489,20 @@ def _make_trainer(
 
 
 def _pad(examples: Examples, pad_token: int) -> dict[str, Tensor]:
-    """Batch examples of different lengths, padded on the right."""
-    padding = {"input_ids": pad_token, "labels": IGNORED, "attention_mask": 0}
-    columns = {key: [torch.tensor(example[key]) for example in examples] for key in examples[0]}
-    columns["attention_mask"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+    """Batch examples of different lengths, padded on the right to a multiple of 32 tokens.
+
+    Kernels that are compiled for a length, as on CPUs, are then compiled for a few.
+    """
+    ids = [example["input_ids"] for example in examples]
+    length = math.ceil(max(map(len, ids)) / 32) * 32
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
     return {
-        key: pad_sequence(column, batch_first=True, padding_value=padding[key])
-        for key, column in columns.items()
+        "input_ids": padded(ids, pad_token),
+        "labels": padded([example["labels"] for example in examples], IGNORED),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
     }
 
 
