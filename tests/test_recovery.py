@@ -176,6 +176,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     whole = run(slim, tmp_path / "whole", data, **options)
     with monkeypatch.context() as patch:
         interrupt(patch, step=5)
+        patch.setattr(recovery, "peak_memory", lambda: 10**15)
         with pytest.raises(InterruptedError_):
             run(slim, tmp_path / "out", data, **options)
     state = tmp_path / "out" / STATE_DIR
@@ -190,6 +191,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(weight, weights(tmp_path / "out")[name])
     for curve in ("train_loss", "held_out_perplexity"):
         assert resumed[curve] == whole[curve]
+    assert resumed["peak_memory_bytes"] == 10**15 > whole["peak_memory_bytes"]
     one, other = (tmp_path / name / "metrics.jsonl" for name in ("whole", "out"))
     assert one.read_text() == other.read_text()
     assert (tmp_path / "out" / "runs" / "events").read_text() == "curves"

@@ -229,6 +229,7 @@ def _report(
     state: TrainerState,
 ) -> dict[str, Any]:
     metrics = [_metrics(entry) for entry in state.log_history]
+    cost = state.log_history[-1]
     return {
         # The report goes to the hub with the model, so it holds no local paths.
         "model": source.title,
@@ -241,8 +242,8 @@ def _report(
         "steps": state.global_step,
         "train_loss": [[m["step"], m["loss"]] for m in metrics if "loss" in m],
         "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
-        "seconds": round(state.log_history[-1]["seconds"], 3),
-        "peak_memory_bytes": peak_memory(),
+        "seconds": round(cost["seconds"], 3),
+        "peak_memory_bytes": max(cost["peak_memory_bytes"], peak_memory() or 0) or None,
         "versions": _versions(config),
     }
 
@@ -311,14 +312,19 @@ class _MetricsWriter(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Keep the metrics of the steps that are not run again."""
         self._start, self._first_step = time.monotonic(), state.global_step
-        self._seconds_before = state.log_history[-1]["seconds"] if state.log_history else 0.0
+        before = state.log_history[-1] if state.log_history else {}
+        self._seconds_before = before.get("seconds", 0.0)
+        self._peak_before = before.get("peak_memory_bytes", 0)
         if state.is_world_process_zero:
             self._file.write_text(_metrics_lines(state), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Append the newest metrics; note the time in the log, which checkpoints have."""
+        """Append the newest metrics; note the cost in the log, which checkpoints have."""
         seconds = time.monotonic() - self._start
-        state.log_history[-1]["seconds"] = self._seconds_before + seconds
+        state.log_history[-1] |= {
+            "seconds": self._seconds_before + seconds,
+            "peak_memory_bytes": max(self._peak_before, peak_memory() or 0),
+        }
         entry = _metrics(state.log_history[-1])
         for key in ("loss", "perplexity"):
             if not math.isfinite(entry.get(key, 0.0)):
@@ -343,7 +349,7 @@ def _metrics_lines(state: TrainerState) -> str:
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of an entry in the Trainer's log: all but times."""
+    """What is kept of an entry in the Trainer's log: all but what it cost."""
     kept = {
         key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in entry
     }
@@ -455,6 +461,7 @@ def _training_arguments(
         save_total_limit=1,
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         label_names=["labels"],
     )
