@@ -7,13 +7,14 @@ data set in a task's config.
 import csv
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -102,7 +103,7 @@ class Score:
     data : str
         Data set or file, and split; for a mean, over how many tasks it is.
     lm_eval : str
-        Version of lm-eval, and of the task; the commit that lm-eval names, if any.
+        Version of lm-eval, and of the task.
     """
 
     task: str
@@ -162,9 +163,10 @@ def load_tasks(
     MissingDependencyError
         If lm-eval, or a package that a task needs, is not installed.
     ConfigError
-        If lm-eval has no such task, or the folder does not exist.
+        If lm-eval has no such task, the folder does not exist, or a task runs code of the hub or of
+        the model.
     DataError
-        If the data of a task cannot be had.
+        If the data of a task cannot be had, or a local file has a question without an answer.
     """
     check_lm_eval(data_dir)
     manager = _manager()
@@ -224,14 +226,18 @@ def run_tasks(
     log.info("running %s", ", ".join(found.tasks))
     make_lm: Any = huggingface.HFLM  # its decorators hide its signature
     simple_evaluate: Any = evaluator.simple_evaluate
-    results = simple_evaluate(
-        make_lm(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(found.tasks.values()),
-        limit=limit,
-        log_samples=False,
-    )
-    commit = f", commit {results['git_hash']}" if results["git_hash"] else ""
-    lm_eval = f"{version('lm-eval')}{commit}"
+    lm = make_lm(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    with _no_code_from_the_hub(), _counting_truncations() as truncations:
+        results = simple_evaluate(
+            lm, tasks=list(found.tasks.values()), limit=limit, log_samples=False
+        )
+    if truncations:
+        log.warning(
+            "at least %d prompts did not fit into the model's %d tokens and lost their beginning, "
+            "solved examples first",
+            len(truncations),
+            lm.max_length,
+        )
     scores = []
     for task in found.tasks:
         values = results["results"][task]
@@ -250,7 +256,7 @@ def run_tasks(
                     num_docs=values["sample_len"],
                     num_fewshot=results["n-shot"][task],
                     data=found.data[task],
-                    lm_eval=f"{lm_eval}, task version {results['versions'][task]}",
+                    lm_eval=f"{version('lm-eval')}, task version {results['versions'][task]}",
                 )
             )
     means = (_average(name, mean, scores) for name, mean in found.means.items())
@@ -265,10 +271,10 @@ def find_split(data_dir: Path, task: str, dataset_name: str | None, split: str) 
     data_dir : Path
         Searched with its subfolders.
     task, dataset_name : str, str or None
-        The file's name begins with one of these, in words; case and kind of separator do not
-        matter: ``arc_easy_test.jsonl``, ``astronomy_dev.csv``.
+        The file's name begins with one of these, or both, in words; case and kind of separator do
+        not matter: ``arc_easy_test.jsonl``, ``astronomy_dev.csv``.
     split : str
-        A later word of the name, where ``validation`` is also called valid, val or dev.
+        The next word of the name, where ``validation`` is also called valid, val or dev.
 
     Returns
     -------
@@ -280,13 +286,14 @@ def find_split(data_dir: Path, task: str, dataset_name: str | None, split: str) 
     DataError
         If there is more than one.
     """
-    prefixes = [_words(name) for name in (task, dataset_name) if name]
+    names = [name for name in (task, dataset_name) if name]
+    prefixes = [_words(name) for name in (*names, "_".join(names))]
     aliases = SPLIT_NAMES.get(split, {split})
 
     def fits(path: Path) -> bool:
         words = _words(path.stem)
         return path.suffix in SUFFIXES and any(
-            words[: len(prefix)] == prefix and not aliases.isdisjoint(words[len(prefix) :])
+            words[: len(prefix)] == prefix and not aliases.isdisjoint(words[len(prefix) :][:1])
             for prefix in prefixes
         )
 
@@ -305,6 +312,47 @@ def _manager() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+@contextmanager
+def _no_code_from_the_hub() -> Iterator[None]:
+    """Refuse the metrics that the package evaluate would download as scripts and run."""
+    import evaluate
+
+    def refuse(path: str, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(
+            f"the metric {path!r} is code from the hub, which is not run",
+            hint="leave out the task that needs it",
+        )
+
+    load, evaluate.load = evaluate.load, refuse
+    try:
+        yield
+    finally:
+        evaluate.load = load
+
+
+@contextmanager
+def _counting_truncations() -> Iterator[list[str]]:
+    """Collect lm-eval's messages about prompts that are longer than the context."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "truncat" in record.getMessage().lower():
+                messages.append(record.getMessage())
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level, logger.propagate
+    collector = Collector()
+    logger.addHandler(collector)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
+        logger.level, logger.propagate = before
 
 
 def _words(name: str) -> list[str]:
@@ -394,7 +442,7 @@ def _find_files(
         task, split = missing[0]
         raise DataError(
             f"no {split} split of {task} in {data_dir}",
-            hint=f"looked for {task}_*{split}*{{{','.join(SUFFIXES)}}}, in subfolders too",
+            hint=f"looked for {task}_{split}*{{{','.join(SUFFIXES)}}}, in subfolders too",
         )
     if missing:
         log.warning(
@@ -404,6 +452,11 @@ def _find_files(
 
 
 def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manager: Any) -> Any:
+    if config.get("unsafe_code"):
+        raise ConfigError(
+            f"the task {task!r} runs what the model writes, which is not done",
+            hint="run it with lm-eval itself, in a sandbox",
+        )
     changes = {"num_fewshot": config["num_fewshot"]} if "num_fewshot" in config else {}
     try:
         if files:
@@ -411,7 +464,14 @@ def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manage
             splits = {key: config.get(key) for key in SPLIT_KEYS}
             changes |= {key: split if split in files else None for key, split in splits.items()}
             changes["custom_dataset"] = lambda **_: dataset
-        return manager.load([{"group": task, "task": [{"task": task, **changes}]}])["tasks"][task]
+        with _no_code_from_the_hub():
+            found = manager.load([{"group": task, "task": [{"task": task, **changes}]}])
+        loaded = found["tasks"][task]
+        if files:
+            _check_answers(loaded)
+        return loaded
+    except ConfigError:
+        raise
     except ImportError as err:  # the extras of lm-eval are named after its tasks
         package = f"lm-eval[{task.partition('_')[0]}]"
         raise MissingDependencyError(
@@ -421,8 +481,26 @@ def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manage
         source = ", ".join(map(str, files.values())) or f"the hub ({config.get('dataset_path')})"
         raise DataError(
             f"cannot load the task {task} from {source}: {' '.join(str(err).split())[:200]}",
-            hint="a local file has the fields of the original data set; its folder is --data-dir",
+            hint="a local file has the fields of the hub's data set; its folder is --data-dir",
         ) from err
+
+
+def _check_answers(task: Any) -> None:
+    """Check that every question can be put and, of a choice, has an answer among the choices."""
+    for number, doc in enumerate(task.eval_docs, 1):
+        try:
+            text, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+        except (KeyError, ValueError) as err:
+            raise ValueError(f"question {number} cannot be put: {err!r}") from err
+        if task.OUTPUT_TYPE == "multiple_choice":
+            choices = task.doc_to_choice(doc)
+            answer = text if task.multiple_input else answer
+            for one in answer if isinstance(answer, list) else [answer]:
+                known = range(len(choices)) if isinstance(one, int) else choices
+                if one not in known:
+                    raise ValueError(
+                        f"question {number} has the answer {one!r}, none of its {len(choices)}"
+                    )
 
 
 def _local_dataset(files: dict[str, Path], dataset_path: str) -> Any:
