@@ -82,7 +82,7 @@ def test_recover_and_tasks(
     }
     assert json.loads((output / "eval" / "tasks.json").read_text()) == results["tasks"]
     scored = results["tasks"][0]
-    line = f"| piqa | acc | 0 | 2 | piqa_valid.jsonl | {scored['base_value']:.4f} ± "
+    line = f"| piqa | acc | 0 | 2 | piqa_valid.jsonl | float32 | {scored['value']:.4f} ± "
     assert line in (output / "README.md").read_text()
 
 
@@ -362,6 +362,21 @@ def test_eval_against_another_vocabulary(
     assert "loading" not in err
 
 
+def test_outputs_that_are_not_finite(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(tiny_checkpoint("llama"), large)
+    weights = load_file(large / "model.safetensors")
+    weights["lm_head.weight"] *= 5e4 / weights["lm_head.weight"].abs().max()
+    save_file(weights, large / "model.safetensors", {"format": "pt"})
+    arguments = ("eval", large, "--data", "pydocs", "--seqlen", "16", "--max-tokens", "160")
+    code, _, err = run(*arguments, "--dtype", "float16")
+    assert code == 1
+    assert "not finite in float16" in err
+    assert run(*arguments, "--dtype", "bfloat16")[0] == 0
+
+
 def test_evaluations_are_kept_and_an_edited_card_stays(
     run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -373,9 +388,12 @@ def test_evaluations_are_kept_and_an_edited_card_stays(
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "text.txt").write_text(f"Some words of {folder}. " * 40)
         run("eval", output, "--data", tmp_path / folder / "text.txt", "--seqlen", "16")
-    run("eval", output, "--data", tmp_path / "a" / "text.txt", "--seqlen", "16")
+    a = ("--data", tmp_path / "a" / "text.txt", "--seqlen", "16")
+    run("eval", output, *a)
+    run("eval", output, *a, "--dtype", "bfloat16", "--against", tiny_checkpoint("llama"))
     kept = json.loads((output / "eval" / "perplexity.json").read_text())
-    assert len(kept) == 2
+    assert [result["dtype"] for result in kept] == ["float32", "float32", "bfloat16"]
+    assert str(tmp_path.parent) not in str(kept)
     assert all(f"{result['perplexity']:.2f}" in card.read_text() for result in kept)
     assert card.read_text().endswith("\nMine.\n")
 

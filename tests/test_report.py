@@ -55,7 +55,7 @@ def measured(
     )
     task = TaskResult(
         "piqa", "acc", 0.512, 0.011, 1838, 0, "piqa_valid.jsonl", "0.4.13, task version 1.0",
-        model="slim", base="llama", base_value=0.641, base_stderr=0.012,
+        model="slim", base="llama", dtype="float32", base_value=0.641, base_stderr=0.012,
     )  # fmt: skip
     (slim / "eval" / "tasks.json").write_text(json.dumps([asdict(task)]))
     around = Spread(40.0, 38.0, 42.0)
@@ -146,14 +146,15 @@ def test_nothing_in_the_data_is_markup(slim: Path) -> None:
     attack = '"><script>alert(1)</script>$x_1$'
     edit(slim / "pruning_report.json", lambda report: report.update(base_model=attack))
     result = {
-        "data": attack, "seqlen": 8, "tokens": 7, "perplexity": 9.0, "base_perplexity": None,
-        "kl_divergence": None, "layer_errors": [0.1] * 4,
+        "base": attack, "dtype": "float32", "data": "text", "seqlen": 8, "tokens": 7,
+        "perplexity": 9.0, "base_perplexity": None, "kl_divergence": None,
+        "layer_errors": [0.1] * 4,
     }  # fmt: skip
     (slim / "eval").mkdir()
     (slim / "eval" / "perplexity.json").write_text(json.dumps([result]))
     page = slimgpt.report(slim).read_text()
     assert "<script" not in page
-    legend = "&lt;script&gt;alert(1)&lt;/script&gt;$x_1$, 7 in windows of 8"
+    legend = "&lt;script&gt;alert(1)&lt;/script&gt;$x_1$ in float32"
     assert page.count(legend) == 2  # in two widths
 
 

@@ -194,11 +194,12 @@ def _update_card(directory: Path) -> None:
 
 def _perplexity_table(results: list[dict[str, Any]]) -> str:
     rows = [
-        "| Text | Window | Tokens | Base | This model | KL to base |",
-        "|---|---|---|---|---|---|",
+        "| Text | Window | Tokens | Precision | Perplexity | Base | Its perplexity | KL to it |",
+        "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {r['data']} | {r['seqlen']} | {r['tokens']:,} | {_number(r['base_perplexity'])} "
-            f"| {_number(r['perplexity'])} | {_number(r['kl_divergence'])} |"
+            f"| {r['data']} | {r['seqlen']} | {r['tokens']:,} | {r['dtype']} "
+            f"| {_number(r['perplexity'])} | {r['base'] or ''} | {_number(r['base_perplexity'])} "
+            f"| {_number(r['kl_divergence'])} |"
             for r in sorted(results, key=lambda r: (r["data"], r["seqlen"]))
         ),
     ]
@@ -208,11 +209,12 @@ def _perplexity_table(results: list[dict[str, Any]]) -> str:
 
 def _tasks_table(results: list[dict[str, Any]]) -> str:
     rows = [
-        "| Task | Metric | Shots | Questions | Data | Base | This model |",
-        "|---|---|---|---|---|---|---|",
+        "| Task | Metric | Shots | Questions | Data | Precision | Score | Base | Its score |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {r['task']} | {r['metric']} | {r['num_fewshot']} | {r['num_docs']:,} | {r['data']} "
-            f"| {_score(r['base_value'], r['base_stderr'])} | {_score(r['value'], r['stderr'])} |"
+            f"| {r['dtype']} | {_score(r['value'], r['stderr'])} | {r['base'] or ''} "
+            f"| {_score(r['base_value'], r['base_stderr'])} |"
             for r in results
         ),
     ]

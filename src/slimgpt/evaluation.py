@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from slimgpt.card import PERPLEXITY_FILE, TASKS_FILE, keep_results
 from slimgpt.config import EvalConfig
 from slimgpt.data import check_dataset, describe_dataset, evaluation_tokens
-from slimgpt.errors import DataError
+from slimgpt.errors import DataError, NumericalError
 from slimgpt.model import check_same_vocabulary, find_model, load_model, load_tokenizer
 from slimgpt.tasks import Score, load_tasks, run_tasks
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOGS = 2.0
 # Results that agree in these differ in the model alone.
-TEXT_PROTOCOL = itemgetter("data_sha256", "seqlen", "base")
-TASK_PROTOCOL = itemgetter("task", "metric", "num_docs", "num_fewshot", "data", "base")
+TEXT_PROTOCOL = itemgetter("data_sha256", "seqlen", "base", "dtype")
+TASK_PROTOCOL = itemgetter("task", "metric", "num_docs", "num_fewshot", "data", "base", "dtype")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class EvalResult:
     Attributes
     ----------
     model, base : str, str or None
-        The models, as the user named them.
+        The models: hub ids, or names of local folders.
+    dtype : str
+        Precision in which they ran.
     data, data_sha256 : str
         The text, and the start of the SHA-256 of its tokens.
     seqlen : int
@@ -59,6 +61,7 @@ class EvalResult:
 
     model: str
     base: str | None
+    dtype: str
     data: str
     data_sha256: str
     seqlen: int
@@ -95,13 +98,16 @@ class TaskResult(Score):
     Attributes
     ----------
     model, base : str, str or None
-        The models, as the user named them.
+        The models: hub ids, or names of local folders.
+    dtype : str
+        Precision in which they ran.
     base_value, base_stderr : float or None
         The base's score and standard error.
     """
 
     model: str
     base: str | None
+    dtype: str
     base_value: float | None
     base_stderr: float | None
 
@@ -132,8 +138,8 @@ def evaluate(model: str, **options: Any) -> Evaluation:
     Raises
     ------
     SlimGPTError
-        If an option, a model or the data is wrong, a text is shorter than one window, or a
-        package for the tasks is missing.
+        If an option, a model or the data is wrong, a text is shorter than one window, a package
+        for the tasks is missing, or the outputs of a model are not finite.
 
     Examples
     --------
@@ -162,6 +168,11 @@ def evaluate(model: str, **options: Any) -> Evaluation:
     tasks = load_tasks(config.tasks, config.data_dir, config.num_fewshot) if config.tasks else None
     live = load_model(source, config.dtype, config.device)
     base = load_model(base_source, config.dtype, config.device) if base_source else None
+    subjects: dict[str, Any] = {
+        "model": source.title,
+        "base": base_source.title if base_source else None,
+        "dtype": str(live.dtype).removeprefix("torch."),
+    }
 
     perplexity = []
     for name, tokens in texts.items():
@@ -171,8 +182,7 @@ def evaluate(model: str, **options: Any) -> Evaluation:
             losses = mean_losses(live, base, windows)
             perplexity.append(
                 EvalResult(
-                    model=model,
-                    base=config.against,
+                    **subjects,
                     data=describe_dataset(name, "evaluation"),
                     data_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
                     seqlen=seqlen,
@@ -193,8 +203,7 @@ def evaluate(model: str, **options: Any) -> Evaluation:
         scores = [
             TaskResult(
                 **asdict(score),
-                model=model,
-                base=config.against,
+                **subjects,
                 base_value=other.value if other else None,
                 base_stderr=other.stderr if other else None,
             )
@@ -228,6 +237,11 @@ def mean_losses(model: PreTrainedModel, base: PreTrainedModel | None, windows_NT
         The model, and optionally the one to compare it with.
     windows_NT : Tensor
         int64, (windows, seqlen).
+
+    Raises
+    ------
+    NumericalError
+        If a mean is not finite.
     """
     shapes = {(m.config.num_hidden_layers, m.config.hidden_size) for m in (model, base or model)}
     with_streams = base is not None and len(shapes) == 1
@@ -252,6 +266,11 @@ def mean_losses(model: PreTrainedModel, base: PreTrainedModel | None, windows_NT
             logged = now
             left = (now - start) / (index + 1) * (len(windows_NT) - index - 1)
             log.info("window %d/%d; %.0f s left", index + 1, len(windows_NT), left)
+    if not sums.isfinite().all():
+        raise NumericalError(
+            f"the outputs are not finite in {str(model.dtype).removeprefix('torch.')}",
+            hint="evaluate with --dtype bfloat16 or float32",
+        )
     nll, base_nll, kl_divergence = (sums / (windows_NT.numel() - len(windows_NT))).tolist()
     layer_errors = None
     if errors_LT:

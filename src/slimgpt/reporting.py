@@ -208,10 +208,9 @@ def _figures(
         ),
     }
     distances = {
-        f"{short_name(result['data'])}, {result['tokens']:,} in windows of {result['seqlen']}": (
-            depth,
-            result["layer_errors"],
-        )
+        "{0}, windows of {seqlen}, from {base} in {dtype}".format(
+            short_name(result["data"]), **result
+        ): (depth, result["layer_errors"])
         for result in perplexity
         if result["layer_errors"]
     }
