@@ -263,6 +263,25 @@ def test_wrong_options(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("verb", "arguments", "message"),
+    [
+        ("eval", ("--data-dir", "x", "--limit", "3"), "without tasks, data_dir, limit would do"),
+        ("eval", ("--tasks", "piqa", "--seqlen", "8"), "without data, seqlen would do nothing"),
+        ("recover", ("--kl-weight", "5"), "method='lora' has no kl_weight"),
+        ("recover", ("--method", "full", "--rank", "4"), "method='full' has no rank"),
+        ("recover", ("--max-steps", "5", "--epochs", "3"), "leaves nothing to decide to epochs"),
+    ],
+)
+def test_options_that_would_do_nothing(
+    verb: str, arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path
+) -> None:
+    output = ("--output", tmp_path / "out") if verb == "recover" else ()
+    code, _, err = run(verb, "model", *output, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
 def test_all_wrong_options_are_reported_together(run: Run, tmp_path: Path) -> None:
     arguments = ("--ratio", "2", "--seqlen", "0", "--schedule", "exp")
     code, _, err = run("prune", "smollm2-135m", "--output", tmp_path / "slim", *arguments)

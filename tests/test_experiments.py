@@ -199,6 +199,32 @@ def test_a_changed_model_counts_as_changed(
     assert calls == {"prune": 2, "evaluate": 2}
 
 
+def test_a_model_of_slimgpt_is_not_changed_by_its_results(
+    recipe: Edit,
+    calls: Counter[str],
+    slim_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    model = shutil.copytree(slim_checkpoint("llama"), tmp_path / "model")
+    file = recipe(model=str(model), grid={"ratio": [0]})
+    for _ in range(2):
+        slimgpt.run_recipe(file, tmp_path / "out")
+    assert (model / "eval" / "perplexity.json").exists()
+    assert calls == {"evaluate": 1}
+
+
+def test_dense_models_that_are_measured_in_two_ways(recipe: Edit) -> None:
+    half = {"evaluate": {"dtype": "bfloat16"}}
+    cells = expand(
+        read_recipe(
+            recipe(grid={"ratio": [0], "seed": [0, 1], "precision": {"as is": {}, "half": half}})
+        )
+    )
+    assert [cell.labels for cell in cells] == [
+        {"ratio": 0, "seed": None, "precision": name} for name in ("as is", "half")
+    ]
+
+
 def test_a_failed_cell_is_shown_and_tried_again(
     run: Run, recipe: Edit, calls: Counter[str], tmp_path: Path
 ) -> None:
@@ -272,6 +298,9 @@ def test_what_is_wrong_with_the_machine_stops_the_run(
         ({"figure": ["layer_errors"]}, "layer_errors need data and against"),
         ({"table": ["inference"]}, "inference comes from `bench`"),
         ({"evaluate": {"tasks": ["piqa"], "data_dir": "none"}}, "directory none does not exist"),
+        ({"evaluate": {"tasks": ["piqqa"]}}, "lm-eval has no task 'piqqa'"),
+        ({"model": "none"}, "no model 'none'"),
+        ({"grid": {"ratio": []}}, "the dimension 'ratio' of the grid is empty"),
         ({"small": {"titel": "x"}}, "unknown option 'titel'"),
     ],
 )
@@ -368,7 +397,11 @@ def test_named_changes_and_placeholders() -> None:
             "model": ["a/one", "{data}/two"],
             "variant": {
                 "as it is": {},
-                "other": {"prune": {"preset": "paper"}, "recover": None, "evaluate": {"limit": 9}},
+                "other": {
+                    "prune": {"preset": "paper"},
+                    "recover": None,
+                    "evaluate": {"max_tokens": 9},
+                },
             },
         },
     )
@@ -378,7 +411,7 @@ def test_named_changes_and_placeholders() -> None:
     assert cells[0].evaluate == evaluation
     labels = {"model": "a/one", "variant": "other"}
     prune = {"preset": "paper"}
-    assert cells[1] == Cell(labels, "a/one", prune, None, evaluation | {"limit": 9}, None)
+    assert cells[1] == Cell(labels, "a/one", prune, None, evaluation | {"max_tokens": 9}, None)
     assert cells[1].labels == labels
     assert [cell.model for cell in cells] == ["a/one", "a/one", "texts/two", "texts/two"]
     assert cells[2].evaluate == evaluation | {"against": "texts/two"}
@@ -422,18 +455,30 @@ def test_there_are_recipes() -> None:
 
 def make_report(**recipe: Any) -> dict[str, Any]:
     """A report of two ratios and two methods, written by hand."""
-    task = {"num_docs": 10, "num_fewshot": 0, "lm_eval": "0.4", "data": "piqa.jsonl"}
+    task = {
+        "num_docs": 10,
+        "num_fewshot": 0,
+        "lm_eval": "0.4",
+        "data": "piqa.jsonl",
+        "dtype": "float32",
+    }
     place = {"machine": "a machine", "versions": {"torch": "2.0"}}
     cells = []
     for ratio, method, perplexity, score in (
         (0, None, 10, 0.9), (0.5, "ours", 20, 0.5), (0.5, "theirs", 30, 0.6)
     ):  # fmt: skip
-        text = {"data": "c4 (allenai/c4, validation)", "seqlen": 8, "tokens": 1400}
+        text = {
+            "data": "c4 (allenai/c4, validation)",
+            "seqlen": 8,
+            "tokens": 1400,
+            "dtype": "bfloat16",
+        }
         evaluation = {
             "perplexity": [text | {"perplexity": perplexity, "layer_errors": [0.5, ratio]}],
             "tasks": [
-                task | {"task": "piqa", "metric": "acc_norm", "value": score},
-                task | {"task": "commonsense", "metric": "mean", "value": score / 2},
+                task | {"task": "piqa", "metric": "acc_norm", "value": score, "stderr": 0.09},
+                task
+                | {"task": "commonsense", "metric": "mean", "value": score / 2, "stderr": 0.01},
             ],
         }
         pruning = {"params_after": 2000, "layer_ratios": [ratio, ratio]}
@@ -463,13 +508,14 @@ A note.
 
 | ratio | method | parameters | perplexity, c4 × 8 | piqa, acc_norm | commonsense, mean |
 | --- | --- | --- | --- | --- | --- |
-| 0 % |  | 2,000 | 10.00 | 90.0 | 45.0 |
-| 50 % | ours | 2,000 | **20.00** | 50.0 | 25.0 |
-| 50 % | theirs | 2,000 | 30.00 | **60.0** | **30.0** |
+| 0 % |  | 2,000 | 10.00 | 90.0 ± 9.0 | 45.0 ± 1.0 |
+| 50 % | ours | 2,000 | **20.00** | 50.0 ± 9.0 | 25.0 ± 1.0 |
+| 50 % | theirs | 2,000 | 30.00 | 60.0 ± 9.0 | **30.0** ± 1.0 |
 
 - Model: a model
 - Perplexity: c4 (allenai/c4, validation), 1,400 tokens in windows of 8
 - Tasks, in %: commonsense, 10 questions of piqa.jsonl, 0 shots, lm-eval 0.4
+- Evaluated in: bfloat16; float32
 - Machine: a machine
 - Versions: torch 2.0
 """

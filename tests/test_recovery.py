@@ -33,8 +33,6 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 4,
     "micro_batch_size": 2,
     "seqlen": 64,
-    "rank": 4,
-    "alpha": 12,
     "warmup_steps": 1,
     "learning_rate": 3e-3,
     "device": "cpu",
@@ -64,7 +62,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(slim: Path, output: Path, data: str, **options: Any) -> dict[str, Any]:
-    given = OPTIONS | {"data": data, "seqlen": 128} | options
+    adapters = {} if options.get("method") == "full" else {"rank": 4, "alpha": 12}
+    given = OPTIONS | adapters | {"data": data, "seqlen": 128} | options
     return slimgpt.recover(str(slim), output, **given).report
 
 

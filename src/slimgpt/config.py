@@ -252,6 +252,15 @@ class EvalConfig(_ModelOptions):
     def _check(self) -> Self:
         if not self.data and not self.tasks:
             raise ValueError("neither data nor tasks to evaluate on")
+        options_of = {
+            "tasks": {"data_dir", "limit", "num_fewshot", "batch_size"},
+            "data": {"seqlen", "max_tokens"},
+        }
+        for needed, options in options_of.items():
+            given = options & self.model_fields_set
+            idle = [name for name in given if getattr(self, name) is not None]
+            if idle and not getattr(self, needed):
+                raise ValueError(f"without {needed}, {', '.join(sorted(idle))} would do nothing")
         return self
 
 
@@ -299,6 +308,15 @@ class RecoverConfig(_ModelOptions):
             raise ValueError("data='self' is text for calibration, not for training")
         if self.teacher and self.method != "distill":
             raise ValueError(f"method={self.method!r} has no teacher; did you mean 'distill'?")
+        others = {
+            "lora": {"kl_weight"},
+            "full": {"kl_weight", "rank", "alpha", "dropout"},
+            "distill": set(),
+        }
+        if idle := others[self.method] & self.model_fields_set:
+            raise ValueError(f"method={self.method!r} has no {', '.join(sorted(idle))}")
+        if {"max_steps", "epochs"} <= self.model_fields_set and self.max_steps is not None:
+            raise ValueError(f"max_steps={self.max_steps} leaves nothing to decide to epochs")
         return self
 
 
@@ -384,6 +402,8 @@ class RecipeConfig(_Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if empty := [name for name, values in self.grid.items() if not values]:
+            raise ValueError(f"the dimension {empty[0]!r} of the grid is empty")
         curves = [panel for panel in self.figure if panel in get_args(Curve)]
         if self.x is None and len(curves) < len(self.figure):
             raise ValueError("a figure of measures needs x, a dimension of numbers")

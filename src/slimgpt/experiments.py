@@ -23,7 +23,7 @@ import torch
 from torch.distributed import is_torchelastic_launched
 
 from slimgpt.benchmarking import bench
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE
+from slimgpt.card import CARD_FILE, RECOVERY_FILE, REPORT_FILE
 from slimgpt.config import (
     VERBS,
     EvalConfig,
@@ -36,6 +36,7 @@ from slimgpt.config import (
 from slimgpt.data import check_dataset, describe_dataset
 from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError, SlimGPTError
 from slimgpt.evaluation import evaluate
+from slimgpt.model import find_model
 from slimgpt.pruning import check_inputs, plan, prune
 from slimgpt.recovery import check_packages, recover
 from slimgpt.rendering import SHOWN, describe, draw, to_markdown
@@ -49,7 +50,7 @@ from slimgpt.run import (
     write_atomically,
     writing,
 )
-from slimgpt.tasks import check_lm_eval
+from slimgpt.tasks import check_tasks
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +237,11 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
     cells: list[Cell] = []
     problems: dict[str, None] = {}  # an ordered set: many cells share a mistake
     dimensions = [_choices(name, values) for name, values in recipe.grid.items()]
+    idle = [
+        name
+        for name, dimension in zip(recipe.grid, dimensions, strict=True)
+        if not any(_concerns_dense(changes) for _, changes in dimension)
+    ]
     for choices in product(*dimensions):
         labels = dict(zip(recipe.grid, (label for label, _ in choices), strict=True))
         options = reduce(_changed, (changes for _, changes in choices), base)
@@ -246,9 +252,7 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
             continue
         if PruneConfig.create(**options["prune"]).ratio == 0:
             options |= {"prune": {"ratio": 0}, "recover": None}
-            for name, (_, changes) in zip(recipe.grid, choices, strict=True):
-                if "ratio" not in changes.get("prune", {}) and changes.keys() <= DENSE_LACKS:
-                    labels[name] = None
+            labels |= dict.fromkeys(idle)
         cell = Cell(labels, **options)
         if cell not in cells:
             cells.append(cell)
@@ -264,6 +268,11 @@ def _choices(name: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[t
     if name == "model":
         return [(value, {"model": value}) for value in values]
     return [(value, {"prune": {name: value}}) for value in values]
+
+
+def _concerns_dense(changes: dict[str, Any]) -> bool:
+    """Whether a dense model is another one, or measured in another way, after changes."""
+    return "ratio" in (changes.get("prune") or {}) or not changes.keys() <= DENSE_LACKS
 
 
 def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -316,6 +325,7 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
     if recipe.figure and find_spec("matplotlib") is None:
         raise MissingDependencyError("matplotlib", "a figure", "pip install 'slimgpt[report]'")
     for cell in cells:
+        find_model(cell.model)
         if not cell.is_dense:
             check_inputs(PruneConfig.create(**cell.prune))
         if cell.recover is not None:
@@ -323,11 +333,11 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
             check_packages(recovery)
             check_dataset(recovery.data, "calibration")
             check_dataset(recovery.eval_data, "evaluation")
-        if cell.evaluate is not None:
-            evaluation = EvalConfig.create(**cell.evaluate)
-            _check_evaluation(evaluation)
-            if "layer_errors" in recipe.figure and not (evaluation.against and evaluation.data):
-                raise ConfigError("layer_errors need data and against in the options of evaluate")
+    options = (cell.evaluate for cell in cells if cell.evaluate is not None)
+    for evaluation in dict.fromkeys(EvalConfig.create(**values) for values in options):
+        _check_evaluation(evaluation)
+        if "layer_errors" in recipe.figure and not (evaluation.against and evaluation.data):
+            raise ConfigError("layer_errors need data and against in the options of evaluate")
 
 
 def _check_evaluation(config: EvalConfig) -> None:
@@ -339,8 +349,10 @@ def _check_evaluation(config: EvalConfig) -> None:
             f"several texts to evaluate on have the name {double[0]}, like their results",
             hint="rename the files",
         )
+    if config.against:
+        find_model(config.against)
     if config.tasks:
-        check_lm_eval(config.data_dir)
+        check_tasks(config.tasks, config.data_dir, config.num_fewshot)
 
 
 @dataclass(frozen=True)
@@ -429,8 +441,16 @@ def _files(values: Iterable[Any]) -> list[str]:
     """Descriptions of the files, and of those in the folders, that are among values."""
     names = (n for value in values for n in (value if isinstance(value, list) else [value]))
     paths = [Path(name) for name in names if isinstance(name, str) and Path(name).exists()]
-    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    files = (file for path in paths for file in _contents(path))
     return [describe_file(file) for file in sorted(files) if file.is_file()]
+
+
+def _contents(path: Path) -> Iterable[Path]:
+    if path.is_file():
+        return [path]
+    if (path / "config.json").is_file():  # a model, to which evaluations add their results
+        return [file for file in path.iterdir() if file.name != CARD_FILE]
+    return path.rglob("*")
 
 
 def _machine() -> str:

@@ -1,5 +1,6 @@
 """The results of a recipe as a Markdown table and a figure."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,13 +40,17 @@ class Columns:
     style : str
         Format specification of the values.
     best : callable, optional
-        Which value is shown in bold, of the rows with the same ratio.
+        Which value is shown in bold, of the rows with the same ratio; if it has a standard error,
+        only where it differs from all others by more than that of the difference.
+    errors : callable
+        Gives the standard errors of values, by the same headers.
     """
 
     verb: str
     read: Callable[[Values], dict[str, float]]
     style: str
     best: Best | None = None
+    errors: Callable[[Values], dict[str, float]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,14 @@ def _tasks(evaluation: Values) -> dict[str, float]:
     return {f"{r['task']}, {r['metric']}": 100 * r["value"] for r in evaluation["tasks"]}
 
 
+def _task_errors(evaluation: Values) -> dict[str, float]:
+    return {
+        f"{r['task']}, {r['metric']}": 100 * r["stderr"]
+        for r in evaluation["tasks"]
+        if r["stderr"] is not None
+    }
+
+
 def _means(evaluation: Values) -> dict[str, float]:
     return {name: value for name, value in _tasks(evaluation).items() if name.endswith(f", {MEAN}")}
 
@@ -108,8 +121,8 @@ MEASURES = {
     "parameters": Columns("prune", lambda report: {"parameters": report["params_after"]}, ",d"),
     "pruning": Columns("prune", _pruning, ".1f"),
     "perplexity": Columns("evaluate", _perplexity, ".2f", min),
-    "tasks": Columns("evaluate", _tasks, ".1f", max),
-    "means": Columns("evaluate", _means, ".1f", max),
+    "tasks": Columns("evaluate", _tasks, ".1f", max, _task_errors),
+    "means": Columns("evaluate", _means, ".1f", max, _task_errors),
     "inference": Columns("bench", _inference, ",.2f"),
 }
 CURVES = {
@@ -147,21 +160,33 @@ def to_markdown(report: Values, figure_file: str) -> str:
         recipe["note"],
         f"![{recipe['title']}]({figure_file})" if recipe["figure"] else "",
         _table(recipe, rows),
-        _protocol(recipe, rows),
+        _protocol(rows),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _table(recipe: Values, rows: Sequence[Values]) -> str:
     columns = {name: [_label(name, row["labels"][name]) for row in rows] for name in recipe["grid"]}
+    ratios = [row["labels"].get(RATIO) for row in rows]
     for name in recipe["table"]:
         measure = MEASURES[name]
-        read = [measure.read(row[measure.verb]) if measure.verb in row else {} for row in rows]
+        results = [row.get(measure.verb) for row in rows]
+        read, errors = (
+            [get(result) if result else {} for result in results]
+            for get in (measure.read, measure.errors)
+        )
         for header in dict.fromkeys(header for values in read for header in values):
-            values = [values.get(header) for values in read]
+            cells = [
+                (values[header], error.get(header, 0.0)) if header in values else None
+                for values, error in zip(read, errors, strict=True)
+            ]
+            rivals = defaultdict(list)
+            for ratio, cell in zip(ratios, cells, strict=True):
+                if cell:
+                    rivals[ratio].append(cell)
             columns[header] = [
-                "" if value is None else f"{bold}{value:{measure.style}}{bold}"
-                for value, bold in zip(values, _bold(rows, values, measure.best), strict=True)
+                _cell(cell, rivals[ratio], measure) if cell else ""
+                for ratio, cell in zip(ratios, cells, strict=True)
             ]
     if any(row["error"] for row in rows):
         errors = (" ".join((row["error"] or "").split()) for row in rows)
@@ -170,29 +195,23 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _bold(rows: Sequence[Values], values: Sequence[float | None], best: Best | None) -> list[str]:
-    """What stands on both sides of each value: asterisks if it is better than another."""
-    rivals = defaultdict(list)
-    for row, value in zip(rows, values, strict=True):
-        if value is not None:
-            rivals[row["labels"].get(RATIO)].append(value)
-    return [
-        "**" if best and len(set(others)) > 1 and value == best(others) else ""
-        for value, others in zip(
-            values, (rivals[row["labels"].get(RATIO)] for row in rows), strict=True
-        )
-    ]
+def _cell(cell: tuple[float, float], rivals: list[tuple[float, float]], measure: Columns) -> str:
+    """A value and its standard error; in bold if it is the best of its rivals."""
+    (value, error), best = cell, measure.best
+    text = f"{value:{measure.style}}"
+    differences = [(abs(value - v), math.hypot(error, e)) for v, e in rivals if v != value]
+    is_best = best and differences and value == best(v for v, _ in rivals)
+    if is_best and all(difference > noise for difference, noise in differences):
+        text = f"**{text}**"
+    return f"{text} ± {error:{measure.style}}" if error else text
 
 
-def _protocol(recipe: Values, rows: Sequence[Values]) -> str:
+def _protocol(rows: Sequence[Values]) -> str:
     """How the numbers were measured: a list of facts, each of them once."""
     facts: dict[str, dict[str, None]] = {kind: {} for kind in PROTOCOL}
     for row in rows:
         for kind, text in _facts(row):
             facts[kind][text] = None
-    precision = (recipe["evaluate"] or {}).get("dtype")
-    if precision:
-        facts["Evaluated in"][precision] = None
     return "\n".join(f"- {kind}: {'; '.join(texts)}" for kind, texts in facts.items() if texts)
 
 
@@ -213,6 +232,8 @@ def _facts(row: Values) -> Iterator[tuple[str, str]]:
     for task in means or evaluation["tasks"]:
         of = "{task}, {num_docs:,} questions of {data}, {num_fewshot} shots, lm-eval {lm_eval}"
         yield "Tasks, in %", of.format(**task)
+    for result in (*evaluation["perplexity"], *evaluation["tasks"]):
+        yield "Evaluated in", result["dtype"]
     if speed := row.get("bench"):
         of = "{engine}, {device}, {threads} threads, {new_tokens} new tokens, {repeats} rounds"
         yield "Inference", f"{of.format(**speed)}, {speed['costs'][0]['dtype']}"

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -135,12 +135,19 @@ class TaskSet:
     means: dict[str, Suite]
 
 
-def check_lm_eval(data_dir: Path | None) -> None:
-    """Check that lm-eval is installed and that the folder with the tasks' data exists."""
-    if find_spec("lm_eval") is None:
-        raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
-    if data_dir and not data_dir.is_dir():
-        raise ConfigError(f"the data directory {data_dir} does not exist")
+class _Chosen(NamedTuple):
+    """lm-eval's configs of tasks and their local files, by name; the means to report."""
+
+    configs: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Path]]
+    means: dict[str, Suite]
+
+
+def check_tasks(
+    names: Sequence[str], data_dir: Path | None = None, num_fewshot: int | None = None
+) -> None:
+    """Check what can be checked before `load_tasks`, and raise what that raises."""
+    _choose(names, data_dir, num_fewshot)
 
 
 def load_tasks(
@@ -168,33 +175,11 @@ def load_tasks(
     DataError
         If the data of a task cannot be had, or a local file has a question without an answer.
     """
-    check_lm_eval(data_dir)
-    manager = _manager()
-    means: dict[str, Suite] = {}
-    shots: dict[str, int | None] = {}
-    for name in names:
-        suite = SUITES.get(name)
-        if suite:
-            means |= _means(name, suite, manager)
-            shots |= dict.fromkeys(means[name].metrics, suite.num_fewshot)
-        else:
-            for task in _expand(name, manager):
-                shots.setdefault(task, None)
-    if num_fewshot is not None:
-        shots = dict.fromkeys(shots, num_fewshot)
-    configs = {
-        task: (manager.task_index[task].cfg or {})
-        | ({} if number is None else {"num_fewshot": number})
-        for task, number in shots.items()
-    }
-    files: dict[str, dict[str, Path]] = {}
-    if data_dir:
-        files = _find_files(configs, data_dir, required=set(names))
-        configs = {task: configs[task] for task in files}
+    configs, files, means = _choose(names, data_dir, num_fewshot)
     tasks, data = {}, {}
     for task, config in configs.items():
         local = files.get(task, {})
-        tasks[task] = _load_task(task, config, local, manager)
+        tasks[task] = _load_task(task, config, local, _manager())
         split = _tested_split(config)
         data[task] = local[split].name if local else f"{config.get('dataset_path')}, {split}"
     return TaskSet(tasks, data, means)
@@ -353,6 +338,36 @@ def _counting_truncations() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(collector)
         logger.level, logger.propagate = before
+
+
+def _choose(names: Sequence[str], data_dir: Path | None, num_fewshot: int | None) -> _Chosen:
+    if find_spec("lm_eval") is None:
+        raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
+    if data_dir and not data_dir.is_dir():
+        raise ConfigError(f"the data directory {data_dir} does not exist")
+    manager = _manager()
+    means: dict[str, Suite] = {}
+    shots: dict[str, int | None] = {}
+    for name in names:
+        suite = SUITES.get(name)
+        if suite:
+            means |= _means(name, suite, manager)
+            shots |= dict.fromkeys(means[name].metrics, suite.num_fewshot)
+        else:
+            for task in _expand(name, manager):
+                shots.setdefault(task, None)
+    if num_fewshot is not None:
+        shots = dict.fromkeys(shots, num_fewshot)
+    configs = {
+        task: (manager.task_index[task].cfg or {})
+        | ({} if number is None else {"num_fewshot": number})
+        for task, number in shots.items()
+    }
+    files: dict[str, dict[str, Path]] = {}
+    if data_dir:
+        files = _find_files(configs, data_dir, required=set(names))
+        configs = {task: configs[task] for task in files}
+    return _Chosen(configs, files, means)
 
 
 def _words(name: str) -> list[str]:
