@@ -8,7 +8,7 @@ import csv
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -212,7 +212,9 @@ def run_tasks(
     make_lm: Any = huggingface.HFLM  # its decorators hide its signature
     simple_evaluate: Any = evaluator.simple_evaluate
     lm = make_lm(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
-    with _no_code_from_the_hub(), _counting_truncations() as truncations:
+    # The commit that lm-eval looks up is that of the current folder.
+    no_commit = _replaced(evaluator, "get_git_commit_hash", lambda: None)
+    with _no_code_from_the_hub(), no_commit, _counting_truncations() as truncations:
         results = simple_evaluate(
             lm, tasks=list(found.tasks.values()), limit=limit, log_samples=False
         )
@@ -300,7 +302,17 @@ def _manager() -> Any:
 
 
 @contextmanager
-def _no_code_from_the_hub() -> Iterator[None]:
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Have a module use something else for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _no_code_from_the_hub() -> AbstractContextManager[None]:
     """Refuse the metrics that the package evaluate would download as scripts and run."""
     import evaluate
 
@@ -310,11 +322,7 @@ def _no_code_from_the_hub() -> Iterator[None]:
             hint="leave out the task that needs it",
         )
 
-    load, evaluate.load = evaluate.load, refuse
-    try:
-        yield
-    finally:
-        evaluate.load = load
+    return _replaced(evaluate, "load", refuse)
 
 
 @contextmanager
