@@ -171,26 +171,21 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
     for name in recipe["table"]:
         measure = MEASURES[name]
         results = [row.get(measure.verb) for row in rows]
-        read, errors = (
-            [get(result) if result else {} for result in results]
-            for get in (measure.read, measure.errors)
-        )
+        read = [measure.read(result) if result else {} for result in results]
+        errors = [measure.errors(result) if result else {} for result in results]
         for header in dict.fromkeys(header for values in read for header in values):
             cells = [
                 (values[header], error.get(header, 0.0)) if header in values else None
                 for values, error in zip(read, errors, strict=True)
             ]
-            rivals = defaultdict(list)
-            for ratio, cell in zip(ratios, cells, strict=True):
-                if cell:
-                    rivals[ratio].append(cell)
+            places = list(zip(ratios, cells, strict=True))
             columns[header] = [
-                _cell(cell, rivals[ratio], measure) if cell else ""
-                for ratio, cell in zip(ratios, cells, strict=True)
+                _cell(cell, [c for r, c in places if c and r == ratio], measure) if cell else ""
+                for ratio, cell in places
             ]
     if any(row["error"] for row in rows):
-        errors = (" ".join((row["error"] or "").split()) for row in rows)
-        columns["failed"] = [error.replace("|", "\\|") for error in errors]
+        reasons = (" ".join((row["error"] or "").split()) for row in rows)
+        columns["failed"] = [reason.replace("|", "\\|") for reason in reasons]
     lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
