@@ -414,6 +414,11 @@ def test_evaluations_are_kept_and_an_edited_card_stays(
     assert str(tmp_path.parent) not in str(kept)
     assert all(f"{result['perplexity']:.2f}" in card.read_text() for result in kept)
     assert card.read_text().endswith("\nMine.\n")
+    (output / "eval" / "perplexity.json").write_text('[{"data": "of another version"}]')
+    code, out, err = run("eval", output, *a)
+    assert code == 0
+    assert f"{kept[0]['perplexity']:.3f}" in out
+    assert "the results are not kept" in err
 
 
 @pytest.mark.parametrize(

@@ -217,9 +217,16 @@ def cut_speeds(directory: Path) -> None:
     (directory / "eval" / "speed.json").write_text("[{")
 
 
+def old_perplexity(directory: Path) -> None:
+    (directory / "eval").mkdir()
+    result = {"data": "text", "seqlen": 8, "tokens": 7, "perplexity": 9.0, "base_perplexity": None}
+    (directory / "eval" / "perplexity.json").write_text(json.dumps([result]))
+
+
 @pytest.mark.parametrize(
     ("breakage", "arguments", "message", "hint"),
     [
+        (old_perplexity, (), "not as this version writes them", "measure again"),
         (remove_report, (), "has no pruning_report.json", "`slimgpt prune` or `slimgpt recover`"),
         (cut_report, (), "cannot read", "the file is broken"),
         (cut_speeds, (), "speed.json", "the file is broken"),

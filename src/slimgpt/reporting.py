@@ -67,15 +67,24 @@ def report(output: str | Path, **options: Any) -> Path:
             f"{directory} has no {REPORT_FILE}",
             hint="name a directory that `slimgpt prune` or `slimgpt recover` has written",
         )
-    page = _render(
-        pruning=pruning,
-        perplexity=_read(directory / PERPLEXITY_FILE) or [],
-        tasks=_read(directory / TASKS_FILE) or [],
-        speeds=_read(directory / SPEED_FILE) or [],
-        recovery=_read(directory / RECOVERY_FILE),
-        samples=_continuations(directory, config.against, config) if config.against else [],
-        config=config,
-    )
+    from jinja2 import UndefinedError
+
+    samples = _continuations(directory, config.against, config) if config.against else []
+    try:
+        page = _render(
+            pruning=pruning,
+            perplexity=_read(directory / PERPLEXITY_FILE) or [],
+            tasks=_read(directory / TASKS_FILE) or [],
+            speeds=_read(directory / SPEED_FILE) or [],
+            recovery=_read(directory / RECOVERY_FILE),
+            samples=samples,
+            config=config,
+        )
+    except (KeyError, UndefinedError) as err:
+        raise ConfigError(
+            f"the results in {directory} are not as this version writes them: {err}",
+            hint="remove what is in its folder eval, and measure again",
+        ) from err
     file = directory / PAGE_FILE
     with writing(file):
         write_atomically(file, page)
