@@ -153,6 +153,10 @@ def test_nothing_in_the_data_is_markup(slim: Path) -> None:
     (slim / "eval").mkdir()
     (slim / "eval" / "perplexity.json").write_text(json.dumps([result]))
     page = slimgpt.report(slim).read_text()
+    assert "in float32" not in page  # legends are short where nothing is to be told apart
+    results = [result, result | {"dtype": "bfloat16"}]
+    (slim / "eval" / "perplexity.json").write_text(json.dumps(results))
+    page = slimgpt.report(slim).read_text()
     assert "<script" not in page
     legend = "&lt;script&gt;alert(1)&lt;/script&gt;$x_1$ in float32"
     assert page.count(legend) == 2  # in two widths

@@ -216,12 +216,13 @@ def _figures(
             percent=True,
         ),
     }
+    compared = [result for result in perplexity if result["layer_errors"]]
+    label = "{0}, windows of {seqlen}"
+    if len({(result["base"], result["dtype"]) for result in compared}) > 1:
+        label += ", from {base} in {dtype}"
     distances = {
-        "{0}, windows of {seqlen}, from {base} in {dtype}".format(
-            short_name(result["data"]), **result
-        ): (depth, result["layer_errors"])
-        for result in perplexity
-        if result["layer_errors"]
+        label.format(short_name(result["data"]), **result): (depth, result["layer_errors"])
+        for result in compared
     }
     if distances:
         last = next(iter(distances.values()))[1][-1]
