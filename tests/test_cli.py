@@ -115,6 +115,11 @@ def test_recipe_gives_options_and_flags_go_first(
     code, _, err = run(*arguments)
     assert code == 2
     assert "did you mean 'schedule'?" in err
+    recipe.write_text("model: other\ngrid: {ratio: [0.2]}\n")
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "sets model, which belongs on the command line" in err
+    assert "slimgpt run" in err
 
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:

@@ -282,7 +282,14 @@ class _StderrHandler(logging.Handler):
 def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user has set: those of the recipe, then those of the flags."""
     flags = {name: value for name, value in options.items() if value is not None}
-    return (load_recipe(recipe) if recipe else {}) | flags
+    values = load_recipe(recipe) if recipe else {}
+    if arguments := values.keys() & {"model", "output", "restart"}:
+        names = ", ".join(sorted(arguments))
+        raise ConfigError(
+            f"the recipe {recipe} sets {names}, which belongs on the command line",
+            hint="a recipe with a grid is for `slimgpt run`",
+        )
+    return values | flags
 
 
 def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:

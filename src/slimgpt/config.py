@@ -347,7 +347,7 @@ class BenchConfig(_RuntimeOptions):
     new_tokens: int = Field(64, ge=2, description="Tokens to generate for each sequence.")
     warmup: int = Field(1, ge=0, description="Rounds that do not count.")
     repeats: int = Field(5, ge=1, description="Rounds that do.")
-    threads: PositiveInt | None = Field(None, description="CPU threads. Default: PyTorch's.")
+    threads: int | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's.")
     plot: str | None = Field(
         None, pattern=r"\.(png|svg|pdf)$", description="File for a plot: .png, .svg or .pdf."
     )
