@@ -127,6 +127,10 @@ def test_gguf_files_run_as_they_are(run: Run, tiny_checkpoint: Checkpoint, tmp_p
     assert result["costs"][0]["disk_bytes"] == file.stat().st_size
     assert result["costs"][0]["dtype"] == "F16"
     assert result["versions"]["xllamacpp"]
+    against = ("--against", tiny_checkpoint("llama"))
+    code, _, err = run("bench", file, *against, "--engine", "llamacpp", *QUICK)
+    assert code == 2
+    assert "would run in different precisions" in err
     arguments = ("--engine", "llamacpp", "--dtype", "float16", *QUICK)
     code, _, err = run("bench", file, *arguments)
     assert code == 2

@@ -14,7 +14,8 @@ from conftest import Run, make_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from slimgpt import data, model
+import slimgpt
+from slimgpt import data, evaluation, model
 from slimgpt.config import PRESETS, EvalConfig, PruneConfig, RecoverConfig, ReportConfig
 
 PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
@@ -384,6 +385,88 @@ def test_eval_against_another_vocabulary(
     assert code == 2
     assert "different vocabularies (320 and 400 tokens)" in err
     assert "loading" not in err
+
+
+def test_eval_against_another_precision(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(tiny_checkpoint("llama"), half)
+    edit_config(half, dtype="bfloat16")
+    data = ("--data", "pydocs", "--seqlen", "16", "--max-tokens", "64")
+    arguments = ("eval", tiny_checkpoint("llama"), "--against", half, *data)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert f"{half} in bfloat16" in err
+    assert "--dtype" in err
+    assert run(*arguments, "--dtype", "float32")[0] == 0
+
+
+def test_perplexity_is_kept_before_tasks_run(
+    run: Run,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "slim"
+    run("prune", tiny_checkpoint("llama"), "--output", output, *PRUNE_OPTIONS)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "load_tasks", lambda *args: True)
+    monkeypatch.setattr(evaluation, "run_tasks", fail)
+    arguments = ("--data", "pydocs", "--seqlen", "16", "--max-tokens", "64", "--tasks", "piqa")
+    assert run("eval", output, *arguments)[0] != 0
+    assert len(json.loads((output / "eval" / "perplexity.json").read_text())) == 1
+
+
+def test_results_of_an_exported_file_are_not_those_of_the_checkpoint(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "slim"
+    run("prune", tiny_checkpoint("llama"), "--output", output, *PRUNE_OPTIONS, "--uniform")
+    file = slimgpt.export(str(output)).output
+    assert file.parent == output
+    before = (output / "README.md").read_text()
+    data = ("--data", "pydocs", "--seqlen", "16", "--max-tokens", "64")
+    assert run("eval", file, *data)[0] == 0
+    assert not (output / "eval").exists()
+    assert (output / "README.md").read_text() == before
+
+
+def test_names_with_brackets(
+    run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "a[half][/b]"
+    code, out, _ = run("prune", tiny_checkpoint("llama"), "--output", output, *PRUNE_OPTIONS)
+    assert code == 0
+    assert f"the pruned model is in {output}" in out
+
+
+def test_given_layer_ratios_are_in_the_card(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32}
+    output = tmp_path / "slim"
+    slimgpt.prune(str(tiny_checkpoint("llama")), output, layer_ratios=(0.0, 0.5), **options)
+    card = (output / "README.md").read_text()
+    assert "| Layer ratios | given: 0.0%, 50.0% of the first blocks; the others are whole |" in card
+
+
+def test_broken_report(run: Run, tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint("llama"), broken)
+    (broken / "pruning_report.json").write_text("{")
+    for arguments in (
+        ("inspect", broken),
+        ("export", broken),
+        ("recover", broken, "--output", tmp_path / "out", "--method", "distill"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert "cannot read" in err
+        assert "pruning_report.json" in err
 
 
 def test_outputs_that_are_not_finite(

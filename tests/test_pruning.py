@@ -148,8 +148,43 @@ def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) ->
         "mean",
         "log",
     )
+    given: dict[str, set[object]] = {}
+
+    def spy(name: str, *positions: int) -> None:
+        solve = getattr(obs, name)
+
+        def call(*args: object) -> object:
+            given.setdefault(name, set()).add(tuple(args[i] for i in positions))
+            return solve(*args)
+
+        monkeypatch.setattr(obs, name, call)
+
+    spy("prepare", 2, 3)
+    spy("eliminate_units", 4)
+    spy("eliminate_channel_groups", 3, 4)
     monkeypatch.delattr(obs, "eliminate_channels")
     prune_blocks(make_tiny_model("llama"), sample_tokens(), WIDTHS, config)
+    assert given == {
+        "prepare": {(0.01, "mean")},
+        "eliminate_units": {("diagonal",)},
+        "eliminate_channel_groups": {(4, 1024)},
+    }
+
+
+def test_the_seed_and_the_text_field_choose_the_samples(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    records = [{"text": f"Word {i}. " * 40, "body": f"{i} other things; " * 40} for i in range(40)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = OPTIONS | {"calibration": str(file), "ratio": 0.3}
+    errors = set()
+    for name, changed in (("a", {}), ("b", {"seed": 1}), ("c", {"text_field": "body"})):
+        report = slimgpt.prune(
+            str(tiny_checkpoint("llama")), tmp_path / name, **options | changed
+        ).report
+        errors.add(report["blocks"][-1]["ffn"]["error"])
+    assert len(errors) == 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,6 +1,7 @@
 """Training of pruned models: what is trained on, merged, resumed and written."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import slimgpt
 from slimgpt import recovery
+from slimgpt.config import RecoverConfig
 from slimgpt.data import IGNORED
 from slimgpt.errors import ConfigError, MissingDependencyError, NumericalError, RunStateError
 from slimgpt.run import STATE_DIR
@@ -127,6 +129,34 @@ def test_curves(slim: Path, data: str, tmp_path: Path) -> None:
     metrics = [json.loads(line) for line in lines]
     assert [[m["step"], m["loss"]] for m in metrics if "loss" in m] == report["train_loss"]
     assert [m["step"] for m in metrics if "perplexity" in m] == [0, 2, 4, 6, 8, 9]
+    rates = [m["learning_rate"] for m in metrics if "loss" in m]
+    peak, cosine = OPTIONS["learning_rate"], [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]
+    assert rates == pytest.approx([0, *(peak * part for part in cosine)])
+
+
+def test_defaults_are_those_of_the_paper(slim: Path, data: str, tmp_path: Path) -> None:
+    """24 examples in steps of 4, half an epoch: 3 steps."""
+    seen: list[dict[str, Any]] = []
+    write = recovery._write
+
+    def look(opened: Any, *args: Any) -> None:
+        (file,) = opened.state.glob("checkpoint-*/adapter_config.json")
+        seen.append(json.loads(file.read_text()))
+        write(opened, *args)
+
+    few = {"eval_data": "pydocs", "eval_tokens": 256, "batch_size": 4, "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "_write", look)
+        report = slimgpt.recover(str(slim), tmp_path / "out", data=data, epochs=0.5, **few).report
+    assert report["steps"] == 3
+    (adapters,) = seen
+    assert (adapters["r"], adapters["lora_alpha"], adapters["lora_dropout"]) == (8, 16, 0.05)
+    assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} == set(
+        adapters["target_modules"]
+    )
+    defaults = RecoverConfig.create()
+    assert (defaults.learning_rate, defaults.warmup_steps, defaults.epochs) == (1e-4, 10, 1)
+    assert (defaults.batch_size, defaults.seqlen) == (64, 256)
 
 
 def test_micro_batches_do_not_change_the_result(slim: Path, data: str, tmp_path: Path) -> None:

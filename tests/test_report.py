@@ -54,7 +54,7 @@ def measured(
         lambda results: [r.update(layer_errors=[0.01, 0.02, 0.04, 0.08]) for r in results],
     )
     task = TaskResult(
-        "piqa", "acc", 0.512, 0.011, 1838, 0, "piqa_valid.jsonl", "0.4.13, task version 1.0",
+        "piqa", "acc", 0.512, 0.011, True, 1838, 0, "piqa_valid.jsonl", "0.4.13, task version 1.0",
         model="slim", base="llama", dtype="float32", base_value=0.641, base_stderr=0.012,
     )  # fmt: skip
     (slim / "eval" / "tasks.json").write_text(json.dumps([asdict(task)]))

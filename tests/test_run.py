@@ -461,8 +461,17 @@ def test_what_cannot_fit_is_refused_with_numbers(
     assert not output.exists()
 
 
-def test_restart_removes_what_was_published_with_its_folders(tmp_path: Path) -> None:
+def test_restart_removes_what_was_published_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
+    rename = Path.rename
+
+    def all_but_the_last(path: Path, target: Path) -> Path:
+        if target == output / "config.json":
+            raise InterruptionError
+        return rename(path, target)
+
     with open_run(output) as run:
         run.identify({}, restart=False)
         run.block_file(0).touch()
@@ -470,7 +479,48 @@ def test_restart_removes_what_was_published_with_its_folders(tmp_path: Path) -> 
             (directory / "runs").mkdir()
             (directory / "runs" / "events").touch()
             (directory / "config.json").touch()
-        (run.state / "result" / "runs").rename(output / "runs")
+        monkeypatch.setattr(Path, "rename", all_but_the_last)
+        with pytest.raises(InterruptionError):
+            run.publish()
+        monkeypatch.undo()
+    assert (output / "runs" / "events").exists()
+    (output / "slurm.out").touch()
+    (output / "notes").mkdir()
     with open_run(output) as run:
         run.identify({"ratio": 0.3}, restart=True)
-        assert [path.name for path in output.iterdir()] == [STATE_DIR]
+        assert {path.name for path in output.iterdir()} == {STATE_DIR, "slurm.out", "notes"}
+
+
+def test_a_run_that_had_not_begun_gives_way_and_leaves_other_files(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "slim"
+    (output / STATE_DIR).mkdir(parents=True)  # as a kill before the first block leaves it
+    (output / STATE_DIR / "manifest.json").write_text('{"ratio": 0.1}')
+    (output / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="no data file"):
+        slimgpt.prune(str(tiny_checkpoint("llama")), output, calibration="none.txt")
+    assert (output / "notes.txt").exists()
+    slimgpt.prune(str(tiny_checkpoint("llama")), output, **OPTIONS)
+    assert (output / "notes.txt").exists()
+    assert (output / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "work"),
+    [({"calibration": "self"}, "sample_from_model"), ({"method": "taylor"}, "load_model")],
+)
+def test_what_was_computed_before_the_first_block_is_kept(
+    options: dict[str, str],
+    work: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    fail_at_block(0, InterruptionError(), monkeypatch)
+    with pytest.raises(InterruptionError):
+        slimgpt.prune(model, output, **OPTIONS | options)
+    monkeypatch.undo()
+    monkeypatch.delattr(pruning, work)
+    slimgpt.prune(model, output, **OPTIONS | options)

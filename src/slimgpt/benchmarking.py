@@ -34,9 +34,11 @@ from slimgpt.model import (
     Source,
     build_skeleton,
     cannot_load,
+    check_same_dtype,
     find_device,
     find_model,
     load_config,
+    stored_dtype,
 )
 from slimgpt.run import replacing, writing
 from slimgpt.weights import weight_files
@@ -233,6 +235,7 @@ def bench(model: str, **options: Any) -> BenchResult:
             _prepare(source, config, Path(scratch) / f"{index}.gguf")
             for index, source in enumerate(sources)
         ]
+        _check_types(subjects)
         _check_lengths(subjects, config)
         workers = []
         for subject in subjects:
@@ -261,7 +264,7 @@ def bench(model: str, **options: Any) -> BenchResult:
         ideal_prefill=costs[1].block_bytes / costs[0].block_bytes if config.against else None,
         ideal_decode=costs[1].step_bytes / costs[0].step_bytes if config.against else None,
     )
-    keep_results(Path(sources[0].location), SPEED_FILE, [result], _protocol)
+    keep_results(sources[0].directory, SPEED_FILE, [result], _protocol)
     if config.plot:
         _plot(result, Path(config.plot))
     return result
@@ -352,25 +355,14 @@ def _resolve_dtype(sources: Sequence[Source], config: BenchConfig) -> str:
                 hint="leave out --dtype; `slimgpt export --type` writes a file of another type",
             )
         return config.dtype
-    dtypes = {source.name: _stored_dtype(source) for source in loaded}
-    if len(set(dtypes.values())) > 1:
-        found = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
-        raise ConfigError(
-            f"the models are stored in different precisions: {found}",
-            hint="choose one for both, for example --dtype float32",
-        )
-    dtype = next(iter(dtypes.values()), "auto")
+    check_same_dtype(loaded)
+    dtype = stored_dtype(loaded[0]) if loaded else "auto"
     if loaded and config.engine == "llamacpp" and dtype not in _GGUF_TYPES:
         raise ConfigError(
             f"the models are stored in {dtype}, in which llama.cpp does not run them",
             hint="choose another one, for example --dtype float32",
         )
     return dtype
-
-
-def _stored_dtype(source: Source) -> str:
-    stored: Any = None if source.gguf_file else load_config(source).dtype
-    return str(stored or torch.float32).removeprefix("torch.")
 
 
 def _prepare(source: Source, config: BenchConfig, converted: Path) -> _Subject:
@@ -428,6 +420,15 @@ def _prepare_gguf(source: Source, config: BenchConfig, converted: Path) -> _Subj
 
 def _total_size(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files)
+
+
+def _check_types(subjects: Sequence[_Subject]) -> None:
+    if len({subject.dtype for subject in subjects}) > 1:
+        found = " and ".join(f"{subject.name} in {subject.dtype}" for subject in subjects)
+        raise ConfigError(
+            f"the models would run in different precisions: {found}",
+            hint="`slimgpt export --type` writes GGUF files of one type",
+        )
 
 
 def _check_lengths(subjects: Sequence[_Subject], config: BenchConfig) -> None:

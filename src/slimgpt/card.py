@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from slimgpt.errors import ConfigError
 from slimgpt.run import write_atomically
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ SlimGPT {version}: whole key/value groups of attention and whole FFN channels ar
 | Removed of the prunable block parameters, asked for | {target_ratio:.2%} |
 | Removed of the prunable block parameters, in fact | {block_ratio:.2%} |
 | Removed of all parameters, embeddings included | {total_ratio:.2%} |
-| Layer ratios | {schedule}, {first_ratio:.1%} in the first block to {last_ratio:.1%} in the last |
+| Layer ratios | {layer_ratios} |
 | Calibration | {data}, {nsamples} × {seqlen} tokens, seed {seed} |
 | Method | {method} |
 
@@ -89,6 +90,22 @@ learning rate {learning_rate:g}, {seqlen} tokens per example. Perplexity on {hel
 """
 
 
+def read_json(file: Path) -> Any:
+    """Read a report or results.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"cannot read {file}: {err}", hint="the file is broken: write it again, or remove it"
+        ) from None
+
+
 def write_card(directory: Path) -> None:
     """Write ``README.md`` from ``pruning_report.json`` and, if there is one, the recovery report.
 
@@ -97,7 +114,7 @@ def write_card(directory: Path) -> None:
     directory : Path
         Of a pruned model.
     """
-    report = json.loads((directory / REPORT_FILE).read_text(encoding="utf-8"))
+    report = read_json(directory / REPORT_FILE)
     config, calibration = report["config"], report["calibration"]
     uniform, base = config["uniform"], report["base_model"]
     is_ours = config["method"] == "slimgpt"
@@ -105,15 +122,14 @@ def write_card(directory: Path) -> None:
         **{key: report[key] for key in ("params_before", "params_after")},
         **{key: report[key] for key in ("target_ratio", "block_ratio", "total_ratio")},
         **{key: calibration[key] for key in ("data", "nsamples", "seqlen")},
-        **{key: config[key] for key in ("schedule", "seed")},
+        seed=config["seed"],
+        layer_ratios=_layer_ratios(config, report["layer_ratios"]),
         rest=_REST if is_ours else _REST_OF_OTHERS.format(**config),
         method=_METHOD.format(**config) if is_ours else config["method"],
         hub_base=f"base_model: {base}\n" if "/" in base else "",
         percent=round(100 * report["target_ratio"], 4),
         base_name=base,
         version=report["versions"]["slimgpt"],
-        first_ratio=report["layer_ratios"][0],
-        last_ratio=report["layer_ratios"][-1],
         trust="" if uniform else ", trust_remote_code=True",
         why="" if uniform else _WHY,
         recovery=_recovery(directory / RECOVERY_FILE),
@@ -126,10 +142,19 @@ def write_card(directory: Path) -> None:
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
+def _layer_ratios(config: dict[str, Any], ratios: Sequence[float]) -> str:
+    if given := config["layer_ratios"]:
+        percents = ", ".join(f"{ratio:.1%}" for ratio in ratios[: len(given)])
+        return f"given: {percents} of the first blocks; the others are whole"
+    return (
+        f"{config['schedule']}, {ratios[0]:.1%} in the first block to {ratios[-1]:.1%} in the last"
+    )
+
+
 def _recovery(file: Path) -> str:
     if not file.is_file():
         return ""
-    report = json.loads(file.read_text(encoding="utf-8"))
+    report = read_json(file)
     config, curve = report["config"], report["held_out_perplexity"]
     return _RECOVERY.format(
         **{key: report[key] for key in ("steps", "data", "held_out")},
@@ -141,7 +166,7 @@ def _recovery(file: Path) -> str:
 
 
 def keep_results(
-    directory: Path,
+    directory: Path | None,
     name: str,
     results: Sequence[Any],
     protocol: Callable[[dict[str, Any]], Hashable],
@@ -150,8 +175,8 @@ def keep_results(
 
     Parameters
     ----------
-    directory : Path
-        Of the model. In one without ``pruning_report.json`` nothing is kept.
+    directory : Path or None
+        Of the model. Without one, and in one without ``pruning_report.json``, nothing is kept.
     name : str
         File in it: a JSON list of all results.
     results : sequence of dataclass instances
@@ -159,16 +184,16 @@ def keep_results(
     protocol : callable
         Of a result as JSON: what it has in common with older ones that it takes the place of.
     """
-    if not results or not (directory / REPORT_FILE).is_file():
+    if not results or directory is None or not (directory / REPORT_FILE).is_file():
         return
     file = directory / name
     try:
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        kept = read_json(file) if file.is_file() else []
         by_protocol = {protocol(result): result for result in [*kept, *map(asdict, results)]}
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
         _update_card(directory)
-    except (OSError, ValueError, KeyError) as err:  # results of another version may lack a key
+    except (OSError, ConfigError, KeyError) as err:  # results of another version may lack a key
         log.warning("the results are not kept in %s: %r", directory, err)
 
 
@@ -186,7 +211,7 @@ def _update_card(directory: Path) -> None:
         before, found_start, rest = new.partition(start)
         _, found_end, after = rest.partition(end)
         if found_start and found_end and (directory / file).is_file():
-            results = json.loads((directory / file).read_text(encoding="utf-8"))
+            results = read_json(directory / file)
             new = f"{before}{start}\n{make_table(results)}\n{end}{after}"
     if new != card:
         write_atomically(directory / CARD_FILE, new)

@@ -41,8 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Structured pruning of large language models: smaller dense checkpoints that load.",
 )
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, markup=False)
+stderr = Console(stderr=True, highlight=False, markup=False)
 log = logging.getLogger("slimgpt")
 
 Model = Annotated[
@@ -206,7 +206,7 @@ def run_recipe(
     if as_json:
         _emit(result.report, (), as_json=True)
     else:
-        stdout.print(result.markdown, markup=False, soft_wrap=True)
+        stdout.print(result.markdown, soft_wrap=True)
         stdout.print(f"the results are in {result.output}", soft_wrap=True)
     if result.errors:
         raise SlimGPTError(
@@ -239,9 +239,9 @@ def main() -> None:
     except SlimGPTError as err:
         if log.isEnabledFor(logging.DEBUG):
             traceback.print_exc()
-        stderr.print(f"error: {err}", style="red", markup=False, soft_wrap=True)
+        stderr.print(f"error: {err}", style="red", soft_wrap=True)
         if err.hint:
-            stderr.print(f"\nhint: {err.hint}", markup=False, soft_wrap=True)
+            stderr.print(f"\nhint: {err.hint}", soft_wrap=True)
         sys.exit(err.exit_code)
     except Exception as err:
         if log.isEnabledFor(logging.DEBUG):
@@ -252,8 +252,8 @@ def main() -> None:
         else:
             message = f"internal error: {type(err).__name__}: {err}"
             hint = "this is a fault of slimgpt; `slimgpt --debug …` shows where"
-        stderr.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
-        stderr.print(f"\nhint: {hint}", markup=False, soft_wrap=True)
+        stderr.print(f"error: {message}", style="red", soft_wrap=True)
+        stderr.print(f"\nhint: {hint}", soft_wrap=True)
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -276,7 +276,7 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         text = f"warning: {record.getMessage()}" if warning else record.getMessage()
-        stderr.print(text, style="yellow" if warning else None, markup=False, soft_wrap=True)
+        stderr.print(text, style="yellow" if warning else None, soft_wrap=True)
 
 
 def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:

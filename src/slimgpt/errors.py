@@ -41,6 +41,10 @@ class RunStateError(SlimGPTError):
     """The output directory is not in the state that the command needs."""
 
 
+class OtherRunError(RunStateError):
+    """The output directory holds an interrupted run with other options or inputs."""
+
+
 class ExportError(SlimGPTError):
     """The other format cannot hold the model, or its engine would compute something else."""
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,13 @@ from slimgpt.card import PERPLEXITY_FILE, TASKS_FILE, keep_results
 from slimgpt.config import EvalConfig
 from slimgpt.data import check_dataset, describe_dataset, evaluation_tokens
 from slimgpt.errors import DataError, NumericalError
-from slimgpt.model import check_same_vocabulary, find_model, load_model, load_tokenizer
+from slimgpt.model import (
+    check_same_dtype,
+    check_same_vocabulary,
+    find_model,
+    load_model,
+    load_tokenizer,
+)
 from slimgpt.tasks import Score, load_tasks, run_tasks
 
 log = logging.getLogger(__name__)
@@ -155,6 +160,8 @@ def evaluate(model: str, **options: Any) -> Evaluation:
     tokenizer = load_tokenizer(source)
     if base_source and config.data:
         check_same_vocabulary(source, base_source)
+    if base_source and config.dtype == "auto":
+        check_same_dtype([source, base_source])
     texts = {
         name: evaluation_tokens(name, tokenizer, config.max_tokens, config.text_field)
         for name in config.data
@@ -193,6 +200,7 @@ def evaluate(model: str, **options: Any) -> Evaluation:
                     layer_errors=losses.layer_errors,
                 )
             )
+    keep_results(source.directory, PERPLEXITY_FILE, perplexity, TEXT_PROTOCOL)
     scores: list[TaskResult] = []
     if tasks:
         size = config.limit, config.batch_size
@@ -209,9 +217,7 @@ def evaluate(model: str, **options: Any) -> Evaluation:
             )
             for score, other in zip(ours, theirs, strict=True)
         ]
-    directory = Path(source.location)
-    keep_results(directory, PERPLEXITY_FILE, perplexity, TEXT_PROTOCOL)
-    keep_results(directory, TASKS_FILE, scores, TASK_PROTOCOL)
+    keep_results(source.directory, TASKS_FILE, scores, TASK_PROTOCOL)
     return Evaluation(tuple(perplexity), tuple(scores))
 
 

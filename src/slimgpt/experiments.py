@@ -9,10 +9,10 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import partial, reduce
 from hashlib import sha256
 from importlib.util import find_spec
 from itertools import product
@@ -23,7 +23,7 @@ import torch
 from torch.distributed import is_torchelastic_launched
 
 from slimgpt.benchmarking import bench
-from slimgpt.card import CARD_FILE, RECOVERY_FILE, REPORT_FILE
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE, read_json
 from slimgpt.config import (
     VERBS,
     EvalConfig,
@@ -34,7 +34,13 @@ from slimgpt.config import (
     load_recipe,
 )
 from slimgpt.data import check_dataset, describe_dataset
-from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError, SlimGPTError
+from slimgpt.errors import (
+    ConfigError,
+    MissingDependencyError,
+    OtherRunError,
+    RunStateError,
+    SlimGPTError,
+)
 from slimgpt.evaluation import evaluate
 from slimgpt.model import find_model
 from slimgpt.pruning import check_inputs, plan, prune
@@ -43,6 +49,7 @@ from slimgpt.rendering import SHOWN, describe, draw, to_markdown
 from slimgpt.run import (
     Run,
     describe_file,
+    locked,
     machine,
     replacing,
     reset_peak_memory,
@@ -55,6 +62,10 @@ from slimgpt.tasks import check_tasks
 log = logging.getLogger(__name__)
 
 DENSE_LACKS = {"prune", "recover"}
+LOCK_FILE = ".lock"
+# Options that may name a local file or folder, and what of a model's folder is the model.
+_PATHS = {"calibration", "data", "eval_data", "data_dir", "against", "teacher"}
+_MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,28 @@ def run_recipe(
     with writing(directory):
         for folder in ("steps", "models"):
             (directory / folder).mkdir(parents=True, exist_ok=True)
+        lock = locked(directory / LOCK_FILE, directory)
+    try:
+        rows = _run(cells, directory, keep_models)
+        report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
+        table, numbers, figure = (f"{Path(recipe).stem}.{kind}" for kind in ("md", "json", "svg"))
+        result = RecipeResult(directory, report, to_markdown(report, figure))
+        with suppress(OSError):  # that it is not empty
+            (directory / "models").rmdir()
+        with writing(directory):
+            if config.figure:
+                with replacing(directory / figure) as temporary:
+                    draw(report, temporary)
+            write_atomically(directory / numbers, json.dumps(report, indent=1) + "\n")
+            write_atomically(directory / table, result.markdown)
+        return result
+    finally:
+        (directory / LOCK_FILE).unlink()  # while it is held: who comes next has another one
+        lock.release()
+
+
+def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict[str, Any]]:
+    """Do what each cell needs; one that fails has an error in place of its results."""
     rows = []
     for index, cell in enumerate(cells):
         log.info("cell %d/%d: %s", index + 1, len(cells), describe(cell.labels))
@@ -183,18 +216,7 @@ def run_recipe(
                 for model in _Work(cell, directory).models().difference(*later):
                     shutil.rmtree(model, ignore_errors=True)
         rows.append(row)
-    report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
-    table, numbers, figure = (f"{Path(recipe).stem}.{kind}" for kind in ("md", "json", "svg"))
-    result = RecipeResult(directory, report, to_markdown(report, figure))
-    with suppress(OSError):  # that it is not empty
-        (directory / "models").rmdir()
-    with writing(directory):
-        if config.figure:
-            with replacing(directory / figure) as temporary:
-                draw(report, temporary)
-        write_atomically(directory / numbers, json.dumps(report, indent=1) + "\n")
-        write_atomically(directory / table, result.markdown)
-    return result
+    return rows
 
 
 def read_recipe(file: Path, small: bool = False) -> RecipeConfig:
@@ -367,7 +389,7 @@ class _Work:
         cell = self.cell
         steps: dict[str, Callable[[], dict[str, Any]]] = {
             "prune": self._prune,
-            "recover": lambda: _read_json(Path(self._product(), RECOVERY_FILE)),
+            "recover": lambda: read_json(Path(self._product(), RECOVERY_FILE)),
             "evaluate": lambda: asdict(evaluate(self._product(), **cell.evaluate or {})),
             "bench": lambda: asdict(bench(self._product(), **cell.bench or {})),
         }
@@ -382,7 +404,7 @@ class _Work:
                 result = _filled_in(place | step(), no_folder)
                 with writing(self.directory):
                     write_atomically(file, json.dumps(result, indent=1) + "\n")
-            results[verb] = _read_json(file)
+            results[verb] = read_json(file)
         return results
 
     def models(self) -> set[Path]:
@@ -394,7 +416,7 @@ class _Work:
         if self.cell.is_dense:
             return asdict(plan(self.cell.model, **self.cell.prune))
         is_peak_of_run = reset_peak_memory()
-        report = _read_json(Path(self._pruned(), REPORT_FILE))
+        report = read_json(Path(self._pruned(), REPORT_FILE))
         del report["blocks"]  # all that was removed, at length
         return report if is_peak_of_run else report | {"peak_memory_bytes": None}
 
@@ -402,18 +424,25 @@ class _Work:
         """The pruned model, which is made if it is not there."""
         if self.cell.is_dense:
             return self.cell.model
-        output = self._model("prune")
-        if not Run(output).is_published:
-            prune(self.cell.model, output, **self.cell.prune)
-        return str(output)
+        return self._made("prune", partial(prune, self.cell.model, **self.cell.prune))
 
     def _product(self) -> str:
         """The model that is measured, which is made if it is not there."""
         if self.cell.recover is None:
             return self._pruned()
-        output = self._model("recover")
+        options = self.cell.recover
+        return self._made(
+            "recover",
+            lambda output, **state: recover(self._pruned(), output, **options, **state),
+        )
+
+    def _made(self, verb: str, make: Callable[..., Any]) -> str:
+        output = self._model(verb)
         if not Run(output).is_published:
-            recover(self._pruned(), output, **self.cell.recover)
+            try:
+                make(output=output)
+            except OtherRunError:  # of files or a device that have changed since
+                make(output=output, restart=True)
         return str(output)
 
     def _model(self, verb: str) -> Path:
@@ -427,7 +456,8 @@ class _Work:
             options = getattr(self.cell, name)
             if options is not None:
                 values = VERBS[name].create(**options).model_dump(mode="json")
-                depends.append({name: values, "files": _files(values.values())})
+                files = _files(value for option, value in values.items() if option in _PATHS)
+                depends.append({name: values, "files": files})
             if name == verb:
                 break
         return _hash(depends)
@@ -448,15 +478,11 @@ def _files(values: Iterable[Any]) -> list[str]:
 def _contents(path: Path) -> Iterable[Path]:
     if path.is_file():
         return [path]
-    if (path / "config.json").is_file():  # a model, to which evaluations add their results
-        return [file for file in path.iterdir() if file.name != CARD_FILE]
+    if (path / "config.json").is_file():  # a model, to which other verbs add what they make of it
+        return [file for file in path.iterdir() if file.suffix in _MODEL_FILES]
     return path.rglob("*")
 
 
 def _machine() -> str:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return ", ".join([machine(), f"{os.cpu_count()} CPUs", *gpus])
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))

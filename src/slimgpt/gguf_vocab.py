@@ -12,9 +12,9 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField, SpecialVoca
 from gguf.constants import Keys
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from slimgpt.card import REPORT_FILE
+from slimgpt.card import REPORT_FILE, read_json
 from slimgpt.errors import ExportError, MissingDependencyError
-from slimgpt.model import SMOLLM2_ALIAS, Source, find_model, load_tokenizer
+from slimgpt.model import SMOLLM2_ALIAS, Source, find_file, find_model, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
 
 log = logging.getLogger(__name__)
@@ -70,10 +70,10 @@ def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
 def _original_gguf(source: Source) -> Path | None:
     """The GGUF file that a checkpoint is; the embedded one if it was made from that."""
     if not source.gguf_file:
-        report = Path(source.location) / REPORT_FILE
-        if not report.is_file():
+        report = find_file(source, REPORT_FILE)
+        if report is None:
             return None
-        if json.loads(report.read_text(encoding="utf-8"))["base_model"] != SMOLLM2_ALIAS:
+        if read_json(report)["base_model"] != SMOLLM2_ALIAS:
             return None
         try:
             source = find_model(SMOLLM2_ALIAS)

@@ -1,14 +1,13 @@
 """What a model consists of: widths and parameters of every block, without loading weights."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from slimgpt.card import REPORT_FILE
+from slimgpt.card import REPORT_FILE, read_json
 from slimgpt.families import bind, decoder_of
-from slimgpt.model import build_skeleton, find_model, load_config
+from slimgpt.model import build_skeleton, find_file, find_model, load_config
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,14 @@ def inspect(model: str) -> ModelSummary:
     }
     params["norm"] = total - sum(params.values())
     params["total"] = total
-    cost = _pruning_cost(Path(source.location) / REPORT_FILE)
+    cost = _pruning_cost(find_file(source, REPORT_FILE))
     return ModelSummary(model, config.model_type, head_dim, tuple(blocks), params, cost)
 
 
-def _pruning_cost(report: Path) -> PruningCost | None:
-    if not report.is_file():
+def _pruning_cost(report: Path | None) -> PruningCost | None:
+    if report is None:
         return None
-    values = json.loads(report.read_text(encoding="utf-8"))
+    values = read_json(report)
     return PruningCost(values["seconds"], values["peak_memory_bytes"])
 
 

@@ -4,7 +4,7 @@ import logging
 import re
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,6 +73,12 @@ class Source:
     def kwargs(self) -> dict[str, str]:
         """What ``from_pretrained`` needs beside the location."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def directory(self) -> Path | None:
+        """The checkpoint's own directory; None on the hub, and for a GGUF file, which is alone."""
+        path = Path(self.location)
+        return path if path.is_dir() and not self.gguf_file else None
 
     @property
     def title(self) -> str:
@@ -228,17 +234,52 @@ def load_generation_config(source: Source, config: PreTrainedConfig) -> Generati
     ConfigError
         If they cannot be read.
     """
+    if find_file(source, GENERATION_CONFIG_NAME) is None:
+        return GenerationConfig.from_model_config(config)
     try:
-        found = not source.gguf_file and cached_file(
-            source.location,
-            GENERATION_CONFIG_NAME,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if found:
-            return GenerationConfig.from_pretrained(source.location)
+        return GenerationConfig.from_pretrained(source.location)
     except LOAD_ERRORS as err:
         raise cannot_load(f"the generation config of {source.name}", err) from err
-    return GenerationConfig.from_model_config(config)
+
+
+def find_file(source: Source, name: str) -> Path | None:
+    """Find a file of a checkpoint in its directory or on the hub; None where it has none.
+
+    Raises
+    ------
+    ConfigError
+        If the hub cannot be reached.
+    """
+    if source.gguf_file:
+        return None
+    try:
+        found = cached_file(source.location, name, _raise_exceptions_for_missing_entries=False)
+    except LOAD_ERRORS as err:
+        raise cannot_load(f"{name} of {source.name}", err) from err
+    return Path(found) if found else None
+
+
+def stored_dtype(source: Source) -> str:
+    """Precision in which a checkpoint is stored; float32 for GGUF, which is dequantised."""
+    stored: Any = None if source.gguf_file else load_config(source).dtype
+    return str(stored or torch.float32).removeprefix("torch.")
+
+
+def check_same_dtype(sources: Sequence[Source]) -> None:
+    """Check that models that are compared are stored in one precision.
+
+    Raises
+    ------
+    ConfigError
+        If they are not.
+    """
+    dtypes = {source.name: stored_dtype(source) for source in sources}
+    if len(set(dtypes.values())) > 1:
+        found = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+        raise ConfigError(
+            f"the models are stored in different precisions: {found}",
+            hint="choose one for both, for example --dtype float32",
+        )
 
 
 def check_same_vocabulary(source: Source, base: Source) -> None:

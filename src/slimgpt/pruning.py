@@ -50,6 +50,8 @@ from slimgpt.model import (
     usable_seqlen,
 )
 from slimgpt.run import (
+    GENERATED_FILE,
+    SCORES_FILE,
     STATE_DIR,
     Run,
     describe_file,
@@ -247,10 +249,11 @@ def _samples(
     config: PruneConfig,
 ) -> Tensor:
     """The calibration samples: those of the interrupted run, or new ones."""
-    file = run.state / "samples.safetensors"
+    is_generated = config.calibration == SELF
+    file = run.state / (GENERATED_FILE if is_generated else "samples.safetensors")
     if not file.exists():
         draw = (tokenizer, config.nsamples, seqlen, config.seed)
-        if config.calibration == SELF:
+        if is_generated:
             samples = sample_from_model(load_model(source, config.dtype, config.device), *draw)
         else:
             samples = calibration_tokens(config.calibration, *draw, text_field=config.text_field)
@@ -265,7 +268,7 @@ def _scores(
     """Scores that come from the model as a whole, if the method has such."""
     if config.method not in GLOBAL_SCORES:
         return []
-    file = run.state / "scores.safetensors"
+    file = run.state / SCORES_FILE
     if not file.exists():
         model = streamed.skeleton
         if config.method in NEEDS_GRADIENTS:
@@ -297,6 +300,8 @@ def _footprint(
     ]
     solvers = [solver_bytes(o.out_features, o.in_features, removed) for o, removed in outputs]
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
+    if config.calibration == SELF:
+        whole = planned.params_before * size
     if config.method in NEEDS_GRADIENTS:
         whole = 2 * planned.params_before * torch.float32.itemsize
     return estimate(

@@ -38,7 +38,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE, read_json, write_card
 from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data import (
     IGNORED,
@@ -55,6 +55,7 @@ from slimgpt.model import (
     Source,
     check_same_vocabulary,
     find_device,
+    find_file,
     find_model,
     load_config,
     load_model,
@@ -124,7 +125,7 @@ def recover(
     config = RecoverConfig.create(**options)
     output = Path(output)
     source = find_model(model)
-    if Path(source.location, RECOVERY_FILE).is_file():
+    if find_file(source, RECOVERY_FILE):
         raise ConfigError(
             f"{model} has been recovered already",
             hint="recover the pruned model, with more --epochs or --max-steps",
@@ -360,9 +361,9 @@ def _metrics(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     """The model to distil from, which must have the vocabulary of the one that is trained."""
-    name, report = config.teacher, Path(source.location) / REPORT_FILE
-    if name is None and report.is_file():
-        base = json.loads(report.read_text(encoding="utf-8"))["base_model"]
+    name, report = config.teacher, find_file(source, REPORT_FILE)
+    if name is None and report:
+        base = read_json(report)["base_model"]
         if "/" in base or base == SMOLLM2_ALIAS:  # else the folder of a local model
             name = base
     if name is None:
@@ -543,7 +544,6 @@ def _write(
         (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
         if (run.state / TENSORBOARD_DIR).is_dir():
             shutil.copytree(run.state / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)
-        pruning_report = Path(source.location) / REPORT_FILE
-        if pruning_report.is_file():
-            shutil.copy(pruning_report, directory)
+        if pruning_report := find_file(source, REPORT_FILE):
+            shutil.copyfile(pruning_report, directory / REPORT_FILE)
             write_card(directory)

@@ -18,12 +18,24 @@ PROTOCOL = (
     "Calibration",
     "Recovery",
     "Perplexity",
-    "Tasks, in %",
+    "Tasks, shares in %",
     "Inference",
     "Evaluated in",
     "Machine",
     "Versions",
 )
+# lm-eval's metrics that are shares of the questions or between 0 and 1 like them.
+SHARES = {
+    "acc",
+    "acc_norm",
+    "acc_bytes",
+    "acc_mutual_info",
+    "exact_match",
+    "em",
+    "f1",
+    "score",
+    MEAN,
+}
 Best = Callable[[Iterable[float]], float]
 
 
@@ -39,9 +51,10 @@ class Columns:
         Gives the values of a row, by the header of their column.
     style : str
         Format specification of the values.
-    best : callable, optional
-        Which value is shown in bold, of the rows with the same ratio; if it has a standard error,
-        only where it differs from all others by more than that of the difference.
+    best : callable
+        Gives, by the same headers, which value is shown in bold, of the rows with the same ratio;
+        if it has a standard error, only where it differs from all others by more than that of the
+        difference.
     errors : callable
         Gives the standard errors of values, by the same headers.
     """
@@ -49,7 +62,7 @@ class Columns:
     verb: str
     read: Callable[[Values], dict[str, float]]
     style: str
-    best: Best | None = None
+    best: Callable[[Values], dict[str, Best]] = lambda _: {}
     errors: Callable[[Values], dict[str, float]] = lambda _: {}
 
 
@@ -89,15 +102,24 @@ def _perplexity(evaluation: Values) -> dict[str, float]:
 
 
 def _tasks(evaluation: Values) -> dict[str, float]:
-    return {f"{r['task']}, {r['metric']}": 100 * r["value"] for r in evaluation["tasks"]}
+    return {_task(r): _scale(r) * r["value"] for r in evaluation["tasks"]}
 
 
 def _task_errors(evaluation: Values) -> dict[str, float]:
-    return {
-        f"{r['task']}, {r['metric']}": 100 * r["stderr"]
-        for r in evaluation["tasks"]
-        if r["stderr"] is not None
-    }
+    scored = (r for r in evaluation["tasks"] if r["stderr"] is not None)
+    return {_task(r): _scale(r) * r["stderr"] for r in scored}
+
+
+def _best_tasks(evaluation: Values) -> dict[str, Best]:
+    return {_task(r): max if r["higher_is_better"] else min for r in evaluation["tasks"]}
+
+
+def _task(result: Values) -> str:
+    return f"{result['task']}, {result['metric']}"
+
+
+def _scale(result: Values) -> int:
+    return 100 if result["metric"].partition(",")[0] in SHARES else 1
 
 
 def _means(evaluation: Values) -> dict[str, float]:
@@ -120,9 +142,11 @@ def _inference(result: Values) -> dict[str, float]:
 MEASURES = {
     "parameters": Columns("prune", lambda report: {"parameters": report["params_after"]}, ",d"),
     "pruning": Columns("prune", _pruning, ".1f"),
-    "perplexity": Columns("evaluate", _perplexity, ".2f", min),
-    "tasks": Columns("evaluate", _tasks, ".1f", max, _task_errors),
-    "means": Columns("evaluate", _means, ".1f", max, _task_errors),
+    "perplexity": Columns(
+        "evaluate", _perplexity, ".2f", lambda r: dict.fromkeys(_perplexity(r), min)
+    ),
+    "tasks": Columns("evaluate", _tasks, ".1f", _best_tasks, _task_errors),
+    "means": Columns("evaluate", _means, ".1f", _best_tasks, _task_errors),
     "inference": Columns("bench", _inference, ",.2f"),
 }
 CURVES = {
@@ -179,8 +203,11 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
                 for values, error in zip(read, errors, strict=True)
             ]
             places = list(zip(ratios, cells, strict=True))
+            best = next((measure.best(result).get(header) for result in results if result), None)
             columns[header] = [
-                _cell(cell, [c for r, c in places if c and r == ratio], measure) if cell else ""
+                _cell(cell, [c for r, c in places if c and r == ratio], measure.style, best)
+                if cell
+                else ""
                 for ratio, cell in places
             ]
     if any(row["error"] for row in rows):
@@ -190,15 +217,17 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(cell: tuple[float, float], rivals: list[tuple[float, float]], measure: Columns) -> str:
+def _cell(
+    cell: tuple[float, float], rivals: list[tuple[float, float]], style: str, best: Best | None
+) -> str:
     """A value and its standard error; in bold if it is the best of its rivals."""
-    (value, error), best = cell, measure.best
-    text = f"{value:{measure.style}}"
+    value, error = cell
+    text = f"{value:{style}}"
     differences = [(abs(value - v), math.hypot(error, e)) for v, e in rivals if v != value]
     is_best = best and differences and value == best(v for v, _ in rivals)
     if is_best and all(difference > noise for difference, noise in differences):
         text = f"**{text}**"
-    return f"{text} ± {error:{measure.style}}" if error else text
+    return f"{text} ± {error:{style}}" if error else text
 
 
 def _protocol(rows: Sequence[Values]) -> str:
@@ -226,7 +255,7 @@ def _facts(row: Values) -> Iterator[tuple[str, str]]:
     means = [task for task in evaluation["tasks"] if task["metric"] == MEAN]
     for task in means or evaluation["tasks"]:
         of = "{task}, {num_docs:,} questions of {data}, {num_fewshot} shots, lm-eval {lm_eval}"
-        yield "Tasks, in %", of.format(**task)
+        yield "Tasks, shares in %", of.format(**task)
     for result in (*evaluation["perplexity"], *evaluation["tasks"]):
         yield "Evaluated in", result["dtype"]
     if speed := row.get("bench"):

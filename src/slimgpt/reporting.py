@@ -1,6 +1,5 @@
 """One HTML page of all that is known of a pruned model. It needs no other file and no network."""
 
-import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -10,7 +9,14 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from slimgpt.card import PERPLEXITY_FILE, RECOVERY_FILE, REPORT_FILE, SPEED_FILE, TASKS_FILE
+from slimgpt.card import (
+    PERPLEXITY_FILE,
+    RECOVERY_FILE,
+    REPORT_FILE,
+    SPEED_FILE,
+    TASKS_FILE,
+    read_json,
+)
 from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig
 from slimgpt.data import short_name
 from slimgpt.errors import ConfigError, MissingDependencyError
@@ -93,14 +99,7 @@ def report(output: str | Path, **options: Any) -> Path:
 
 def _read(file: Path) -> Any:
     """Content of a JSON file, or None if there is none."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise ConfigError(
-            f"cannot read {file}: {err}", hint="the file is broken: write it again, or remove it"
-        ) from None
+    return read_json(file) if file.is_file() else None
 
 
 def _continuations(directory: Path, against: str, config: ReportConfig) -> list[dict[str, str]]:

@@ -26,13 +26,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from slimgpt.errors import RunStateError
+from slimgpt.errors import OtherRunError, RunStateError
 
 STATE_DIR = ".slimgpt"
 LAST_FILE = "config.json"
 
-_PROGRESS = ("block-*.safetensors", "checkpoint-*/trainer_state.json")
+GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
+
+_PROGRESS = (GENERATED_FILE, SCORES_FILE, "block-*.safetensors", "checkpoint-*/trainer_state.json")
 _MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
+_MOVED = "moved.json"  # names in the output directory that are the product's
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Run:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything to go on with: a block, a checkpoint of training."""
+        """Whether there is anything to go on with: what costs time to make again."""
         return any(next(self.state.glob(pattern), None) for pattern in _PROGRESS)
 
     def identify(self, identity: dict[str, Any], restart: bool) -> None:
@@ -88,14 +91,16 @@ class Run:
 
         Raises
         ------
+        OtherRunError
+            If the interrupted run has another identity and anything to go on with; names what
+            differs.
         RunStateError
-            If the interrupted run has another identity; names what differs. If the run to throw
-            away is finished.
+            If the run to throw away is finished.
         """
         manifest, now = self.state / _MANIFEST, json.loads(json.dumps(identity))
-        if restart:
-            if self.is_published:
-                raise _occupied(self.output)
+        if restart and self.is_published:
+            raise _occupied(self.output)
+        if restart or not (self.has_begun or self.is_written):
             self._forget()
         if not manifest.exists():
             with writing(self.output):
@@ -107,7 +112,7 @@ class Run:
             if before.get(key) != now.get(key)
         ]
         if differences:
-            raise RunStateError(
+            raise OtherRunError(
                 f"{self.output} holds an interrupted run that differs: {'; '.join(differences)}",
                 hint="give the same options to go on with it, or --restart to throw it away",
             )
@@ -135,10 +140,12 @@ class Run:
         """Move the finished product to its place."""
         with writing(self.output):
             if not self.is_published:
-                result = self.state / _RESULT
-                for path in result.iterdir():
-                    if path.name != LAST_FILE:
-                        path.rename(self.output / path.name)
+                result, moved = self.state / _RESULT, self.state / _MOVED
+                paths = sorted(result.iterdir(), key=lambda path: path.name == LAST_FILE)
+                if not moved.exists():
+                    write_atomically(moved, json.dumps([path.name for path in paths]) + "\n")
+                for path in paths[:-1]:
+                    path.rename(self.output / path.name)
                 _sync(self.output)
                 (result / LAST_FILE).rename(self.output / LAST_FILE)
                 _sync(self.output)
@@ -149,17 +156,13 @@ class Run:
         if result.exists():
             shutil.rmtree(self.state / _DRAFT, ignore_errors=True)
             result.rename(self.state / _DRAFT)
-        if not self.is_published:
-            for path in self.output.iterdir():  # parts of that product
-                if path.is_file():
-                    path.unlink()
-                elif path.name != STATE_DIR:
-                    shutil.rmtree(path)
+        moved = self.state / _MOVED
+        if moved.exists() and not self.is_published:
+            for name in json.loads(moved.read_text(encoding="utf-8")):
+                _remove(self.output / name)
         for path in sorted(self.state.iterdir(), key=lambda path: path.name == _MANIFEST):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != _LOCK:
-                path.unlink()
+            if path.name != _LOCK:
+                _remove(path)
 
 
 @contextmanager
@@ -189,14 +192,7 @@ def open_run(output: Path) -> Iterator[Run]:
     is_new = not output.exists()
     with writing(output):
         run.state.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run.state / _LOCK)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise RunStateError(
-                f"another process is working on {output}",
-                hint="wait for it to end, or choose another --output",
-            ) from None
+        lock = locked(run.state / _LOCK, output)
     try:
         if run.is_published and not (run.state / _MANIFEST).exists():
             raise _occupied(output)  # but for the end of a clean-up
@@ -210,6 +206,32 @@ def open_run(output: Path) -> Iterator[Run]:
                 if is_new and not run.is_published:
                     output.rmdir()
         lock.release()
+
+
+def locked(file: Path, output: Path) -> FileLock:
+    """Lock an output directory by a file.
+
+    Raises
+    ------
+    RunStateError
+        If another process has locked it.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunStateError(
+            f"another process is working on {output}",
+            hint="wait for it to end, or choose another --output",
+        ) from None
+    return lock
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _occupied(output: Path) -> RunStateError:

@@ -164,7 +164,7 @@ def plan_widths(
     for shape, block_ratio in zip(shapes, ratios, strict=True):
         budget = block_ratio * shape.params + carried
         width = _block_widths(shape, block_ratio, budget, multiple_of, uniform_groups)
-        if uniform_groups is None:
+        if uniform_groups is None and not given:
             carried = budget - removed_params(shape, width)
         widths.append(width)
     return widths

@@ -96,6 +96,8 @@ class Score:
         lm-eval's names, a filter other than ``none`` after a comma; or the name of a mean.
     value, stderr : float, float or None
         The metric and its standard error.
+    higher_is_better : bool
+        Whether more of the metric is better.
     num_docs : int
         Questions answered.
     num_fewshot : int
@@ -110,6 +112,7 @@ class Score:
     metric: str
     value: float
     stderr: float | None
+    higher_is_better: bool
     num_docs: int
     num_fewshot: int
     data: str
@@ -240,6 +243,7 @@ def run_tasks(
                     metric=metric if filter_ == "none" else key,
                     value=float(value),
                     stderr=None if stderr == "N/A" else float(stderr),
+                    higher_is_better=results["higher_is_better"][task].get(metric, True),
                     num_docs=values["sample_len"],
                     num_fewshot=results["n-shot"][task],
                     data=found.data[task],
@@ -435,6 +439,7 @@ def _average(name: str, mean: Suite, scores: list[Score]) -> Score | None:
         metric="mean",
         value=metrics.aggregate_subtask_metrics(values, sizes, mean.weight_by_size),
         stderr=stderr,
+        higher_is_better=members[0].higher_is_better,
         num_docs=sum(sizes),
         num_fewshot=members[0].num_fewshot,
         data=f"{len(members)} of {len(mean.metrics)} tasks",
