@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimgpt
-from slimgpt import experiments
+from slimgpt import experiments, pruning
 from slimgpt.config import RecipeConfig
 from slimgpt.errors import ConfigError, NumericalError, RunStateError
 from slimgpt.experiments import Cell, expand, read_recipe
@@ -211,6 +211,52 @@ def test_a_model_of_slimgpt_is_not_changed_by_its_results(
         slimgpt.run_recipe(file, tmp_path / "out")
     assert (model / "eval" / "perplexity.json").exists()
     assert calls == {"evaluate": 1}
+
+
+def test_a_folder_with_the_name_of_a_schedule_makes_no_difference(
+    recipe: Edit, calls: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log").mkdir()
+    for name in ("first.out", "second.out"):
+        (tmp_path / "log" / name).touch()
+        slimgpt.run_recipe(recipe(grid={"ratio": [0.3]}), tmp_path / "out")
+    assert calls == {"prune": 1, "evaluate": 1}
+
+
+def test_a_second_run_in_the_same_directory_is_refused(
+    recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, output = recipe(grid={"ratio": [0.3]}), tmp_path / "out"
+    evaluate = experiments.evaluate
+
+    def second(*args: Any, **options: Any) -> Any:
+        with pytest.raises(RunStateError, match="another process is working on"):
+            slimgpt.run_recipe(file, output)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(experiments, "evaluate", second)
+    assert not slimgpt.run_recipe(file, output).errors
+    assert not (output / experiments.LOCK_FILE).exists()
+
+
+def test_a_model_that_was_begun_from_other_files_is_begun_anew(
+    recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(block: Any, *args: Any) -> Any:
+        if block.index == 2:
+            raise KeyboardInterrupt
+        return prune_block(block, *args)
+
+    file, output = recipe(grid={"ratio": [0.3]}), tmp_path / "out"
+    prune_block = pruning.prune_block
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "prune_block", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            slimgpt.run_recipe(file, output)
+    assert list(output.glob("models/*/.slimgpt/block-*"))
+    monkeypatch.setattr(pruning, "describe_file", lambda path: "downloaded again")
+    assert not slimgpt.run_recipe(file, output).errors
 
 
 def test_dense_models_that_are_measured_in_two_ways(recipe: Edit) -> None:
