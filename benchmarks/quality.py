@@ -9,10 +9,13 @@ The figure of merit of a contestant is its loss ln(PPL / PPL_dense) over that of
 
 import argparse
 import copy
+import itertools
 import json
 import math
+import shutil
 import statistics
-import time
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,13 +25,8 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimgpt.blocks import prune_blocks
-from slimgpt.config import PruneConfig
-from slimgpt.data import calibration_tokens, evaluation_tokens
-from slimgpt.evaluation import mean_losses
-from slimgpt.families import bind
+import slimgpt
 from slimgpt.model import find_model, load_model, load_tokenizer
-from slimgpt.schedule import plan_widths
 
 REFERENCE = "paper"
 
@@ -95,52 +93,48 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=15360)
-    parser.add_argument("--skip", type=int, default=0, help="tokens to leave out at the start")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    source = find_model(args.model)
-    tokenizer = load_tokenizer(source)
-    dense = load_model(source)
-    windows = {
-        Path(text).name: evaluation_tokens(text, tokenizer, args.skip + args.max_tokens)[
-            args.skip :
-        ]
-        for text in args.texts
-    }
-    windows = {
-        name: tokens[: len(tokens) // args.window * args.window].view(-1, args.window)
-        for name, tokens in windows.items()
-    }
     measurements: list[Measurement] = []
-    for variant in args.variants:
-        model = dense if variant == "gqa" else with_multi_head_attention(dense)
-        shapes = [block.shape for block in bind(model)]
-        for seed in args.seeds:
-            samples = calibration_tokens(
-                args.calibration, tokenizer, args.nsamples, args.seqlen, seed
-            )
-            for ratio in args.ratios:
-                for contestant in args.contestants:
-                    name, options = parse_contestant(contestant)
-                    config = PruneConfig.create(ratio=ratio, seed=seed, **options)
-                    widths = plan_widths(
-                        shapes, ratio, config.schedule, config.min_ratio, config.multiple_of
-                    )
-                    pruned = copy.deepcopy(model)
-                    start = time.monotonic()
-                    prune_blocks(pruned, samples, tuple(widths), config)
-                    seconds = time.monotonic() - start
-                    for text, tokens in windows.items():
-                        losses = mean_losses(pruned, model, tokens)
-                        measurement = Measurement(
-                            variant, ratio, seed, name, text,
-                            math.exp(losses.base_nll), math.exp(losses.nll), losses.kl_divergence,
-                            seconds,
-                        )  # fmt: skip
-                        measurements.append(measurement)
-                        print(json.dumps(asdict(measurement)), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for variant in args.variants:
+            dense = Path(scratch, variant)
+            save_dense(args.model, variant, dense)
+            cells = itertools.product(args.seeds, args.ratios, args.contestants)
+            for seed, ratio, contestant in cells:
+                measurements += measure(dense, Path(scratch, "slim"), seed, ratio, contestant, args)
     report(measurements, args)
+
+
+def save_dense(name: str, variant: str, directory: Path) -> None:
+    """The dense model as a checkpoint, with kv heads as they are or one for each query head."""
+    source = find_model(name)
+    model = load_model(source)
+    model = model if variant == "gqa" else with_multi_head_attention(model)
+    model.save_pretrained(directory)
+    load_tokenizer(source).save_pretrained(directory)
+
+
+def measure(
+    dense: Path, slim: Path, seed: int, ratio: float, contestant: str, args: argparse.Namespace
+) -> Iterator[Measurement]:
+    """Prune and evaluate once."""
+    name, options = parse_contestant(contestant)
+    calibration = {"calibration": args.calibration, "nsamples": args.nsamples}
+    pruned = slimgpt.prune(
+        str(dense), slim, ratio=ratio, seed=seed, seqlen=args.seqlen, **calibration, **options
+    )
+    texts = {"data": args.texts, "seqlen": args.window, "max_tokens": args.max_tokens}
+    for result in slimgpt.evaluate(str(slim), against=str(dense), **texts).perplexity:
+        measurement = Measurement(
+            dense.name, ratio, seed, name, result.data,
+            result.base_perplexity, result.perplexity, result.kl_divergence,
+            sum(pruned.report["seconds"].values()),
+        )  # fmt: skip
+        print(json.dumps(asdict(measurement)), flush=True)
+        yield measurement
+    shutil.rmtree(slim)
 
 
 def report(measurements: list[Measurement], args: argparse.Namespace) -> None:

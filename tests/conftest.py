@@ -1,8 +1,9 @@
-"""Tiny random models of each family, a tiny tokenizer, and the real model."""
+"""Tiny random models of each family, a tiny tokenizer, the real model, and the plain pipeline."""
 
+import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +12,18 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import slimgpt
 from slimgpt import cli
+from slimgpt.blocks import BlockPlan, prune_block
+from slimgpt.calibrate import choose_batch_size, embed
+from slimgpt.config import PruneConfig
+from slimgpt.families import bind
+from slimgpt.importance import GLOBAL_SCORES
 from slimgpt.model import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
+from slimgpt.schedule import BlockWidths
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -147,3 +155,18 @@ def benchmark_texts() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data at {path}; set SLIMGPT_TEST_DATA")
     return path
+
+
+def prune_blocks(
+    model: PreTrainedModel, samples: Tensor, widths: Sequence[BlockWidths], config: PruneConfig
+) -> list[BlockPlan]:
+    """Prune a model in memory, in place: the pipeline without files. Its config stays as it is."""
+    scores: list[Tensor] = []
+    if config.method in GLOBAL_SCORES:
+        whole = copy.deepcopy(model)
+        scores = GLOBAL_SCORES[config.method](whole, samples, widths, config.seed)
+    stream = embed(model, samples, choose_batch_size(*samples.shape))
+    return [
+        prune_block(block, width, stream, config.activation_memory, config, scores)
+        for block, width in zip(bind(model), widths, strict=True)
+    ]

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import make_tiny_model, prune_blocks
 from test_pruning import OPTIONS, WIDTHS, sample_tokens
 from test_run import InterruptionError, fail_at_block, fingerprint
 from torch import Tensor
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimgpt
 from slimgpt import importance, pruning
-from slimgpt.blocks import prune_blocks
 from slimgpt.calibrate import Activations
 from slimgpt.config import Method, PruneConfig
 from slimgpt.data import calibration_tokens

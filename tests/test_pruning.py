@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VARIANTS, make_tiny_model
+from conftest import VARIANTS, make_tiny_model, prune_blocks
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimgpt
 from slimgpt import calibrate, obs
-from slimgpt.blocks import BlockPlan, prune_blocks
+from slimgpt.blocks import BlockPlan
 from slimgpt.calibrate import collect, embed
 from slimgpt.config import PruneConfig
 from slimgpt.families import bind

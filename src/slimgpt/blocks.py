@@ -4,7 +4,6 @@ Layer-wise structured pruning as in SlimGPT (Ling, Wang & Liu 2024, arXiv 2412.1
 blocks are pruned in order, each calibrated on the outputs of the pruned blocks before it.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,23 +12,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from slimgpt import obs
 from slimgpt.calibrate import (
     Activations,
     Stream,
-    choose_batch_size,
     collect,
-    embed,
     pass_through,
     propagate,
 )
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main, tensor_from_main
 from slimgpt.errors import NumericalError
-from slimgpt.families import Block, Sublayer, bind
-from slimgpt.importance import GLOBAL_SCORES, LOCAL_SCORES
+from slimgpt.families import Block, Sublayer
+from slimgpt.importance import LOCAL_SCORES
 from slimgpt.schedule import BlockWidths
 from slimgpt.shrink import shrink_sublayer, unit_columns
 
@@ -174,38 +170,6 @@ def replay_block(
             if sublayer.output.bias is not None:
                 _set_bias(sublayer.output, read(f"{name}.bias"))
             _apply(block, sublayer, stream, kept_units, read(f"{name}.weight").to(device))
-
-
-def prune_blocks(
-    model: PreTrainedModel, samples: Tensor, widths: Sequence[BlockWidths], config: PruneConfig
-) -> list[BlockPlan]:
-    """Prune a model that is in memory, in place.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A dense model of a supported family.
-    samples : Tensor
-        int64, (nsamples, seqlen), calibration tokens.
-    widths : sequence of BlockWidths
-        What each block keeps.
-    config : PruneConfig
-        Options of the method.
-
-    Returns
-    -------
-    list of BlockPlan
-        The model's forward pass is that of the pruned model afterwards; its config is not changed.
-    """
-    scores: list[Tensor] = []
-    if config.method in GLOBAL_SCORES:
-        whole = copy.deepcopy(model)
-        scores = GLOBAL_SCORES[config.method](whole, samples, widths, config.seed)
-    stream = embed(model, samples, choose_batch_size(*samples.shape))
-    return [
-        prune_block(block, width, stream, config.activation_memory, config, scores)
-        for block, width in zip(bind(model), widths, strict=True)
-    ]
 
 
 def _prune_sublayer(

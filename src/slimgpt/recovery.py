@@ -405,7 +405,10 @@ def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase)
 
 
 def _sha256(examples: Examples) -> str:
-    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example).encode())
+    return digest.hexdigest()
 
 
 def _last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
