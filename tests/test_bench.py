@@ -131,6 +131,10 @@ def test_gguf_files_run_as_they_are(run: Run, tiny_checkpoint: Checkpoint, tmp_p
     code, _, err = run("bench", file, *against, "--engine", "llamacpp", *QUICK)
     assert code == 2
     assert "would run in different precisions" in err
+    full = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "full.gguf", type="f32").output
+    code, out, _ = run("bench", file, "--against", full, "--engine", "llamacpp", *QUICK, "--json")
+    assert code == 0
+    assert [cost["dtype"] for cost in json.loads(out)["costs"]] == ["F16", "F32"]
     arguments = ("--engine", "llamacpp", "--dtype", "float16", *QUICK)
     code, _, err = run("bench", file, *arguments)
     assert code == 2

@@ -507,6 +507,11 @@ def test_evaluations_are_kept_and_an_edited_card_stays(
     assert code == 0
     assert f"{kept[0]['perplexity']:.3f}" in out
     assert "the results are not kept" in err
+    (output / "eval" / "perplexity.json").unlink()
+    card.write_bytes(b"caf\xe9")
+    code, _, err = run("eval", output, *a)
+    assert code == 0
+    assert "the results are not kept" in err
 
 
 @pytest.mark.parametrize(

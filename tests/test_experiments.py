@@ -546,6 +546,15 @@ def make_report(**recipe: Any) -> dict[str, Any]:
     return {"is_small": True, "recipe": config.model_dump(mode="json"), "cells": cells}
 
 
+def test_the_best_of_a_column_that_not_all_rows_have() -> None:
+    report = make_report(table=["perplexity"])
+    for row, (text, value) in zip(report["cells"], (("a", 9), ("b", 20), ("b", 10)), strict=True):
+        row["evaluate"]["perplexity"][0] |= {"data": text, "perplexity": value}
+    markdown = to_markdown(report, "recipe.svg")
+    assert "| 50 % | ours |  | 20.00 |" in markdown
+    assert "| 50 % | theirs |  | **10.00** |" in markdown
+
+
 def test_a_table_from_results() -> None:
     report = make_report(table=["parameters", "perplexity", "tasks"], note="A note.")
     assert (

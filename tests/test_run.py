@@ -491,6 +491,18 @@ def test_restart_removes_what_was_published_and_nothing_else(
         assert {path.name for path in output.iterdir()} == {STATE_DIR, "slurm.out", "notes"}
 
 
+def test_files_of_others_are_not_replaced(interrupted: tuple[str, Path], tmp_path: Path) -> None:
+    model, output = interrupted
+    (output / "README.md").write_text("mine")
+    with pytest.raises(RunStateError, match=r"has other files of these names: README\.md"):
+        slimgpt.prune(model, output, **OPTIONS)
+    assert (output / "README.md").read_text() == "mine"
+    (output / "README.md").unlink()
+    slimgpt.prune(model, output, **OPTIONS)
+    slimgpt.prune(model, tmp_path / "whole", **OPTIONS)
+    assert fingerprint(output) == fingerprint(tmp_path / "whole")
+
+
 def test_a_run_that_had_not_begun_gives_way_and_leaves_other_files(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

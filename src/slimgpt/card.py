@@ -193,7 +193,7 @@ def keep_results(
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
         _update_card(directory)
-    except (OSError, ConfigError, KeyError) as err:  # results of another version may lack a key
+    except (OSError, ValueError, KeyError) as err:  # results of another version may lack a key
         log.warning("the results are not kept in %s: %r", directory, err)
 
 

@@ -178,7 +178,7 @@ def run_recipe(
             (directory / folder).mkdir(parents=True, exist_ok=True)
         lock = locked(directory / LOCK_FILE, directory)
     try:
-        rows = _run(cells, directory, keep_models)
+        rows = _run(cells, directory.resolve(), keep_models)
         report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
         table, numbers, figure = (f"{Path(recipe).stem}.{kind}" for kind in ("md", "json", "svg"))
         result = RecipeResult(directory, report, to_markdown(report, figure))
@@ -441,7 +441,8 @@ class _Work:
         if not Run(output).is_published:
             try:
                 make(output=output)
-            except OtherRunError:  # of files or a device that have changed since
+            except OtherRunError as err:  # of files or a device that have changed since
+                log.warning("%s: it is begun anew", err)
                 make(output=output, restart=True)
         return str(output)
 

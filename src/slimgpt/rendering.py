@@ -203,7 +203,8 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
                 for values, error in zip(read, errors, strict=True)
             ]
             places = list(zip(ratios, cells, strict=True))
-            best = next((measure.best(result).get(header) for result in results if result), None)
+            bests = (measure.best(result).get(header) for result in results if result)
+            best = next(filter(None, bests), None)
             columns[header] = [
                 _cell(cell, [c for r, c in places if c and r == ratio], measure.style, best)
                 if cell

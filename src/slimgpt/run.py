@@ -137,12 +137,23 @@ class Run:
             _sync(self.state)
 
     def publish(self) -> None:
-        """Move the finished product to its place."""
+        """Move the finished product to its place.
+
+        Raises
+        ------
+        RunStateError
+            If the output directory has files of the same names, or cannot be written.
+        """
         with writing(self.output):
             if not self.is_published:
                 result, moved = self.state / _RESULT, self.state / _MOVED
                 paths = sorted(result.iterdir(), key=lambda path: path.name == LAST_FILE)
                 if not moved.exists():
+                    if taken := [path.name for path in paths if (self.output / path.name).exists()]:
+                        raise RunStateError(
+                            f"{self.output} has other files of these names: {', '.join(taken)}",
+                            hint="move them away, then give the same command again",
+                        )
                     write_atomically(moved, json.dumps([path.name for path in paths]) + "\n")
                 for path in paths[:-1]:
                     path.rename(self.output / path.name)
