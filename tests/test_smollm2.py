@@ -159,7 +159,7 @@ def test_recovery(result: slimgpt.PruneResult, dense_directory: str, tmp_path: P
     pytest.importorskip("peft")
     recovered = slimgpt.recover(
         str(result.output), tmp_path / "recovered", method="distill", teacher=dense_directory,
-        data="pydocs", eval_data="pydocs", eval_tokens=512, seqlen=64, max_steps=4, batch_size=4,
+        data="pydocs", eval_data="pydocs", eval_tokens=512, seqlen=64, max_steps=8, batch_size=4,
         warmup_steps=1, learning_rate=1e-3, dtype="bfloat16",
     )  # fmt: skip
     (_, before), (_, after) = recovered.report["held_out_perplexity"]
