@@ -328,16 +328,20 @@ def compensate(problem: Problem, kept_K: Tensor) -> tuple[Tensor, float]:
     return weight_OK, max(float(error), 0.0)
 
 
-def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 1024) -> float:
-    """E‖y‖² = tr(W H Wᵀ), from float32 products, a panel of columns at a time."""
-    panels = zip(
-        weight_OI.split(panel_size, dim=1), hessian_II.split(panel_size, dim=1), strict=True
-    )
+def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512) -> float:
+    """E‖y‖² = tr(W H Wᵀ), from float32 products, a panel of columns of H at a time.
+
+    H is symmetric, so the rows below a panel's block on the diagonal count twice, those above not.
+    """
     weight32_OI = weight_OI.float()
-    return sum(
-        float((weight32_OI @ hessian_IP.float()).double().mul_(weight_OP).sum())
-        for weight_OP, hessian_IP in panels
-    )
+    power = 0.0
+    for start in range(0, len(hessian_II), panel_size):
+        end = start + panel_size
+        hessian_IP = hessian_II[start:, start:end].float()
+        hessian_IP[:panel_size] /= 2
+        product_OP = weight32_OI[:, start:] @ hessian_IP
+        power += 2 * float(product_OP.double().mul_(weight_OI[:, start:end]).sum())
+    return power
 
 
 def _remove(
