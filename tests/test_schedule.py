@@ -173,6 +173,32 @@ def test_one_block_takes_the_nearest_width(aligned, data, ratio, multiple_of):
     assert miss(width.num_channels) <= min(map(miss, allowed)) + 1e-6 * shape.channel_params
 
 
+@fixed
+@given(
+    shape=block_shapes(),
+    num_blocks=st.integers(1, 6),
+    ratio=st.floats(0, 0.6),
+    share=st.floats(0, 1),
+)
+def test_ffn_makes_up_for_attention(shape, num_blocks, ratio, share):
+    widths = plan_widths([shape] * num_blocks, ratio, "uniform", attention_share=share)
+    exact = shape.num_groups * (1 - share * ratio)
+    if ratio * shape.params <= removed_params(shape, BlockWidths(shape.num_groups, 16)):
+        assert all(exact - 1e-9 <= w.num_groups < max(exact, 1) + 1 for w in widths)
+    miss = total_removed([shape] * num_blocks, widths) - ratio * num_blocks * shape.params
+    if 8 < widths[-1].num_channels < shape.num_channels:
+        assert abs(miss) <= 4 * shape.channel_params * (1 + 1e-6)
+
+
+def test_attention_stays_whole_as_far_as_the_ffn_reaches():
+    kept = {
+        ratio: {w.num_groups for w in plan_widths(SMOLLM2, ratio, "uniform", attention_share=0)}
+        for ratio in (0.33, 0.7, 0.8, 0.9)
+    }
+    # The FFN has 3/4 of the parameters of a block, a group a twelfth.
+    assert kept == {0.33: {3}, 0.7: {3}, 0.8: {2}, 0.9: {1}}
+
+
 @pytest.mark.parametrize(("removed", "kept"), [(0, 1003), (1, 1003), (2, 1000), (6, 1000)])
 def test_the_original_width_counts_as_a_step(removed, kept):
     shape = BlockShape(1, 1000, 1003, 10)

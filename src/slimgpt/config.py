@@ -136,6 +136,13 @@ class PruneConfig(_ModelOptions):
         description="Smallest layer ratio: the first layer's, or the last one's where ratios "
         "decrease. Default: ratio / 8.",
     )
+    attention_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Ratio of attention over that of its layer, as far as the FFN can make up for "
+        "it: 0 leaves attention whole.",
+    )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),
         description="Ratios of the first layers, comma-separated, in place of ratio and schedule; "

@@ -451,6 +451,7 @@ def _plan(model_config: PreTrainedConfig, config: PruneConfig) -> PrunePlan:
         config.multiple_of,
         uniform_groups,
         config.layer_ratios,
+        config.attention_share,
     )
     given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
     prunable = sum(shape.params for shape in shapes)

@@ -97,14 +97,16 @@ def plan_widths(
     multiple_of: int = 8,
     uniform_groups: Collection[int] | None = None,
     given: Sequence[float] = (),
+    attention_share: float = 1.0,
 ) -> list[BlockWidths]:
     """Integer widths of every block that together meet the target ratio.
 
-    A block loses as many groups as its ratio covers in whole and keeps at least one; the FFN takes
-    up the difference (a group more costs far more, see docs/method.md). Channels are rounded to
-    multiples, and what rounding left over is carried to the next block, so that the whole model
-    misses the target by half a step of the last block at most (more only where a group has more
-    parameters than the FFN of its block can make up for).
+    A block loses as many groups as the ratio of its attention covers in whole, more where the FFN
+    cannot make up for that, and keeps at least one; the FFN takes up the difference (a group more
+    costs far more, see docs/method.md). Channels are rounded to multiples, and what rounding left
+    over is carried to the next block, so that the whole model misses the target by half a step of
+    the last block at most (more only where a group has more parameters than the FFN of its block
+    can make up for).
 
     Parameters
     ----------
@@ -118,6 +120,8 @@ def plan_widths(
     given : sequence of float, optional
         Ratios of the first blocks; the others keep all. The ratio and the schedule do not matter
         then.
+    attention_share : float
+        Ratio of attention over that of its block, from 0 to 1.
 
     Returns
     -------
@@ -163,7 +167,8 @@ def plan_widths(
     widths, carried = [], 0.0
     for shape, block_ratio in zip(shapes, ratios, strict=True):
         budget = block_ratio * shape.params + carried
-        width = _block_widths(shape, block_ratio, budget, multiple_of, uniform_groups)
+        attention_ratio = attention_share * block_ratio
+        width = _block_widths(shape, attention_ratio, budget, multiple_of, uniform_groups)
         if uniform_groups is None and not given:
             carried = budget - removed_params(shape, width)
         widths.append(width)
@@ -179,7 +184,7 @@ def removed_params(shape: BlockShape, widths: BlockWidths) -> int:
 
 def _block_widths(
     shape: BlockShape,
-    ratio: float,
+    attention_ratio: float,
     budget: float,
     multiple_of: int,
     group_counts: Collection[int] | None,
@@ -196,7 +201,7 @@ def _block_widths(
         return max(beyond, 0.0), groups < exact_groups, abs(groups - exact_groups)
 
     least = min(multiple_of, shape.num_channels)
-    exact_groups = shape.num_groups * (1 - ratio) - 1e-9
+    exact_groups = shape.num_groups * (1 - attention_ratio) - 1e-9
     counts = range(1, shape.num_groups + 1) if group_counts is None else group_counts
     groups = min(counts, key=preference)
     channels = exact_channels(groups)
