@@ -283,6 +283,20 @@ def test_calibration_on_text_sampled_from_the_model(
     assert first.blocks == second.blocks
 
 
+def test_attention_share_of_zero_leaves_attention_whole(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    source = str(tiny_checkpoint("qwen2"))
+    halved, whole = (
+        slimgpt.plan(source, ratio=0.3, schedule="uniform", attention_share=share)
+        for share in (1, 0)
+    )
+    groups = [shape.num_groups for shape in whole.shapes]
+    assert [width.num_groups for width in whole.widths] == groups
+    assert sum(width.num_groups for width in halved.widths) < sum(groups)
+    assert whole.block_ratio == pytest.approx(halved.block_ratio, abs=0.03)
+
+
 def test_plan_equals_what_prune_does(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
