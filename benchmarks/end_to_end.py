@@ -2,7 +2,8 @@
 
 The floor is one forward of the dense blocks over the calibration tokens, the Gram products of the
 inputs of all output projections as plain matrix multiplications, and one Cholesky decomposition
-and inverse for each. Run and floor take turns. Usage:
+and inverse for each. Runs and floor take turns. A run that corrects the residual stream needs a
+second forward, of the dense model; one without is measured beside it. Usage:
 
     python benchmarks/end_to_end.py --calibration c4.jsonl [--ratio 0.5] [--repeats 3] [--json FILE]
 """
@@ -74,36 +75,44 @@ def main() -> None:
     names = ("calibration", "nsamples", "seqlen", "ratio")
     options = {name: getattr(args, name) for name in names}
     source = find_model(args.model)
-    samples = calibration_tokens(
-        args.calibration, load_tokenizer(source), args.nsamples, args.seqlen
-    )
+    text = args.calibration.removesuffix(",self")
+    samples = calibration_tokens(text, load_tokenizer(source), args.nsamples, args.seqlen)
     model = load_model(source)
     rounds = [
-        (run_floor(model, samples), run_slimgpt(args.model, options)) for _ in range(args.repeats)
+        {
+            "floor": run_floor(model, samples),
+            "slimgpt": run_slimgpt(args.model, options),
+            "without correction": run_slimgpt(args.model, options | {"correction": 0}),
+        }
+        for _ in range(args.repeats)
     ]
 
     title = (
-        f"{args.model}, {args.ratio:.0%}, {args.nsamples} × {args.seqlen} tokens, "
-        f"{args.repeats} rounds, {torch.get_num_threads()} threads"
+        f"{args.model}, {args.ratio:.0%}, {args.calibration}, {args.nsamples} × {args.seqlen} "
+        f"tokens, {args.repeats} rounds, {torch.get_num_threads()} threads"
     )
-    table = Table("phase", "floor, s", "slimgpt, s", "ratio", title=title)
+    table = Table("phase", *(f"{name}, s" for name in rounds[0]), title=title)
     for phase in (*PHASES, "other"):
-        floor, ours = (
-            statistics.median(seconds.get(phase, 0.0) for seconds in contestant)
-            for contestant in zip(*rounds, strict=True)
+        medians = (
+            statistics.median(seconds[name].get(phase, 0.0) for seconds in rounds)
+            for name in rounds[0]
         )
-        ratio = f"{ours / floor:.2f}" if floor else ""
-        table.add_row(phase, f"{floor:.2f}" if floor else "", f"{ours:.2f}", ratio)
-    totals = [
-        (sum(floor.values()), sum(ours[phase] for phase in COMPUTATION)) for floor, ours in rounds
-    ]
-    ratios = sorted(ours / floor for floor, ours in totals)
+        table.add_row(phase, *(f"{median:.2f}" if median else "" for median in medians))
     table.add_section()
+    totals = {
+        name: [sum(seconds[name][phase] for phase in COMPUTATION) for seconds in rounds]
+        for name in rounds[0]
+    }
     table.add_row(
-        " + ".join(COMPUTATION),
-        f"{statistics.median(floor for floor, _ in totals):.2f}",
-        f"{statistics.median(ours for _, ours in totals):.2f}",
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})",
+        " + ".join(COMPUTATION), *(f"{statistics.median(total):.2f}" for total in totals.values())
+    )
+    ratios = [
+        [seconds / floor for seconds, floor in zip(total, totals["floor"], strict=True)]
+        for total in totals.values()
+    ]
+    table.add_row(
+        "over the floor",
+        *(f"{statistics.median(r):.2f} ({min(r):.2f}–{max(r):.2f})" for r in ratios),
     )
     console = Console(width=100)
     console.print(table)
@@ -114,7 +123,7 @@ def main() -> None:
             "protocol": title,
             "environment": environment(),
             "peak_memory_bytes": peak,
-            "rounds": [{"floor": floor, "slimgpt": ours} for floor, ours in rounds],
+            "rounds": rounds,
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 PHASES = {
+    "sample": ["pruning.sample_from_model"],
     "read": ["weights.Weights.read"],
     "forward": ["calibrate.run_sublayer", "blocks.propagate", "blocks.pass_through"],
     "gram": ["blocks.collect"],

@@ -1,7 +1,9 @@
 """What pruning costs in quality: contestants side by side, on texts they were not calibrated on.
 
 The figure of merit of a contestant is its loss ln(PPL / PPL_dense) over that of the preset
-``paper`` with the same model, ratio, seed and text. Usage:
+``paper`` with the same model, ratio, seed and text. All have the same number of calibration tokens;
+those of the contestants other than ``paper`` are half of the calibration text and half what the
+model writes, as by default. Usage:
 
     python benchmarks/quality.py --calibration c4.jsonl --texts wikitext.txt pydocs
     python benchmarks/quality.py … --contestants paper default mine:preset=default,damping=0.1
@@ -72,12 +74,12 @@ def with_multi_head_attention(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def parse_contestant(text: str) -> tuple[str, dict[str, str]]:
+def parse_contestant(text: str, calibration: str) -> tuple[str, dict[str, str]]:
     """``name`` is a preset; ``name:option=value,…`` sets options."""
-    name, _, options = text.partition(":")
-    if not options:
-        return name, {"preset": name}
-    return name, dict(option.split("=") for option in options.split(","))
+    name, _, rest = text.partition(":")
+    options = dict(option.split("=") for option in rest.split(",")) if rest else {"preset": name}
+    is_paper = options.get("preset") == REFERENCE
+    return name, {"calibration": calibration if is_paper else f"{calibration},self"} | options
 
 
 def main() -> None:
@@ -120,11 +122,9 @@ def measure(
     dense: Path, slim: Path, seed: int, ratio: float, contestant: str, args: argparse.Namespace
 ) -> Iterator[Measurement]:
     """Prune and evaluate once."""
-    name, options = parse_contestant(contestant)
-    calibration = {"calibration": args.calibration, "nsamples": args.nsamples}
-    pruned = slimgpt.prune(
-        str(dense), slim, ratio=ratio, seed=seed, seqlen=args.seqlen, **calibration, **options
-    )
+    name, options = parse_contestant(contestant, args.calibration)
+    size = {"nsamples": args.nsamples, "seqlen": args.seqlen}
+    pruned = slimgpt.prune(str(dense), slim, ratio=ratio, seed=seed, **size, **options)
     texts = {"data": args.texts, "seqlen": args.window, "max_tokens": args.max_tokens}
     for result in slimgpt.evaluate(str(slim), against=str(dense), **texts).perplexity:
         measurement = Measurement(

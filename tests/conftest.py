@@ -165,7 +165,7 @@ def prune_blocks(
     if config.method in GLOBAL_SCORES:
         whole = copy.deepcopy(model)
         scores = GLOBAL_SCORES[config.method](whole, samples, widths, config.seed)
-    stream = embed(model, samples, choose_batch_size(*samples.shape))
+    stream = embed(model, samples, choose_batch_size(*samples.shape), config.needs_dense)
     return [
         prune_block(block, width, stream, config.activation_memory, config, scores)
         for block, width in zip(bind(model), widths, strict=True)

@@ -159,6 +159,33 @@ def test_compensation_is_the_obs_update(seed, num_in, data):
 
 
 @fixed
+@given(seeds, sizes, st.data(), st.sampled_from([1e-4, 0.01, 0.1]), st.floats(0, 1))
+def test_correction_goes_toward_least_squares_for_the_target(
+    seed, num_in, data, damping, correction
+):
+    weight, tokens = layer(seed, num_in)
+    kept, _ = split(seed, num_in, data.draw(st.integers(1, num_in)))
+    hessian = second_moment(tokens)
+    output = tokens @ weight.T
+    target = output + torch.randn(output.shape, dtype=torch.float64) + tokens[:, :1]
+    # What the damping adds keeps its own output as the target.
+    damping_rows = torch.diag((damping * hessian.diagonal()).sqrt())
+    rows = torch.cat([tokens / len(tokens) ** 0.5, damping_rows])
+    goal = torch.cat([target / len(tokens) ** 0.5, damping_rows @ weight.T])
+    expected = torch.linalg.lstsq(rows[:, kept], goal).solution.T
+
+    cross = target.T @ tokens / len(tokens)
+    solved = obs.prepare(weight, hessian, damping, cross_OI=cross)
+    (start, error), (half_way, same_error), (end, _) = (
+        obs.compensate(solved, kept, step) for step in (0, correction, 1)
+    )
+    assert same_error == error
+    size = (output.norm() + target.norm()) / tokens[:, kept].norm(dim=0)
+    assert ((end - expected) / size).abs().max() < 1e-5  # the remainder is of float32 products
+    close(half_way, start + correction * (end - start))
+
+
+@fixed
 @given(seeds, sizes)
 def test_keeping_all_changes_nothing(seed, num_in):
     weight, hessian, _ = problem(seed, num_in)

@@ -9,17 +9,25 @@ import pytest
 import torch
 from conftest import VARIANTS, make_tiny_model, prune_blocks
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import slimgpt
 from slimgpt import calibrate, obs
 from slimgpt.blocks import BlockPlan
 from slimgpt.calibrate import collect, embed
 from slimgpt.config import PruneConfig
+from slimgpt.data import calibration_tokens
+from slimgpt.errors import ConfigError
 from slimgpt.families import bind
 from slimgpt.model import find_model, load_model
 from slimgpt.schedule import BlockWidths
 from slimgpt.shrink import unit_columns
+from slimgpt.streaming import StreamedModel
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
 WIDTHS = (BlockWidths(4, 64), BlockWidths(3, 48), BlockWidths(2, 64), BlockWidths(1, 24))
@@ -120,15 +128,29 @@ def test_second_block_is_calibrated_on_the_pruned_first() -> None:
     assert set(range(4)) - set(plans[1].attention.keep) == {int(errors.argmin())}
 
 
+@pytest.mark.parametrize("variant", ["llama", "llama-biases"])
+def test_correction_brings_the_residual_stream_nearer_to_the_dense_one(variant: str) -> None:
+    errors = []
+    for correction in (0, 0.5, 1):
+        dense, model, _ = pruned(variant, correction=correction)
+        last, last_dense = (
+            m.model(sample_tokens(), output_hidden_states=True).hidden_states[-2]
+            for m in (model, dense)
+        )
+        errors.append(float((last - last_dense).square().mean()))
+    assert errors[2] < errors[1] < errors[0]
+
+
 def test_each_sublayer_runs_once_and_twice_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     run = calibrate.run_sublayer
     monkeypatch.setattr(calibrate, "run_sublayer", lambda *args: calls.append(1) or run(*args))
     _, kept, _ = pruned("llama")
-    assert len(calls) == 6 * 8  # batches of one sample, two sublayers in each of four blocks
+    # Batches of one sample, two sublayers in each of four blocks, pruned and dense.
+    assert len(calls) == 6 * 8 * 2
     calls.clear()
     _, recomputed, _ = pruned("llama", activation_memory=0)
-    assert len(calls) == 6 * (8 + 5)  # five of them lose something
+    assert len(calls) == 6 * (8 * 2 + 5)  # five of them lose something
     for a, b in zip(kept.parameters(), recomputed.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -281,6 +303,29 @@ def test_calibration_on_text_sampled_from_the_model(
         for name in ("first", "second")
     )
     assert first.blocks == second.blocks
+
+
+def test_texts_give_equal_numbers_of_samples(
+    tiny_checkpoint: Callable[[str], Path],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    embed = StreamedModel.embed
+    monkeypatch.setattr(StreamedModel, "embed", lambda *args: seen.append(args[1]) or embed(*args))
+    options = {"calibration": "pydocs,self", "nsamples": 7, "seqlen": 16}
+    result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
+    pydocs = calibration_tokens("pydocs", tokenizer, 3, 16)
+    assert torch.equal(seen[0][:3], pydocs)
+    assert seen[0].shape == (7, 16)
+    assert (seen[0][3:, 0] == tokenizer.bos_token_id).all()
+    assert result.report["calibration"]["data"].endswith(" + self")
+
+
+def test_too_few_samples_for_the_texts(tiny_checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="nsamples=1 is too few for 2 texts"):
+        slimgpt.plan(str(tiny_checkpoint("llama")), calibration="pydocs,self", nsamples=1)
 
 
 def test_attention_share_of_zero_leaves_attention_whole(

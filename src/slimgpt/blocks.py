@@ -161,8 +161,9 @@ def replay_block(
         What enters the block; afterwards what leaves the pruned block.
     """
     for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
+        pass_through(block, sublayer, stream, stream.dense_batches())
         if len(decided.keep) == sublayer.num_units:
-            pass_through(block, sublayer, stream)
+            pass_through(block, sublayer, stream, stream.batches())
         else:
             device = sublayer.output.weight.device
             kept_units = torch.tensor(decided.keep, device=device)
@@ -181,15 +182,16 @@ def _prune_sublayer(
     config: PruneConfig,
     scores_U: Tensor | None,
 ) -> SublayerPlan:
+    pass_through(block, sublayer, stream, stream.dense_batches())
     if num_keep == sublayer.num_units:
-        pass_through(block, sublayer, stream)
+        pass_through(block, sublayer, stream, stream.batches())
         return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)
     activations = collect(block, sublayer, stream, activation_memory)
     kept, output, plan = activations.kept, sublayer.output, None
     new_weight = output.weight.new_empty(output.out_features, num_keep * sublayer.unit_size)
     if is_main():
         if config.method == "slimgpt":
-            problem = _prepare(block, sublayer, activations.hessian_II, config)
+            problem = _prepare(block, sublayer, activations, config)
             del activations  # the Hessian is as large as all else that the solver needs
             decision = _solve(problem, sublayer, num_keep, config)
             del problem
@@ -214,11 +216,12 @@ def _prune_sublayer(
 
 
 def _prepare(
-    block: Block, sublayer: Sublayer, hessian_II: Tensor, config: PruneConfig
+    block: Block, sublayer: Sublayer, activations: Activations, config: PruneConfig
 ) -> obs.Problem:
+    hessian_II, cross_OI = activations.hessian_II, activations.cross_OI
     weight_OI = sublayer.output.weight.to(hessian_II.device)
     try:
-        problem = obs.prepare(weight_OI, hessian_II, config.damping, config.damping_mode)
+        problem = obs.prepare(weight_OI, hessian_II, config.damping, config.damping_mode, cross_OI)
     except NumericalError as err:
         place = f"block {block.index}, {sublayer.kind}"
         raise NumericalError(f"{place}: {err}", hint=err.hint) from err
@@ -240,7 +243,7 @@ def _solve(
     """SlimGPT: what costs least goes, and what stays makes up for it."""
     kept_units = _select(problem, sublayer, num_keep, config)
     columns_K = unit_columns(kept_units, sublayer.unit_size)
-    weight_OK, error = obs.compensate(problem, columns_K)
+    weight_OK, error = obs.compensate(problem, columns_K, config.correction)
     return Decision(kept_units, weight_OK, None, error, problem.power, problem.damping)
 
 

@@ -5,13 +5,13 @@ it returns is the input of that projection; the statistics and, after pruning, t
 output both come from these activations. A whole run costs one forward through each block.
 
 Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``I`` columns of the
-output projection.
+output projection, ``O`` its rows (as many as ``C``).
 """
 
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -50,6 +50,8 @@ class Stream:
     ----------
     hidden_NTC : Tensor
         In the model's dtype, in host memory or a memory-mapped file.
+    dense_NTC : Tensor or None
+        The same in the dense model, if errors are corrected.
     batch_size : int
         Samples that go through a sublayer together.
     kwargs : list of dict
@@ -58,12 +60,17 @@ class Stream:
     """
 
     hidden_NTC: Tensor
+    dense_NTC: Tensor | None
     batch_size: int
     kwargs: list[dict[str, Any]]
 
     def batches(self) -> tuple[Tensor, ...]:
         """Views of some samples each."""
         return self.hidden_NTC.split(self.batch_size)
+
+    def dense_batches(self) -> tuple[Tensor, ...]:
+        """The same of the dense model; none if it has none."""
+        return () if self.dense_NTC is None else self.dense_NTC.split(self.batch_size)
 
 
 def choose_batch_size(num_samples: int, seqlen: int) -> int:
@@ -73,7 +80,11 @@ def choose_batch_size(num_samples: int, seqlen: int) -> int:
 
 @torch.no_grad()
 def embed(
-    model: PreTrainedModel, samples_NT: Tensor, batch_size: int, directory: Path | None = None
+    model: PreTrainedModel,
+    samples_NT: Tensor,
+    batch_size: int,
+    with_dense: bool = False,
+    directory: Path | None = None,
 ) -> Stream:
     """Compute what enters the first block.
 
@@ -85,6 +96,8 @@ def embed(
         int64, calibration tokens.
     batch_size : int
         From `choose_batch_size`.
+    with_dense : bool
+        Whether the stream of the dense model is carried too.
     directory : Path, optional
         Where the stream shall be in a memory-mapped file, instead of in memory. The file has no
         name, so that nothing of it stays when the process ends, in whatever way.
@@ -96,7 +109,8 @@ def embed(
     """
     decoder, blocks = decoder_of(model), blocks_of(model)
     device = next(model.get_input_embeddings().parameters()).device
-    hidden_NTC = _allocate((*samples_NT.shape, model.config.hidden_size), model.dtype, directory)
+    shape = (*samples_NT.shape, model.config.hidden_size)
+    hidden_NTC = _allocate(shape, model.dtype, directory)
     recorders = [Recorder() for _ in blocks]
     name = family_of(model.config.model_type).blocks
     decoder.set_submodule(name, nn.ModuleList(recorders))
@@ -106,7 +120,8 @@ def embed(
             hidden_TC.copy_(recorders[0].hidden[0])
     finally:
         decoder.set_submodule(name, blocks)
-    return Stream(hidden_NTC, batch_size, [recorder.kwargs for recorder in recorders])
+    dense_NTC = _allocate(shape, model.dtype, directory).copy_(hidden_NTC) if with_dense else None
+    return Stream(hidden_NTC, dense_NTC, batch_size, [recorder.kwargs for recorder in recorders])
 
 
 def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:
@@ -147,12 +162,17 @@ class Activations(NamedTuple):
         type), accumulated from float32 products of one batch each.
     mean_I : Tensor
         E[x], of the same type.
+    cross_OI : Tensor or None
+        E[(h_dense − h − b) xᵀ], where h_dense is the residual stream of the dense model after the
+        sublayer, h that of the pruned model before it, and b the bias of the output projection;
+        None without the dense model.
     kept : list of Tensor
         The activations themselves, batch by batch, as far as there was room for them.
     """
 
     hessian_II: Tensor
     mean_I: Tensor
+    cross_OI: Tensor | None
     kept: list[Tensor]
 
 
@@ -165,7 +185,7 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     block, sublayer
         What to run.
     stream : Stream
-        The residual stream before the sublayer.
+        The residual stream before the sublayer, but that of the dense model after it.
     budget : int
         Bytes of activations to keep.
     """
@@ -173,16 +193,23 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     if device.type == "mps":  # has no float64
         device = torch.device("cpu")
     total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
-    sum_I = torch.zeros(size, dtype=torch.float64, device=device)
-    num_tokens = torch.zeros((), dtype=torch.float64, device=device)
+    sum_I, num_tokens = total_II.new_zeros(size), total_II.new_zeros(())
+    cross_OI = None
+    if stream.dense_NTC is not None:
+        cross_OI = total_II.new_zeros(sublayer.output.out_features, size)
     kept: list[Tensor] = []
     panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
-    for hidden_NTC in stream.batches():
+    for hidden_NTC, dense_NTC in zip_longest(stream.batches(), stream.dense_batches()):
         batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
         rows_TI = batch_NTI.flatten(0, 1).float()
         for start, stop in panels:
             product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
             total_II[start:stop, start:] += product.to(device)
+        if cross_OI is not None:
+            target_TO = (dense_NTC.float() - hidden_NTC.float()).flatten(0, 1).to(rows_TI.device)
+            if sublayer.output.bias is not None:
+                target_TO -= sublayer.output.bias
+            cross_OI += (target_TO.T @ rows_TI).to(device)
         sum_I += rows_TI.sum(dim=0).to(device)
         num_tokens += len(rows_TI)
         budget -= batch_NTI.nbytes
@@ -192,7 +219,10 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
         total_II[stop:, start:stop] = total_II[start:stop, stop:].T
     distributed.add_up(num_tokens)
     hessian_II = distributed.add_up(total_II).div_(num_tokens)
-    return Activations(hessian_II, distributed.add_up(sum_I).div_(num_tokens), kept)
+    mean_I = distributed.add_up(sum_I).div_(num_tokens)
+    if cross_OI is not None:
+        distributed.add_up(cross_OI).div_(num_tokens)
+    return Activations(hessian_II, mean_I, cross_OI, kept)
 
 
 @torch.no_grad()
@@ -228,9 +258,11 @@ def propagate(
 
 
 @torch.no_grad()
-def pass_through(block: Block, sublayer: Sublayer, stream: Stream) -> None:
-    """Add the output of a sublayer that stays as it is to the residual stream, in place."""
-    for hidden_NTC in stream.batches():
+def pass_through(
+    block: Block, sublayer: Sublayer, stream: Stream, batches: Iterable[Tensor]
+) -> None:
+    """Add the output of the sublayer as it is to batches of a residual stream, in place."""
+    for hidden_NTC in batches:
         output = sublayer.output(run_sublayer(block, sublayer, stream, hidden_NTC))
         hidden_NTC.add_(output.to(hidden_NTC.device))
 

@@ -38,9 +38,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "schedule": "log",
+        "calibration": "c4",
         "channel_selection": "dynamic_group",
         "head_error": "diagonal",
         "damping_mode": "mean",
+        "correction": 0.0,
     },
 }
 
@@ -148,8 +150,11 @@ class PruneConfig(_ModelOptions):
         description="Ratios of the first layers, comma-separated, in place of ratio and schedule; "
         "the other layers stay as they are.",
     )
-    calibration: str = Field(
-        "c4", description="Data set name, local .txt/.jsonl/.json/.parquet file, or self."
+    calibration: Annotated[tuple[str, ...], _Listed] = Field(
+        ("c4", "self"),
+        min_length=1,
+        description="Texts, comma-separated, that give equal numbers of samples: data sets, local "
+        ".txt/.jsonl/.json/.parquet files, and self, what the model itself writes.",
     )
     nsamples: int = Field(128, ge=1, description="Number of calibration samples.")
     seqlen: int = Field(2048, ge=2, description="Tokens of each calibration sample.")
@@ -167,6 +172,13 @@ class PruneConfig(_ModelOptions):
     max_group_size: int = Field(1024, ge=1, description="Largest batch of dynamic-group.")
     head_error: Annotated[HeadError, _Underscored] = Field(
         "exact", description="Error of a head: exact, or the paper's diagonal approximation."
+    )
+    correction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="How much of the error that earlier blocks left in the residual stream each "
+        "sublayer corrects; the paper's 0 saves the forward pass of the dense model.",
     )
     multiple_of: int = Field(8, ge=1, description="FFN widths are multiples of this.")
     uniform: bool = Field(
@@ -201,7 +213,7 @@ class PruneConfig(_ModelOptions):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        solver = {"damping", "damping_mode", "channel_selection", "head_error"}
+        solver = {"damping", "damping_mode", "channel_selection", "head_error", "correction"}
         idle = (solver | {"min_group_size", "max_group_size"}) & self.model_fields_set
         if self.method != "slimgpt" and idle:
             idle = {"preset"} if self.preset != "default" else idle
@@ -217,7 +229,17 @@ class PruneConfig(_ModelOptions):
                 f"min_group_size={self.min_group_size} is above "
                 f"max_group_size={self.max_group_size}"
             )
+        if self.nsamples < len(self.calibration):
+            raise ValueError(
+                f"nsamples={self.nsamples} is too few for {len(self.calibration)} texts of "
+                f"calibration={','.join(self.calibration)!r}"
+            )
         return self
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the residual stream of the dense model is needed beside the pruned one."""
+        return self.method == "slimgpt" and self.correction > 0
 
 
 class EvalConfig(_ModelOptions):

@@ -25,6 +25,7 @@ Purpose = Literal["calibration", "evaluation"]
 Document = tuple[str, str]  # a prompt, empty for plain text, and what follows it
 
 SELF = "self"
+TEXT_LENGTH, TEXTS_AT_ONCE = 128, 128  # tokens of a text that the model writes
 IGNORED = -100  # the label of a token that is not trained on, as in PyTorch
 BLANK_LINE = "\n\n"
 PYDOCS = "pydocs"
@@ -245,6 +246,9 @@ def sample_from_model(
 ) -> Tensor:
     """Let the dense model write its own calibration samples, at temperature 1.
 
+    It writes many short texts at once, which takes hardly more time than one, and they are joined
+    and cut into samples.
+
     Parameters
     ----------
     model, tokenizer
@@ -265,28 +269,26 @@ def sample_from_model(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise DataError("the tokenizer has neither BOS nor EOS, so the model cannot start a text")
-    batch_size = 16
+    needed, length = nsamples * seqlen, min(TEXT_LENGTH, seqlen)
+    prompts = torch.tensor([[first]] * -(-needed // length))
     generate: Any = model.generate
-    samples = []
+    texts = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for start in range(0, nsamples, batch_size):
-            log.info("sampling from the model: %d of %d", start, nsamples)
-            prompt = torch.tensor([[first]] * min(batch_size, nsamples - start)).to(model.device)
-            samples.append(
-                generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    top_k=0,
-                    top_p=1.0,
-                    temperature=1.0,
-                    repetition_penalty=1.0,
-                    min_new_tokens=seqlen - 1,
-                    max_new_tokens=seqlen - 1,
-                ).cpu()
-            )
-    return torch.cat(samples)
+        for prompt in prompts.to(model.device).split(TEXTS_AT_ONCE):
+            log.info("sampling from the model: text %d of %d", len(texts), len(prompts))
+            texts += generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                repetition_penalty=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+            ).cpu()
+    return torch.cat(texts)[:needed].view(nsamples, seqlen)
 
 
 def training_examples(

@@ -19,7 +19,7 @@ class Footprint:
     Attributes
     ----------
     stream : int
-        The residual stream of all calibration samples of this process.
+        The residual stream of all calibration samples of this process, and that of the dense model.
     is_mapped : bool
         Whether the stream is in a memory-mapped file, because it is beyond the budget.
     kept : int
@@ -74,7 +74,8 @@ class Footprint:
         if self.memory > memory:
             raise ConfigError(
                 f"the run needs about {gib(self.memory)} of memory, and {gib(memory)} are free",
-                hint="use a smaller --activation-memory, fewer --nsamples, or a larger machine",
+                hint="use a smaller --activation-memory, fewer --nsamples, --calibration without "
+                "self, or a larger machine",
             )
         disk, needed = shutil.disk_usage(output).free, self.disk - written
         if needed > disk:
@@ -92,7 +93,7 @@ def estimate(
     Parameters
     ----------
     stream, widest : int
-        Bytes of the residual stream, and of the largest input of an output projection.
+        Bytes of the residual streams, and of the largest input of an output projection.
     budget : int
         Bytes for both together.
     block, whole, product : int
@@ -106,14 +107,15 @@ def estimate(
     return Footprint(stream, is_mapped, kept, max(block + solver, whole), product)
 
 
-def solver_bytes(num_out: int, num_in: int, num_removed: int) -> int:
+def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) -> int:
     """Bytes of the solver's matrices for one output projection.
 
     First H and its factor (I × I each), then the inverse and two factors of the removed columns
-    (I × R each); beside them three of the size of the weight (O × I). All are float64.
+    (I × R each); beside them three of the size of the weight (O × I), or five where the weight
+    also corrects an error. All are float64.
     """
     square, factors, weight = num_in**2, num_in * num_removed, num_out * num_in
-    return FLOAT64 * (max(2 * square, square + 2 * factors) + 3 * weight)
+    return FLOAT64 * (max(2 * square, square + 2 * factors) + (5 if corrects else 3) * weight)
 
 
 def gib(num_bytes: int) -> str:

@@ -40,6 +40,8 @@ class Problem(NamedTuple):
         E‖y‖² = tr(W H Wᵀ), from float32 products.
     damping : float
         The damping that was needed, at least what was asked for.
+    remainder_OI : Tensor or None
+        E[(t − y) xᵀ], where the layer's output should be t instead of y.
     """
 
     weight_OI: Tensor
@@ -47,6 +49,7 @@ class Problem(NamedTuple):
     added_I: Tensor
     power: float
     damping: float
+    remainder_OI: Tensor | None = None
 
 
 class Elimination(NamedTuple):
@@ -61,6 +64,7 @@ def prepare(
     hessian_II: Tensor,
     damping: float = 0.01,
     mode: Literal["relative", "mean"] = "relative",
+    cross_OI: Tensor | None = None,
 ) -> Problem:
     """Damp and invert the Hessian of a layer.
 
@@ -73,6 +77,8 @@ def prepare(
     damping : float
         λ. ``relative`` adds λ·H_jj to each diagonal entry, ``mean`` adds λ·mean(diag H). It is
         multiplied by ten, up to 0.1, for as long as the Cholesky decomposition fails.
+    cross_OI : Tensor, optional
+        E[t xᵀ] of a target t of the output; float64, becomes the remainder.
 
     Returns
     -------
@@ -97,6 +103,8 @@ def prepare(
     weight_IO = weight_OI.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     weight_OI = weight_IO.masked_fill_(dead_I[:, None], 0).T
     power = output_power(weight_OI, hessian_II)
+    if cross_OI is not None:
+        _subtract_output(cross_OI, weight_OI, hessian_II)
     scale_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
     while True:
@@ -108,7 +116,7 @@ def prepare(
         if not failed:
             # Symmetric, stored by columns: its transpose has the rows in one piece.
             inverse_II = torch.cholesky_inverse(factor_II, out=factor_II).mT
-            return Problem(weight_OI, inverse_II, added_I, power, used)
+            return Problem(weight_OI, inverse_II, added_I, power, used, cross_OI)
         if used >= MAX_DAMPING:
             raise NumericalError(
                 f"the Hessian is not positive definite, even with a damping of {used:g}",
@@ -298,33 +306,45 @@ def eliminate_channel_groups(
     return _elimination(order, errors, inverse_II)
 
 
-def compensate(problem: Problem, kept_K: Tensor) -> tuple[Tensor, float]:
+def compensate(problem: Problem, kept_K: Tensor, correction: float = 0.0) -> tuple[Tensor, float]:
     """Weights of the kept columns that change the layer's output least, and by how much.
 
     W_K − W_R [(H⁻¹)_RR]⁻¹ (H⁻¹)_RK, the update of Optimal Brain Surgeon, is the least-squares
     solution W H_:K (H_KK)⁻¹. With L Lᵀ = (H⁻¹)_RR it costs tr(ΔW H ΔWᵀ) = ‖L⁻¹ W_Rᵀ‖²_F, of which
     tr(ΔW D ΔWᵀ) is due to the damping D and not to the output.
 
+    To bring the output nearer to the target t, the correction α adds α E[(t − y) xᵀ]_K (H_KK)⁻¹;
+    at 1, W_K is the least-squares solution for t in place of y.
+
     Parameters
     ----------
     problem : Problem
-        The layer.
+        The layer; with a remainder if there is a correction.
     kept_K : Tensor
         Indices of the kept columns, sorted.
+    correction : float
+        α, from 0 to 1.
 
     Returns
     -------
     tuple of Tensor and float
-        weight_OK, and the mean squared change of the output E‖Δy‖², summed over the out features.
+        weight_OK, and the mean squared change of the output E‖Δy‖², summed over the out features,
+        before the correction.
     """
     weight_OI = problem.weight_OI
     is_removed_I = torch.ones(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)
     is_removed_I[kept_K] = False
     removed_R = is_removed_I.nonzero().squeeze(1)
-    weight_OK, half_RO, _ = _remove(weight_OI, problem.inverse_II, removed_R, kept_K)
+    weight_OK, half_RO, half_RK = _remove(weight_OI, problem.inverse_II, removed_R, kept_K)
     change_I = weight_OI.square().sum(dim=0)
     change_I[kept_K] = (weight_OK - weight_OI[:, kept_K]).square().sum(dim=0)
     error = half_RO.square().sum() - problem.added_I @ change_I
+    if correction and problem.remainder_OI is not None:
+        wanted_OK = correction * problem.remainder_OI[:, kept_K]
+        # (H_KK)⁻¹ is the Schur complement (H⁻¹)_KK − (H⁻¹)_KR [(H⁻¹)_RR]⁻¹ (H⁻¹)_RK.
+        inverse_KK = problem.inverse_II.index_select(0, kept_K).index_select(1, kept_K)
+        weight_OK.addmm_(wanted_OK, inverse_KK)
+        weight_OK.addmm_(wanted_OK @ half_RK.T, half_RK, alpha=-1)
     return weight_OK, max(float(error), 0.0)
 
 
@@ -342,6 +362,16 @@ def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512) -
         product_OP = weight32_OI[:, start:] @ hessian_IP
         power += 2 * float(product_OP.double().mul_(weight_OI[:, start:end]).sum())
     return power
+
+
+def _subtract_output(
+    cross_OI: Tensor, weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512
+) -> None:
+    """Subtract E[y xᵀ] = W H, from float32 products, in place."""
+    weight32_OI = weight_OI.float()
+    for start in range(0, len(hessian_II), panel_size):
+        panel = slice(start, start + panel_size)
+        cross_OI[:, panel] -= weight32_OI @ hessian_II[:, panel].float()
 
 
 def _remove(

@@ -219,7 +219,9 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                 prepared = time.monotonic() - start
                 directory = output / STATE_DIR if footprint.is_mapped else None
                 with writing(output):
-                    stream = streamed.embed(samples_NT[own_N], batch_size, directory)
+                    stream = streamed.embed(
+                        samples_NT[own_N], batch_size, config.needs_dense, directory
+                    )
                 _prune(streamed, stream, planned, config, footprint.kept, scores, Run(output))
                 if run:
                     log.info("saving to %s", output)
@@ -234,7 +236,8 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
 
 def check_inputs(config: PruneConfig) -> None:
     """Check that the calibration data exists and the packages for the method are installed."""
-    check_dataset(config.calibration, "calibration")
+    for name in config.calibration:
+        check_dataset(name, "calibration")
     if config.method == "loraprune" and find_spec("peft") is None:
         raise MissingDependencyError(
             "peft", "the method 'loraprune'", "pip install 'slimgpt[recover]'"
@@ -248,18 +251,24 @@ def _samples(
     seqlen: int,
     config: PruneConfig,
 ) -> Tensor:
-    """The calibration samples: those of the interrupted run, or new ones."""
-    is_generated = config.calibration == SELF
-    file = run.state / (GENERATED_FILE if is_generated else "samples.safetensors")
-    if not file.exists():
-        draw = (tokenizer, config.nsamples, seqlen, config.seed)
-        if is_generated:
-            samples = sample_from_model(load_model(source, config.dtype, config.device), *draw)
-        else:
-            samples = calibration_tokens(config.calibration, *draw, text_field=config.text_field)
-        with writing(run.output), replacing(file) as temporary:
-            temporary.write_bytes(save({"tokens": samples}))
-    return read_tensor(file, "tokens")
+    """The calibration samples: those of the interrupted run, or new ones.
+
+    Each text gives an equal number, as far as possible.
+    """
+    num_texts, samples = len(config.calibration), []
+    for index, name in enumerate(config.calibration):
+        file = run.state / (GENERATED_FILE if name == SELF else f"samples-{index}.safetensors")
+        if not file.exists():
+            bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
+            draw = (tokenizer, bounds[1] - bounds[0], seqlen, config.seed)
+            if name == SELF:
+                drawn = sample_from_model(load_model(source, config.dtype, config.device), *draw)
+            else:
+                drawn = calibration_tokens(name, *draw, text_field=config.text_field)
+            with writing(run.output), replacing(file) as temporary:
+                temporary.write_bytes(save({"tokens": drawn}))
+        samples.append(read_tensor(file, "tokens"))
+    return torch.cat(samples)
 
 
 def _scores(
@@ -298,14 +307,17 @@ def _footprint(
             (block.ffn, width.num_channels),
         )
     ]
-    solvers = [solver_bytes(o.out_features, o.in_features, removed) for o, removed in outputs]
+    solvers = [
+        solver_bytes(o.out_features, o.in_features, removed, config.needs_dense)
+        for o, removed in outputs
+    ]
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
-    if config.calibration == SELF:
+    if SELF in config.calibration:
         whole = planned.params_before * size
     if config.method in NEEDS_GRADIENTS:
         whole = 2 * planned.params_before * torch.float32.itemsize
     return estimate(
-        stream=activation * skeleton.config.hidden_size,
+        stream=activation * skeleton.config.hidden_size * (2 if config.needs_dense else 1),
         widest=activation * max(output.in_features for output, _ in outputs),
         budget=config.activation_memory,
         block=max(block.shape.params for block in blocks) * size,
@@ -324,13 +336,13 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the result depends on."""
     configs = {"model config": model_config, "generation config": generation_config}
-    data = Path(config.calibration)
+    files = [path for path in map(Path, config.calibration) if path.is_file()]
     return {
         "model": weights.source.name,
         **{name: sha256(c.to_json_string().encode()).hexdigest() for name, c in configs.items()},
         **{file.name: describe_file(file) for file in weights.files},
         **config.model_dump(exclude={"activation_memory"}),
-        **({"calibration file": describe_file(data)} if data.is_file() else {}),
+        **{f"calibration file {path.name}": describe_file(path) for path in files},
         "device": device.type,
         **versions(),
     }
@@ -415,11 +427,12 @@ def _report(
     return {
         # The report goes to the hub with the model, so it holds no local paths.
         "base_model": streamed.weights.source.title,
-        "config": config.model_dump() | {"calibration": Path(config.calibration).name},
+        "config": config.model_dump()
+        | {"calibration": [Path(name).name for name in config.calibration]},
         "dtype": str(streamed.weights.dtype).removeprefix("torch."),
         "device": str(streamed.device),
         "calibration": {
-            "data": describe_dataset(config.calibration, "calibration"),
+            "data": " + ".join(describe_dataset(n, "calibration") for n in config.calibration),
             "nsamples": config.nsamples,
             "seqlen": seqlen,
         },

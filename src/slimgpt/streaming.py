@@ -32,7 +32,9 @@ class StreamedModel:
         weights.check(skeleton)
         self.skeleton, self.weights, self.device = skeleton, weights, device
 
-    def embed(self, samples_NT: Tensor, batch_size: int, directory: Path | None) -> Stream:
+    def embed(
+        self, samples_NT: Tensor, batch_size: int, with_dense: bool, directory: Path | None
+    ) -> Stream:
         """Compute what enters the first block, see `slimgpt.calibrate.embed`."""
         decoder = decoder_of(self.skeleton)
         parent, blocks = (
@@ -43,7 +45,7 @@ class StreamedModel:
         for name, part in parts:
             self._fill(part, self._read(f"{parent}.{name}", part))
         try:
-            return embed(self.skeleton, samples_NT, batch_size, directory)
+            return embed(self.skeleton, samples_NT, batch_size, with_dense, directory)
         finally:
             for _, part in parts:
                 _release(part)
