@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from environment import environment
 from rich.console import Console
 from rich.table import Table
@@ -75,9 +76,13 @@ def with_multi_head_attention(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def parse_contestant(text: str, calibration: str) -> tuple[str, dict[str, str]]:
-    """``name`` is a preset; ``name:option=value,…`` sets options."""
+    """``name`` is a preset; ``name:option=value,…`` sets options, ``+`` in a value is a comma."""
     name, _, rest = text.partition(":")
-    options = dict(option.split("=") for option in rest.split(",")) if rest else {"preset": name}
+    options = (
+        dict(option.replace("+", ",").split("=") for option in rest.split(","))
+        if rest
+        else {"preset": name}
+    )
     is_paper = options.get("preset") == REFERENCE
     return name, {"calibration": calibration if is_paper else f"{calibration},self"} | options
 
@@ -89,6 +94,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.33, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--contestants", nargs="+", default=["paper", "default"])
+    parser.add_argument("--dtype", default="float32", help="of the dense model, hence of all")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -102,19 +108,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for variant in args.variants:
             dense = Path(scratch, variant)
-            save_dense(args.model, variant, dense)
+            save_dense(args.model, variant, args.dtype, dense)
             cells = itertools.product(args.seeds, args.ratios, args.contestants)
             for seed, ratio, contestant in cells:
                 measurements += measure(dense, Path(scratch, "slim"), seed, ratio, contestant, args)
     report(measurements, args)
 
 
-def save_dense(name: str, variant: str, directory: Path) -> None:
+def save_dense(name: str, variant: str, dtype: str, directory: Path) -> None:
     """The dense model as a checkpoint, with kv heads as they are or one for each query head."""
     source = find_model(name)
     model = load_model(source)
     model = model if variant == "gqa" else with_multi_head_attention(model)
-    model.save_pretrained(directory)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
     load_tokenizer(source).save_pretrained(directory)
 
 
@@ -140,7 +146,7 @@ def measure(
 def report(measurements: list[Measurement], args: argparse.Namespace) -> None:
     """Print medians over the seeds and write everything as JSON."""
     title = (
-        f"{args.model}, calibration {Path(args.calibration).name} {args.nsamples} × {args.seqlen}"
+        f"{args.model}, {args.dtype}, calibration {Path(args.calibration).name} {args.nsamples} × {args.seqlen}"
         f" tokens, {len(args.seeds)} seeds; windows of {args.window}, {args.max_tokens} tokens"
     )
     table = Table("model", "ratio", "text", "contestant", "PPL", "KL", "loss / paper", title=title)

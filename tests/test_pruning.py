@@ -342,6 +342,19 @@ def test_attention_share_of_zero_leaves_attention_whole(
     assert whole.block_ratio == pytest.approx(halved.block_ratio, abs=0.03)
 
 
+@pytest.mark.parametrize(("variant", "share"), [("llama", 0.75), ("llama-mha", 1)])
+def test_attention_has_a_smaller_share_where_queries_share_kv_heads(
+    variant: str, share: float, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    source, options = str(tiny_checkpoint(variant)), {"ratio": 0.5, "schedule": "uniform"}
+    default, given, paper = (
+        slimgpt.plan(source, **options, **more).widths
+        for more in ({}, {"attention_share": share}, {"preset": "paper"})
+    )
+    assert default == given
+    assert (default == paper) is (share == 1)
+
+
 def test_plan_equals_what_prune_does(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

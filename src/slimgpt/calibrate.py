@@ -162,18 +162,18 @@ class Activations(NamedTuple):
         type), accumulated from float32 products of one batch each.
     mean_I : Tensor
         E[x], of the same type.
+    kept : list of Tensor
+        The activations themselves, batch by batch, as far as there was room for them.
     cross_OI : Tensor or None
         E[(h_dense − h − b) xᵀ], where h_dense is the residual stream of the dense model after the
         sublayer, h that of the pruned model before it, and b the bias of the output projection;
         None without the dense model.
-    kept : list of Tensor
-        The activations themselves, batch by batch, as far as there was room for them.
     """
 
     hessian_II: Tensor
     mean_I: Tensor
-    cross_OI: Tensor | None
     kept: list[Tensor]
+    cross_OI: Tensor | None = None
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     mean_I = distributed.add_up(sum_I).div_(num_tokens)
     if cross_OI is not None:
         distributed.add_up(cross_OI).div_(num_tokens)
-    return Activations(hessian_II, mean_I, cross_OI, kept)
+    return Activations(hessian_II, mean_I, kept, cross_OI)
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
         "schedule": "log",
+        "attention_share": 1.0,
         "calibration": "c4",
         "channel_selection": "dynamic_group",
         "head_error": "diagonal",
@@ -138,12 +139,12 @@ class PruneConfig(_ModelOptions):
         description="Smallest layer ratio: the first layer's, or the last one's where ratios "
         "decrease. Default: ratio / 8.",
     )
-    attention_share: float = Field(
-        1.0,
+    attention_share: float | None = Field(
+        None,
         ge=0,
         le=1,
         description="Ratio of attention over that of its layer, as far as the FFN can make up for "
-        "it: 0 leaves attention whole.",
+        "it: 0 leaves attention whole. Default: (1 + 1/g)/2 where g query heads share a kv head.",
     )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),

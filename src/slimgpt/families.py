@@ -241,6 +241,19 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     }
 
 
+def attention_share(config: Any) -> float:
+    """Ratio of attention over that of its block at which a query head costs as in MHA.
+
+    A query head with its share of a kv head has 2 + 2/g matrices of head_dim × hidden_size, where g
+    query heads share a kv head, and 4 in MHA. If the errors of attention and FFN grow with the
+    squares of their ratios, their sum is least for a given number of parameters where the ratio of
+    attention is in proportion to what a head frees: (2 + 2/g)/4 of that in MHA, which is 1.
+    """
+    config = config.per_layer_config[0]
+    kv_heads, heads = family_of(config.model_type).attention.widths
+    return (1 + getattr(config, kv_heads) / getattr(config, heads)) / 2
+
+
 def with_biases(config: Any) -> Any:
     """Config of the same model with a bias in every linear layer of its blocks.
 

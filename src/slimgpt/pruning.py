@@ -35,7 +35,7 @@ from slimgpt.data import (
 )
 from slimgpt.distributed import from_main, is_main, own_part, process_group
 from slimgpt.errors import MissingDependencyError
-from slimgpt.families import Block, bind, with_biases
+from slimgpt.families import Block, attention_share, bind, with_biases
 from slimgpt.footprint import Footprint, estimate, solver_bytes
 from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
 from slimgpt.model import (
@@ -456,6 +456,7 @@ def _plan(model_config: PreTrainedConfig, config: PruneConfig) -> PrunePlan:
     skeleton = build_skeleton(model_config)
     shapes = [block.shape for block in bind(skeleton)]
     uniform_groups = uniform_group_counts(model_config) if config.uniform else None
+    share = config.attention_share
     widths = plan_widths(
         shapes,
         config.ratio,
@@ -464,7 +465,7 @@ def _plan(model_config: PreTrainedConfig, config: PruneConfig) -> PrunePlan:
         config.multiple_of,
         uniform_groups,
         config.layer_ratios,
-        config.attention_share,
+        attention_share(model_config) if share is None else share,
     )
     given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
     prunable = sum(shape.params for shape in shapes)
