@@ -146,8 +146,9 @@ def measure(
 def report(measurements: list[Measurement], args: argparse.Namespace) -> None:
     """Print medians over the seeds and write everything as JSON."""
     title = (
-        f"{args.model}, {args.dtype}, calibration {Path(args.calibration).name} {args.nsamples} × {args.seqlen}"
-        f" tokens, {len(args.seeds)} seeds; windows of {args.window}, {args.max_tokens} tokens"
+        f"{args.model}, {args.dtype}, calibration {Path(args.calibration).name} {args.nsamples} × "
+        f"{args.seqlen} tokens, {len(args.seeds)} seeds; windows of {args.window}, "
+        f"{args.max_tokens} tokens"
     )
     table = Table("model", "ratio", "text", "contestant", "PPL", "KL", "loss / paper", title=title)
     losses = {

@@ -14,7 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slimgpt.config import did_you_mean
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
@@ -280,15 +285,28 @@ def sample_from_model(
             texts += generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
+                do_sample=False,
                 repetition_penalty=1.0,
+                logits_processor=LogitsProcessorList([_Draw()]),
                 min_new_tokens=length - 1,
                 max_new_tokens=length - 1,
             ).cpu()
     return torch.cat(texts)[:needed].view(nsamples, seqlen)
+
+
+class _Draw(LogitsProcessor):
+    """Draw the next token, and leave it as the only one.
+
+    One random number a text; sampling in `generate` takes one a token of the vocabulary, which on
+    a CPU costs as much as a small model.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        upto = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        # In (0, 1], so that what has no probability is never the first to reach it.
+        number = upto[:, -1:] * (1 - torch.rand(len(upto), 1, device=upto.device))
+        drawn = torch.searchsorted(upto, number)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0)
 
 
 def training_examples(
