@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--methods", nargs="+", default=["lora", "distill"])
+    parser.add_argument("--preset", default="default")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--data", required=True, help="examples to train on")
     parser.add_argument("--eval-data", required=True, help="text watched while training")
@@ -48,7 +49,13 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = [measure(args.model, "dense", 0.0, args)]
     for ratio in args.ratios:
-        pruning = {"ratio": ratio, "calibration": args.calibration, "nsamples": 64, "seqlen": 512}
+        pruning = {
+            "preset": args.preset,
+            "ratio": ratio,
+            "calibration": args.calibration,
+            "nsamples": 64,
+            "seqlen": 512,
+        }
         pruned = folder(args.work, f"pruned-{ratio}", model=args.model, **pruning)
         if not is_complete(pruned):
             slimgpt.prune(args.model, pruned, **pruning)

@@ -27,23 +27,22 @@ Schedule = Literal["log", "linear", "uniform", "log_decrease", "linear_decrease"
 ChannelSelection = Literal["greedy", "dynamic_group"]
 HeadError = Literal["exact", "diagonal"]
 DampingMode = Literal["relative", "mean"]
-Preset = Literal["default", "paper"]
+Preset = Literal["default", "exact", "paper"]
 Method = Literal["slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RecoverMethod = Literal["lora", "full", "distill"]
 Measure = Literal["parameters", "pruning", "perplexity", "tasks", "means", "inference"]
 Curve = Literal["layer_ratios", "layer_errors", "train_loss", "held_out_perplexity"]
 
+_EXACT = {"attention_share": 1.0, "calibration": "c4", "correction": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {
-        "schedule": "log",
-        "attention_share": 1.0,
-        "calibration": "c4",
+    "exact": _EXACT,
+    "paper": _EXACT
+    | {
         "channel_selection": "dynamic_group",
         "head_error": "diagonal",
         "damping_mode": "mean",
-        "correction": 0.0,
     },
 }
 
@@ -185,7 +184,11 @@ class PruneConfig(_ModelOptions):
     uniform: bool = Field(
         False, description="Same width in every layer: a checkpoint of the stock class."
     )
-    preset: Preset = Field("default", description="Defaults of the method; paper is as published.")
+    preset: Preset = Field(
+        "default",
+        description="Defaults of the method; paper is as published, exact the same without its "
+        "approximations.",
+    )
     activation_memory: ByteSize = Field(
         ByteSize(4 * 10**9),
         description="Memory for activations, e.g. 8GB. A residual stream beyond it is mapped to a "
