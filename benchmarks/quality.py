@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from environment import environment
 from rich.console import Console
 from rich.table import Table
@@ -118,9 +117,9 @@ def main() -> None:
 def save_dense(name: str, variant: str, dtype: str, directory: Path) -> None:
     """The dense model as a checkpoint, with kv heads as they are or one for each query head."""
     source = find_model(name)
-    model = load_model(source)
+    model = load_model(source, dtype)
     model = model if variant == "gqa" else with_multi_head_attention(model)
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    model.save_pretrained(directory)
     load_tokenizer(source).save_pretrained(directory)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VARIANTS, make_tiny_model, prune_blocks
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -288,10 +289,17 @@ def test_a_pruned_model_can_be_pruned_again(
     assert model.num_parameters() == twice.plan.params_after
 
 
-def test_bfloat16_stays_bfloat16(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    output = tmp_path / "slim"
-    slimgpt.prune(str(tiny_checkpoint("llama")), output, dtype="bfloat16", ratio=0.4, **OPTIONS)
-    assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+def test_the_precision_is_that_of_the_checkpoint_or_the_given_one(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    given = slimgpt.prune(str(source), tmp_path / "given", dtype="bfloat16", ratio=0.4, **OPTIONS)
+    kept = slimgpt.prune(str(given.output), tmp_path / "kept", ratio=0.1, **OPTIONS)
+    for result in (given, kept):
+        assert result.report["dtype"] == "bfloat16"
+        assert AutoModelForCausalLM.from_pretrained(result.output).dtype == torch.bfloat16
+        tensors = load_file(result.output / "model.safetensors").values()
+        assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
 
 
 def test_calibration_on_text_sampled_from_the_model(

@@ -1,5 +1,6 @@
 """Find and load a dense or pruned causal language model and its tokenizer."""
 
+import copy
 import logging
 import re
 import struct
@@ -302,6 +303,7 @@ def check_same_vocabulary(source: Source, base: Source) -> None:
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build a model without weights: its parameters are on the meta device, its buffers are not."""
+    config = copy.deepcopy(config)  # it takes on the type
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
