@@ -180,6 +180,7 @@ def test_correction_goes_toward_least_squares_for_the_target(
         obs.compensate(solved, kept, step) for step in (0, correction, 1)
     )
     assert same_error == error
+    assert solved.power == pytest.approx(float(output.square().sum(1).mean()), rel=1e-5)
     size = (output.norm() + target.norm()) / tokens[:, kept].norm(dim=0)
     assert ((end - expected) / size).abs().max() < 1e-5  # the remainder is of float32 products
     close(half_way, start + correction * (end - start))

@@ -102,9 +102,10 @@ def prepare(
     # Stored by columns, which are what is removed.
     weight_IO = weight_OI.T.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     weight_OI = weight_IO.masked_fill_(dead_I[:, None], 0).T
-    power = output_power(weight_OI, hessian_II)
-    if cross_OI is not None:
-        _subtract_output(cross_OI, weight_OI, hessian_II)
+    if cross_OI is None:
+        power = output_power(weight_OI, hessian_II)
+    else:
+        power = _subtract_output(cross_OI, weight_OI, hessian_II)
     scale_I = diagonal_I if mode == "relative" else diagonal_I.mean().expand_as(diagonal_I)
     used = damping
     while True:
@@ -366,12 +367,16 @@ def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512) -
 
 def _subtract_output(
     cross_OI: Tensor, weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512
-) -> None:
-    """Subtract E[y xᵀ] = W H, from float32 products, in place."""
+) -> float:
+    """Subtract E[y xᵀ] = W H in place, and give E‖y‖²; from float32 products."""
     weight32_OI = weight_OI.float()
+    power = 0.0
     for start in range(0, len(hessian_II), panel_size):
         panel = slice(start, start + panel_size)
-        cross_OI[:, panel] -= weight32_OI @ hessian_II[:, panel].float()
+        product_OP = (weight32_OI @ hessian_II[:, panel].float()).double()
+        cross_OI[:, panel] -= product_OP
+        power += float(product_OP.mul_(weight_OI[:, panel]).sum())
+    return power
 
 
 def _remove(
