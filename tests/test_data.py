@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from slimgpt.data import (
     IGNORED,
+    TEXT_LENGTH,
+    _Draw,
     calibration_tokens,
     evaluation_tokens,
     instruction_prompt,
+    sample_from_model,
     training_examples,
 )
 from slimgpt.errors import DataError
@@ -177,3 +181,26 @@ def test_hub_records_are_read_by_their_field(
     assert tokenizer.decode(tokens) == "one two three"
     assert asked["split"] == "test"
     assert asked["streaming"] is True
+
+
+def test_the_model_draws_from_its_distribution() -> None:
+    """Of tokens without probability none is drawn, of the others as many as expected."""
+    scores = torch.tensor([-torch.inf, 0.3, -1.0, -torch.inf, 1.2, -torch.inf])
+    num_texts = 20_000
+    torch.manual_seed(0)
+    drawn = _Draw()(torch.empty(0), scores.expand(num_texts, -1)).argmax(dim=1)
+    counts = torch.bincount(drawn, minlength=len(scores))
+    expected = scores.softmax(dim=0) * num_texts
+    assert (counts[expected == 0] == 0).all()
+    assert ((counts - expected).abs() <= 4 * expected.sqrt()).all()
+
+
+def test_texts_of_the_model_are_joined_to_samples(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_tiny_model("llama", max_position_embeddings=TEXT_LENGTH)
+    nsamples, seqlen = 2, TEXT_LENGTH + 10
+    samples = sample_from_model(model, tokenizer, nsamples, seqlen, seed=3)
+    assert samples.shape == (nsamples, seqlen)
+    assert (samples.flatten()[::TEXT_LENGTH] == tokenizer.bos_token_id).all()
+    assert not (samples == tokenizer.eos_token_id).any()
+    again = sample_from_model(model, tokenizer, nsamples, seqlen, seed=3)
+    assert torch.equal(samples, again)

@@ -331,9 +331,13 @@ def test_texts_give_equal_numbers_of_samples(
     assert result.report["calibration"]["data"].endswith(" + self")
 
 
-def test_too_few_samples_for_the_texts(tiny_checkpoint: Callable[[str], Path]) -> None:
-    with pytest.raises(ConfigError, match="nsamples=1 is too few for 2 texts"):
-        slimgpt.plan(str(tiny_checkpoint("llama")), calibration="pydocs,self", nsamples=1)
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [("pydocs,self", "nsamples=1 is too few for 2 texts"), ("self,self", "has a text twice")],
+)
+def test_texts_that_do_not_go_together(calibration: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig.create(calibration=calibration, nsamples=1)
 
 
 def test_attention_share_of_zero_leaves_attention_whole(

@@ -206,7 +206,7 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
             product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
             total_II[start:stop, start:] += product.to(device)
         if cross_OI is not None:
-            target_TO = (dense_NTC.float() - hidden_NTC.float()).flatten(0, 1).to(rows_TI.device)
+            target_TO = (dense_NTC.to(rows_TI) - hidden_NTC.to(rows_TI)).flatten(0, 1)
             if sublayer.output.bias is not None:
                 target_TO -= sublayer.output.bias
             cross_OI += (target_TO.T @ rows_TI).to(device)

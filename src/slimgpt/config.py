@@ -233,6 +233,8 @@ class PruneConfig(_ModelOptions):
                 f"min_group_size={self.min_group_size} is above "
                 f"max_group_size={self.max_group_size}"
             )
+        if len(set(self.calibration)) < len(self.calibration):
+            raise ValueError(f"calibration={','.join(self.calibration)!r} has a text twice")
         if self.nsamples < len(self.calibration):
             raise ValueError(
                 f"nsamples={self.nsamples} is too few for {len(self.calibration)} texts of "
