@@ -537,3 +537,21 @@ def test_what_was_computed_before_the_first_block_is_kept(
     monkeypatch.undo()
     monkeypatch.delattr(pruning, work)
     slimgpt.prune(model, output, **OPTIONS | options)
+
+
+def test_calibration_files_of_one_name_are_told_apart(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / folder / "text.txt" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("one two three " * 400)
+    options = OPTIONS | {"calibration": tuple(map(str, files))}
+    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    fail_at_block(1, InterruptionError(), monkeypatch)
+    with pytest.raises(InterruptionError):
+        slimgpt.prune(model, output, **options)
+    monkeypatch.undo()
+    files[0].write_text("four five six seven " * 400)
+    with pytest.raises(RunStateError, match="calibration file"):
+        slimgpt.prune(model, output, **options)

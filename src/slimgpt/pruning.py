@@ -342,7 +342,7 @@ def _identity(
         **{name: sha256(c.to_json_string().encode()).hexdigest() for name, c in configs.items()},
         **{file.name: describe_file(file) for file in weights.files},
         **config.model_dump(exclude={"activation_memory"}),
-        **{f"calibration file {path.name}": describe_file(path) for path in files},
+        **{f"calibration file {path}": describe_file(path) for path in files},
         "device": device.type,
         **versions(),
     }
