@@ -12,7 +12,7 @@ PHASES = {
     "read": ["weights.Weights.read"],
     "forward": ["calibrate.run_sublayer", "blocks.propagate", "blocks.pass_through"],
     "gram": ["blocks.collect"],
-    "solve": ["obs.prepare", "blocks._select", "obs.compensate"],
+    "solve": ["blocks._prepare", "blocks._solve"],
     "write": ["pruning.write_file", "checkpoint.write_file", "run._sync"],
 }
 

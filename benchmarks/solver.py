@@ -5,7 +5,7 @@ Contestants, each from a damped Hessian to the new weight, in float64:
 floor
     One Cholesky decomposition and one inverse of H: what any method that looks at H⁻¹ pays.
 slimgpt
-    `prepare`, `eliminate_channels` or `eliminate_units`, `compensate`.
+    `prepare`, then `eliminate_channels` or `eliminate_units`.
 paper
     SlimGPT as it is written (arXiv 2412.18110, algorithm 1): invert what is left of H, compute the
     errors, remove a head, or a batch of channels of dynamic group size, compensate, and again.
@@ -154,16 +154,12 @@ def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_s
     lap = Stopwatch()
     problem = obs.prepare(weight_OI, hessian_II, DAMPING)
     parts = {"prepare": lap()}
-    matrices = problem.weight_OI, problem.inverse_II
     if unit_size == 1:
-        removed_U = obs.eliminate_channels(*matrices, num_remove).order_R
+        removed_U = obs.eliminate_channels(problem, num_remove).order
     else:
-        removed_U = obs.eliminate_units(*matrices, num_remove, unit_size).order_R
+        removed_U = obs.eliminate_units(problem, num_remove, unit_size).order
     parts["eliminate"] = lap()
-    removed_R = columns(removed_U, unit_size)
-    obs.compensate(problem, kept(len(hessian_II), removed_R))
-    parts["compensate"] = lap()
-    return Run(parts, removed_R)
+    return Run(parts, columns(removed_U, unit_size))
 
 
 def group_sizes(num_remove: int, unit_size: int) -> list[int]:
@@ -224,9 +220,7 @@ def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_siz
         low, high, cube = widths[timed[j]] ** 3, widths[timed[j - 1]] ** 3, widths[i] ** 3
         total += times[j] + (times[j - 1] - times[j]) * (cube - low) / (high - low)
     problem = obs.prepare(weight_OI, hessian_II, 0)
-    removed_R = obs.eliminate_channel_groups(
-        problem.weight_OI, problem.inverse_II, num_remove
-    ).order_R
+    removed_R = obs.eliminate_channel_groups(problem, num_remove).order
     note = f"time from {BATCHES_TIMED} of {len(sizes)} batches"
     return Run({"all": total}, removed_R, note)
 

@@ -104,9 +104,9 @@ def test_reported_error_is_the_change_of_the_output() -> None:
     handle.remove()
     x_TI, y_TO = (seen[key].flatten(0, 1).double() for key in "xy")
     problem = obs.prepare(dense.model.layers[0].mlp.down_proj.weight, x_TI.T @ x_TI / len(x_TI))
-    columns = torch.tensor(plan.ffn.keep)
-    new_OK, _ = obs.compensate(problem, columns)
-    change = (x_TI[:, columns] @ new_OK.T - y_TO).square().sum(1).mean()
+    left = obs.eliminate_channels(problem, 32)
+    assert plan.ffn.keep == tuple(left.kept_K.tolist())
+    change = (x_TI[:, left.kept_K] @ left.weight_OK.T - y_TO).square().sum(1).mean()
     assert plan.ffn.error == pytest.approx(float(change), rel=1e-4)
     assert plan.ffn.relative_error == pytest.approx(
         float(change / y_TO.square().sum(1).mean()), rel=1e-4
@@ -183,8 +183,8 @@ def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(obs, name, call)
 
     spy("prepare", 2, 3)
-    spy("eliminate_units", 4)
-    spy("eliminate_channel_groups", 3, 4)
+    spy("eliminate_units", 3)
+    spy("eliminate_channel_groups", 2, 3)
     monkeypatch.delattr(obs, "eliminate_channels")
     prune_blocks(make_tiny_model("llama"), sample_tokens(), WIDTHS, config)
     assert given == {

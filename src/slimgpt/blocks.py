@@ -221,7 +221,14 @@ def _prepare(
     hessian_II, cross_OI = activations.hessian_II, activations.cross_OI
     weight_OI = sublayer.output.weight.to(hessian_II.device)
     try:
-        problem = obs.prepare(weight_OI, hessian_II, config.damping, config.damping_mode, cross_OI)
+        problem = obs.prepare(
+            weight_OI,
+            hessian_II,
+            config.damping,
+            config.damping_mode,
+            cross_OI,
+            config.correction,
+        )
     except NumericalError as err:
         place = f"block {block.index}, {sublayer.kind}"
         raise NumericalError(f"{place}: {err}", hint=err.hint) from err
@@ -241,10 +248,17 @@ def _solve(
     problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig
 ) -> Decision:
     """SlimGPT: what costs least goes, and what stays makes up for it."""
-    kept_units = _select(problem, sublayer, num_keep, config)
-    columns_K = unit_columns(kept_units, sublayer.unit_size)
-    weight_OK, error = obs.compensate(problem, columns_K, config.correction)
-    return Decision(kept_units, weight_OK, None, error, problem.power, problem.damping)
+    num_remove = sublayer.num_units - num_keep
+    if sublayer.kind == "attention":
+        left = obs.eliminate_units(problem, num_remove, sublayer.unit_size, config.head_error)
+    elif config.channel_selection == "greedy":
+        left = obs.eliminate_channels(problem, num_remove)
+    else:
+        left = obs.eliminate_channel_groups(
+            problem, num_remove, config.min_group_size, config.max_group_size
+        )
+    kept_units = left.kept_K[:: sublayer.unit_size] // sublayer.unit_size
+    return Decision(kept_units, left.weight_OK, None, left.error, problem.power, problem.damping)
 
 
 def _cut(
@@ -294,20 +308,3 @@ def _apply(
     columns = unit_columns(kept_units, sublayer.unit_size)
     propagate(block, sublayer, stream, columns, new_weight, kept)
     shrink_sublayer(sublayer, kept_units, new_weight)
-
-
-def _select(problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig) -> Tensor:
-    """Indices of the units to keep, sorted."""
-    matrices = problem.weight_OI, problem.inverse_II
-    num_remove = sublayer.num_units - num_keep
-    if sublayer.kind == "attention":
-        removed = obs.eliminate_units(*matrices, num_remove, sublayer.unit_size, config.head_error)
-    elif config.channel_selection == "greedy":
-        removed = obs.eliminate_channels(*matrices, num_remove)
-    else:
-        removed = obs.eliminate_channel_groups(
-            *matrices, num_remove, config.min_group_size, config.max_group_size
-        )
-    keep = torch.ones(sublayer.num_units, dtype=torch.bool, device=removed.order_R.device)
-    keep[removed.order_R] = False
-    return keep.nonzero().squeeze(1)
