@@ -110,12 +110,14 @@ def estimate(
 def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) -> int:
     """Bytes of the solver's matrices for one output projection.
 
-    First H and its factor (I × I each), then the inverse and two factors of the removed columns
-    (I × R each); beside them three of the size of the weight (O × I), or five where the weight
-    also corrects an error. All are float64.
+    First H and its inverse (I × I each) with two of the size of the weight (O × I), or five where
+    it is corrected; then the inverse, what the removed columns took from it (I × R), and four of
+    the size of the weight. All are float64.
     """
-    square, factors, weight = num_in**2, num_in * num_removed, num_out * num_in
-    return FLOAT64 * (max(2 * square, square + 2 * factors) + (5 if corrects else 3) * weight)
+    square, weight = num_in**2, num_out * num_in
+    preparing = square + (5 if corrects else 2) * weight
+    eliminating = num_in * num_removed + 4 * weight
+    return FLOAT64 * (square + max(preparing, eliminating))
 
 
 def gib(num_bytes: int) -> str:

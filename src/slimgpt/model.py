@@ -194,7 +194,7 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     UnsupportedModelError
         If the model is of no supported family, or weights are missing or not finite.
     """
-    load_config(source)
+    config = load_config(source)
     target = find_device(device)
     start = time.monotonic()
     log.info("loading %s", source.name)
@@ -205,6 +205,7 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             source.location,
+            config=config,
             dtype=wanted,
             use_safetensors=True,
             trust_remote_code=False,

@@ -39,7 +39,6 @@ from slimgpt.families import Block, attention_share, bind, with_biases
 from slimgpt.footprint import Footprint, estimate, solver_bytes
 from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
 from slimgpt.model import (
-    Source,
     build_skeleton,
     find_device,
     find_model,
@@ -214,7 +213,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                     log.info("%s", footprint)
                     footprint.check(output, run.size)
             if not from_main(run and run.is_written):
-                samples_NT = from_main(run and _samples(run, source, tokenizer, seqlen, config))
+                samples_NT = from_main(run and _samples(run, streamed, tokenizer, seqlen, config))
                 scores = _scores(run, streamed, samples_NT, planned, config) if run else []
                 prepared = time.monotonic() - start
                 directory = output / STATE_DIR if footprint.is_mapped else None
@@ -246,7 +245,7 @@ def check_inputs(config: PruneConfig) -> None:
 
 def _samples(
     run: Run,
-    source: Source,
+    streamed: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int,
     config: PruneConfig,
@@ -262,7 +261,8 @@ def _samples(
             bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
             draw = (tokenizer, bounds[1] - bounds[0], seqlen, config.seed)
             if name == SELF:
-                drawn = sample_from_model(load_model(source, config.dtype, config.device), *draw)
+                with streamed.whole() as model:
+                    drawn = sample_from_model(model, *draw)
             else:
                 drawn = calibration_tokens(name, *draw, text_field=config.text_field)
             with writing(run.output), replacing(file) as temporary:

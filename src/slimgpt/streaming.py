@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from slimgpt.calibrate import Stream, embed
 from slimgpt.families import Block, bind, blocks_of, decoder_of, family_of
 from slimgpt.run import trim_heap
-from slimgpt.weights import Weights
+from slimgpt.weights import Weights, saved_tensors
 
 
 class StreamedModel:
@@ -31,6 +32,17 @@ class StreamedModel:
     def __init__(self, skeleton: PreTrainedModel, weights: Weights, device: torch.device) -> None:
         weights.check(skeleton)
         self.skeleton, self.weights, self.device = skeleton, weights, device
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all of its weights, which it has inside the context."""
+        self._fill(self.skeleton, {n: self.weights.read(n) for n in saved_tensors(self.skeleton)})
+        self.skeleton.tie_weights()
+        try:
+            yield self.skeleton
+        finally:
+            _release(self.skeleton)
+            self.skeleton.tie_weights()
 
     def embed(
         self, samples_NT: Tensor, batch_size: int, with_dense: bool, directory: Path | None
