@@ -10,7 +10,12 @@ from unittest import mock
 PHASES = {
     "sample": ["pruning.sample_from_model"],
     "read": ["weights.Weights.read"],
-    "forward": ["calibrate.run_sublayer", "blocks.propagate", "blocks.pass_through"],
+    "forward": [
+        "calibrate.run_sublayer",
+        "blocks.propagate",
+        "blocks.pass_through",
+        "blocks.pass_dense_through",
+    ],
     "gram": ["blocks.collect"],
     "solve": ["blocks._prepare", "blocks._solve"],
     "write": ["pruning.write_file", "checkpoint.write_file", "run._sync"],

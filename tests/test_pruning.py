@@ -19,7 +19,7 @@ from transformers import (
 
 import slimgpt
 from slimgpt import calibrate, obs
-from slimgpt.blocks import BlockPlan
+from slimgpt.blocks import BlockPlan, prune_block
 from slimgpt.calibrate import collect, embed
 from slimgpt.config import PruneConfig
 from slimgpt.data import calibration_tokens
@@ -95,7 +95,8 @@ def test_reported_error_is_the_change_of_the_output() -> None:
     activations = collect(block, block.ffn, stream, 0)
     assert activations.hessian_II.dtype == torch.float64
     widths = (BlockWidths(4, 32), *WIDTHS[1:])
-    plan = prune_blocks(copy.deepcopy(dense), sample_tokens(), widths, PruneConfig.create())[0]
+    config = PruneConfig.create(correction=0)
+    plan = prune_blocks(copy.deepcopy(dense), sample_tokens(), widths, config)[0]
     seen = {}
     handle = dense.model.layers[0].mlp.down_proj.register_forward_hook(
         lambda _, args, out: seen.update(x=args[0], y=out)
@@ -140,6 +141,22 @@ def test_correction_brings_the_residual_stream_nearer_to_the_dense_one(variant: 
         )
         errors.append(float((last - last_dense).square().mean()))
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("capabilities", "tolerance"), [({}, 1e-6), ({"amx_bf16": True}, 0.03)])
+def test_the_dense_stream_is_that_of_the_dense_model(
+    capabilities: dict[str, bool], tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    dense = make_tiny_model("llama")
+    expected = dense.model(sample_tokens(), output_hidden_states=True).hidden_states[-2]
+    config = PruneConfig.create()
+    stream = embed(dense, sample_tokens(), 3, with_dense=True)
+    for block, width in zip(list(bind(dense))[:-1], WIDTHS[:-1], strict=True):
+        prune_block(block, width, stream, config.activation_memory, config)
+    assert stream.dense_NTC is not None
+    assert (stream.dense_NTC - expected).norm() < tolerance * expected.norm()
+    assert (stream.hidden_NTC - expected).norm() > 0.1 * expected.norm()
 
 
 def test_each_sublayer_runs_once_and_twice_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:

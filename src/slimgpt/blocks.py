@@ -18,6 +18,7 @@ from slimgpt.calibrate import (
     Activations,
     Stream,
     collect,
+    pass_dense_through,
     pass_through,
     propagate,
 )
@@ -161,7 +162,7 @@ def replay_block(
         What enters the block; afterwards what leaves the pruned block.
     """
     for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-        pass_through(block, sublayer, stream, stream.dense_batches())
+        pass_dense_through(block, sublayer, stream)
         if len(decided.keep) == sublayer.num_units:
             pass_through(block, sublayer, stream, stream.batches())
         else:
@@ -182,7 +183,7 @@ def _prune_sublayer(
     config: PruneConfig,
     scores_U: Tensor | None,
 ) -> SublayerPlan:
-    pass_through(block, sublayer, stream, stream.dense_batches())
+    pass_dense_through(block, sublayer, stream)
     if num_keep == sublayer.num_units:
         pass_through(block, sublayer, stream, stream.batches())
         return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)

@@ -26,6 +26,7 @@ from slimgpt.families import Block, Sublayer, blocks_of, decoder_of, family_of
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
 CHUNK = 2**24  # bytes
+BFLOAT16_PRODUCTS = ("amx_bf16", "avx512_bf16", "bf16")  # by their names on x86 and ARM
 PANEL_SIZE = 512  # of the symmetric products, of which only one half is computed
 
 
@@ -265,6 +266,21 @@ def pass_through(
     for hidden_NTC in batches:
         output = sublayer.output(run_sublayer(block, sublayer, stream, hidden_NTC))
         hidden_NTC.add_(output.to(hidden_NTC.device))
+
+
+def pass_dense_through(block: Block, sublayer: Sublayer, stream: Stream) -> None:
+    """Add the output of the sublayer as it is to the stream of the dense model, if there is one.
+
+    As this stream only tells the errors of the pruned one, the products of a float32 model are in
+    bfloat16 where the CPU has such (torch 2.6 cannot tell).
+    """
+    weight = sublayer.output.weight
+    has = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+    fast = weight.device.type == "cpu" and any(has.get(name) for name in BFLOAT16_PRODUCTS)
+    with torch.autocast(
+        weight.device.type, torch.bfloat16, enabled=fast and weight.dtype == torch.float32
+    ):
+        pass_through(block, sublayer, stream, stream.dense_batches())
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:

@@ -110,12 +110,12 @@ def estimate(
 def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) -> int:
     """Bytes of the solver's matrices for one output projection.
 
-    First H and its inverse (I × I each) with two of the size of the weight (O × I), or five where
+    First H and its inverse (I × I each) with two of the size of the weight (O × I), or four where
     it is corrected; then the inverse, what the removed columns took from it (I × R), and four of
     the size of the weight. All are float64.
     """
     square, weight = num_in**2, num_out * num_in
-    preparing = square + (5 if corrects else 2) * weight
+    preparing = square + (4 if corrects else 2) * weight
     eliminating = num_in * num_removed + 4 * weight
     return FLOAT64 * (square + max(preparing, eliminating))
 

@@ -97,7 +97,7 @@ def prepare(
         λ. ``relative`` adds λ·H_jj to each diagonal entry, ``mean`` adds λ·mean(diag H). It is
         multiplied by ten, up to 0.1, for as long as the Cholesky decomposition fails.
     cross_OI : Tensor, optional
-        E[t xᵀ]; without it nothing is corrected.
+        E[t xᵀ], float64; without it nothing is corrected.
     correction : float
         α, from 0 to 1.
 
@@ -135,7 +135,7 @@ def prepare(
             # Symmetric, stored by columns: its transpose has the rows in one piece.
             inverse_II = torch.cholesky_inverse(factor_II, out=factor_II).mT
             if cross_OI is not None:
-                solution_IO = inverse_II @ (cross_OI.double() + weight_OI * added_I).T
+                solution_IO = inverse_II @ torch.addcmul(cross_OI, weight_OI, added_I).T
                 weight_OI = weight_IO.lerp_(solution_IO, correction).T
             power = output_power(weight_OI, hessian_II)
             return Problem(weight_OI, inverse_II, added_I, power, used)
