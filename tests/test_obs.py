@@ -272,9 +272,9 @@ def test_channels_are_eliminated_greedily(panel_size, seed, num_in, num_out, dat
 
 
 def test_many_channels_are_eliminated_greedily_in_default_panels():
-    weight, hessian, _ = problem(0, 150, 20)
-    order, errors = greedy(weight, hessian, [1] * 150)
-    actual = obs.eliminate_channels(undamped(weight, hessian), 150)
+    weight, hessian, _ = problem(0, 320, 20)
+    order, errors = greedy(weight, hessian, [1] * 320)
+    actual = obs.eliminate_channels(undamped(weight, hessian), 320)
     assert actual.order.tolist() == order
     close(actual.errors, errors)
 
@@ -376,6 +376,8 @@ def test_removing_nothing():
         assert removed.order.shape == removed.errors.shape == (0,)
         assert removed.order.dtype == torch.long
         assert removed.errors.dtype == torch.float64
+        assert torch.equal(removed.weight_OK, weight)
+        assert removed.error == 0
 
 
 def test_arguments_are_left_alone():
