@@ -3,7 +3,8 @@
 The floor is one forward of the dense blocks over the calibration tokens, the Gram products of the
 inputs of all output projections as plain matrix multiplications, and one Cholesky decomposition
 and inverse for each. Runs and floor take turns. A run that corrects the residual stream needs a
-second forward, of the dense model; one without is measured beside it. Usage:
+second forward, of the dense model; one without is measured beside it. The survey for the widths,
+a small run of its own, is a phase of its own. Usage:
 
     python benchmarks/end_to_end.py --calibration c4.jsonl [--ratio 0.5] [--repeats 3] [--json FILE]
 """

@@ -21,7 +21,15 @@ import slimgpt
 from slimgpt import pruning  # noqa: F401 (before the fork)
 
 PACKAGE = str(Path(slimgpt.__file__).parent)
-PHASES = ("prune_block", "replay_block", "write_file", "replacing", "product", "publish")
+PHASES = (
+    "prune_block",
+    "replay_block",
+    "_move_channels",
+    "write_file",
+    "replacing",
+    "product",
+    "publish",
+)
 
 
 def phase(frame: FrameType | None) -> str:

@@ -48,8 +48,8 @@ def test_killed_runs_end_with_the_same_files(
     )
     outcomes = json.loads(finished.stdout)
     assert len(outcomes) == KILLS
-    phases = {"prune_block", "write_file", "replacing", "product", "publish", "other"}
-    assert {outcome["phase"] for outcome in outcomes} == phases
+    phases = {"prune_block", "_move_channels", "write_file", "replacing", "product", "publish"}
+    assert {outcome["phase"] for outcome in outcomes} == phases | {"other"}
     assert sum(outcome["codes"][1] == -9 for outcome in outcomes) > 2  # in a replay
     expected = fingerprint(tmp_path / "whole")
     assert sum(name.endswith(".safetensors") for name in expected) > 2
@@ -78,9 +78,11 @@ def interrupted(
     return model, output
 
 
-def fail_at_block(index: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_at_block(
+    index: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, in_survey: bool = False
+) -> None:
     def prune_block(block: Any, *args: Any) -> Any:
-        if block.index == index:
+        if block.index == index and args[-1] == in_survey:
             raise error
         return blocks.prune_block(block, *args)
 
@@ -101,6 +103,27 @@ def test_finished_blocks_are_not_solved_again(
     slimgpt.prune(model, output, **OPTIONS)
     assert solved == [2, 3]
     assert not (output / STATE_DIR).exists()
+
+
+def test_an_interrupted_survey_goes_on(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(tiny_checkpoint("llama"))
+    slimgpt.prune(model, tmp_path / "whole", **OPTIONS)
+    fail_at_block(2, InterruptionError(), monkeypatch, in_survey=True)
+    with pytest.raises(InterruptionError):
+        slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
+    monkeypatch.undo()
+    solved = []
+    prune_block = blocks.prune_block
+    monkeypatch.setattr(
+        pruning,
+        "prune_block",
+        lambda block, *a: solved.append((block.index, a[-1])) or prune_block(block, *a),
+    )
+    slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
+    assert solved == [(2, True), (3, True)] + [(index, False) for index in range(4)]
+    assert fingerprint(tmp_path / "slim") == fingerprint(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Layer ratios and integer widths against closed forms and exhaustive search."""
 
+import itertools
 import math
 import re
 
@@ -14,8 +15,10 @@ from slimgpt.schedule import (
     curve,
     largest_ratio,
     layer_ratios,
+    move_channels,
     plan_widths,
     removed_params,
+    surveyed_removals,
 )
 
 fixed = settings(derandomize=True, deadline=None, database=None, max_examples=100)
@@ -354,3 +357,62 @@ def test_no_ratio_is_feasible():
     with pytest.raises(ConfigError) as caught:
         plan_widths([BlockShape(1, 640, 64, 10)] * 3, 0.7, min_ratio=0.6)
     assert "no ratio is feasible" in caught.value.hint
+
+
+# Channels moved between blocks
+
+
+@st.composite
+def surveys(draw: st.DrawFn) -> tuple[list[BlockShape], list[BlockWidths], list[list[float]]]:
+    """Up to three blocks of few steps, with errors that rise ever faster."""
+    shapes, widths, errors = [], [], []
+    for _ in range(draw(st.integers(1, 3))):
+        shape = BlockShape(2, 100, draw(st.integers(9, 48)), draw(st.integers(1, 20)))
+        channels = 8 * draw(st.integers(1, shape.num_channels // 8))
+        rises = sorted(
+            draw(st.floats(0.01, 1)) for _ in surveyed_removals(shape.num_channels, channels, 8)
+        )
+        first = shape.num_channels % 8 or 8
+        shapes.append(shape)
+        widths.append(BlockWidths(draw(st.integers(1, 2)), channels))
+        errors.append(list(itertools.accumulate([first / 8 * r for r in rises[:1]] + rises[1:])))
+    return shapes, widths, errors
+
+
+@fixed
+@given(surveys(), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
+def test_channels_move_to_where_they_cost_least(survey, prices):
+    shapes, widths, errors = survey
+    moved = move_channels(shapes, widths, errors, prices[: len(shapes)], 8)
+    options = []
+    for shape, width, block_errors, price in zip(shapes, widths, errors, prices, strict=False):
+        removals = surveyed_removals(shape.num_channels, width.num_channels, 8)
+        costs = [0.0, *(price * error for error in block_errors)]
+        options.append(list(zip([0, *removals], costs, strict=True)))
+    params = [shape.channel_params for shape in shapes]
+    removed = [s.num_channels - m.num_channels for s, m in zip(shapes, moved, strict=True)]
+    cost = sum(dict(choices)[n] for choices, n in zip(options, removed, strict=True))
+    freed = sum(n * p for n, p in zip(removed, params, strict=True))
+    for other in itertools.product(*options):
+        if sum(n * p for (n, _), p in zip(other, params, strict=True)) >= freed:
+            assert cost <= sum(c for _, c in other) * (1 + 1e-9)
+    assert [m.num_groups for m in moved] == [w.num_groups for w in widths]
+    assert abs(freed - total_ffn(shapes, widths)) <= 8 * max(params) / 2
+
+
+def total_ffn(shapes: list[BlockShape], widths: list[BlockWidths]) -> int:
+    return sum(
+        (s.num_channels - w.num_channels) * s.channel_params
+        for s, w in zip(shapes, widths, strict=True)
+    )
+
+
+def test_nothing_moves_further_than_the_survey_looked():
+    shapes = [BlockShape(1, 10, 64, 1)] * 2
+    widths = [BlockWidths(1, 48), BlockWidths(1, 24)]
+    errors = [[1.0, 2.0, 3.0, 4.0], [9.0] * 7]
+    assert [len(e) for e in errors] == [
+        len(surveyed_removals(64, w.num_channels, 8)) for w in widths
+    ]
+    moved = move_channels(shapes, widths, errors, [1.0, 1.0], 8)
+    assert [m.num_channels for m in moved] == [32, 40]

@@ -27,7 +27,7 @@ from slimgpt.distributed import from_main, is_main, tensor_from_main
 from slimgpt.errors import NumericalError
 from slimgpt.families import Block, Sublayer
 from slimgpt.importance import LOCAL_SCORES
-from slimgpt.schedule import BlockWidths
+from slimgpt.schedule import BlockWidths, surveyed_removals
 from slimgpt.shrink import shrink_sublayer, unit_columns
 
 log = logging.getLogger(__name__)
@@ -46,12 +46,16 @@ class SublayerPlan:
         same over E‖y‖².
     damping : float
         Damping that the Hessian needed; 0 where nothing was removed or solved.
+    errors : tuple of float
+        In a survey, for the FFN: the error after each of `schedule.surveyed_removals`, damping
+        included.
     """
 
     keep: tuple[int, ...]
     error: float
     relative_error: float
     damping: float
+    errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def prune_block(
     activation_memory: int,
     config: PruneConfig,
     scores: Sequence[Tensor] = (),
+    is_survey: bool = False,
 ) -> BlockPlan:
     """Prune one block in place.
 
@@ -128,6 +133,8 @@ def prune_block(
         Options of the method.
     scores : sequence of Tensor
         From a method of `importance.GLOBAL_SCORES`: of all sublayers of the model.
+    is_survey : bool
+        Whether the plan of the FFN shall have the errors of other widths too.
 
     Raises
     ------
@@ -135,7 +142,9 @@ def prune_block(
         If a Hessian cannot be factorised; names the block and the sublayer.
     """
     attention, ffn = (
-        _prune_sublayer(block, sublayer, num_keep, stream, activation_memory, config, given)
+        _prune_sublayer(
+            block, sublayer, num_keep, stream, activation_memory, config, given, is_survey
+        )
         for sublayer, num_keep, given in zip_longest(
             block.sublayers,
             (width.num_groups, width.num_channels),
@@ -182,19 +191,22 @@ def _prune_sublayer(
     activation_memory: int,
     config: PruneConfig,
     scores_U: Tensor | None,
+    is_survey: bool,
 ) -> SublayerPlan:
     pass_dense_through(block, sublayer, stream)
     if num_keep == sublayer.num_units:
         pass_through(block, sublayer, stream, stream.batches())
         return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)
     activations = collect(block, sublayer, stream, activation_memory)
-    kept, output, plan = activations.kept, sublayer.output, None
+    kept, output, plan, errors = activations.kept, sublayer.output, None, ()
     new_weight = output.weight.new_empty(output.out_features, num_keep * sublayer.unit_size)
     if is_main():
         if config.method == "slimgpt":
             problem = _prepare(block, sublayer, activations, config)
             del activations  # the Hessian is as large as all else that the solver needs
             decision = _solve(problem, sublayer, num_keep, config)
+            if is_survey and sublayer.kind == "ffn":
+                errors = _errors_of_widths(problem, num_keep, config.multiple_of)
             del problem
         else:
             decision = _cut(sublayer, num_keep, activations, config, scores_U)
@@ -204,7 +216,7 @@ def _prune_sublayer(
             _set_bias(output, decision.bias_O)
         relative = decision.error / decision.power if decision.power else 0.0
         keep = tuple(decision.kept_units.tolist())
-        plan = SublayerPlan(keep, decision.error, relative, decision.damping)
+        plan = SublayerPlan(keep, decision.error, relative, decision.damping, errors)
         del decision
     else:
         del activations
@@ -260,6 +272,12 @@ def _solve(
         )
     kept_units = left.kept_K[:: sublayer.unit_size] // sublayer.unit_size
     return Decision(kept_units, left.weight_OK, None, left.error, problem.power, problem.damping)
+
+
+def _errors_of_widths(problem: obs.Problem, num_keep: int, multiple_of: int) -> tuple[float, ...]:
+    removals = surveyed_removals(len(problem.added_I), num_keep, multiple_of)
+    errors_R = obs.eliminate_channels(problem, removals[-1]).errors.cumsum(dim=0)
+    return tuple(errors_R[torch.tensor(removals) - 1].tolist())
 
 
 def _cut(

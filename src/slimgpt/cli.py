@@ -87,7 +87,10 @@ def prune(
     values = _given(recipe, options)
     if dry_run:
         planned = slimgpt.plan(model, **values)
-        _emit(planned, _plan_table(planned), as_json)
+        lines = _plan_table(planned)
+        if PruneConfig.create(**values).channel_widths == "measured":
+            lines += ("the run moves channels between the blocks; the sums stay",)
+        _emit(planned, lines, as_json)
         return
     if output is None:
         raise ConfigError("--output is missing", hint="name a directory for the pruned model")

@@ -28,13 +28,19 @@ ChannelSelection = Literal["greedy", "dynamic_group"]
 HeadError = Literal["exact", "diagonal"]
 DampingMode = Literal["relative", "mean"]
 Preset = Literal["default", "exact", "paper"]
+ChannelWidths = Literal["measured", "scheduled"]
 Method = Literal["slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RecoverMethod = Literal["lora", "full", "distill"]
 Measure = Literal["parameters", "pruning", "perplexity", "tasks", "means", "inference"]
 Curve = Literal["layer_ratios", "layer_errors", "train_loss", "held_out_perplexity"]
 
-_EXACT = {"attention_share": 1.0, "calibration": "c4", "correction": 0.0}
+_EXACT = {
+    "attention_share": 1.0,
+    "channel_widths": "scheduled",
+    "calibration": "c4",
+    "correction": 0.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "exact": _EXACT,
@@ -65,6 +71,12 @@ def did_you_mean(name: str, known: list[str]) -> str:
     """Say which of the known names was probably meant, and list them all."""
     close = get_close_matches(name, known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"available: {', '.join(known)}"
+
+
+def _widths_are_given(values: Mapping[str, Any]) -> bool:
+    """Whether there is nothing to measure, or nothing that measuring could change."""
+    is_rival = values.get("method", "slimgpt") != "slimgpt"
+    return is_rival or bool(values.get("uniform") or values.get("layer_ratios"))
 
 
 class _Options(BaseModel):
@@ -145,6 +157,12 @@ class PruneConfig(_ModelOptions):
         description="Ratio of attention over that of its layer, as far as the FFN can make up for "
         "it: 0 leaves attention whole. Default: (1 + 1/g)/2 where g query heads share a kv head.",
     )
+    channel_widths: ChannelWidths = Field(
+        "measured",
+        description="FFN channels of each layer: measured moves them to where they matter most to "
+        "the model's output, scheduled leaves them to the schedule. Measured needs the memory of "
+        "the whole model; it is only for the method slimgpt with widths that may differ.",
+    )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),
         description="Ratios of the first layers, comma-separated, in place of ratio and schedule; "
@@ -204,6 +222,8 @@ class PruneConfig(_ModelOptions):
         defaults = dict(PRESETS.get(str(values.get("preset", "default")), {}))
         if values.get("uniform"):
             defaults["schedule"] = "uniform"
+        if _widths_are_given(values):
+            defaults["channel_widths"] = "scheduled"
         return defaults | values
 
     @model_validator(mode="before")
@@ -225,6 +245,11 @@ class PruneConfig(_ModelOptions):
         if self.uniform and self.schedule != "uniform":
             raise ValueError(
                 f"uniform=True gives every layer the same width, but schedule={self.schedule!r}"
+            )
+        if self.channel_widths == "measured" and _widths_are_given(self.model_dump()):
+            raise ValueError(
+                "channel_widths='measured' is for the method slimgpt, without uniform and "
+                "without layer_ratios"
             )
         if self.min_ratio is not None and self.min_ratio > self.ratio:
             raise ValueError(f"min_ratio={self.min_ratio} is above ratio={self.ratio}")

@@ -74,8 +74,8 @@ class Footprint:
         if self.memory > memory:
             raise ConfigError(
                 f"the run needs about {gib(self.memory)} of memory, and {gib(memory)} are free",
-                hint="use a smaller --activation-memory, fewer --nsamples, --calibration without "
-                "self, or a larger machine",
+                hint="use a smaller --activation-memory, fewer --nsamples, --channel-widths "
+                "scheduled and --calibration without self, or a larger machine",
             )
         disk, needed = shutil.disk_usage(output).free, self.disk - written
         if needed > disk:
@@ -98,7 +98,7 @@ def estimate(
         Bytes for both together.
     block, whole, product : int
         Bytes of the largest block, of what is in memory before the first one (the embedding, or
-        the model with its gradients), and of the pruned model.
+        the whole model), and of the pruned model.
     solver : int
         Largest value of `solver_bytes`.
     """

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,7 +36,7 @@ from slimgpt.data import (
     sample_from_model,
 )
 from slimgpt.distributed import from_main, is_main, own_part, process_group
-from slimgpt.errors import MissingDependencyError
+from slimgpt.errors import MissingDependencyError, NumericalError
 from slimgpt.families import Block, attention_share, bind, with_biases
 from slimgpt.footprint import Footprint, estimate, solver_bytes
 from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
@@ -52,15 +54,25 @@ from slimgpt.run import (
     GENERATED_FILE,
     SCORES_FILE,
     STATE_DIR,
+    WIDTHS_FILE,
     Run,
     describe_file,
     open_run,
     peak_memory,
     replacing,
     versions,
+    write_atomically,
     writing,
 )
-from slimgpt.schedule import BlockShape, BlockWidths, plan_widths, removed_params
+from slimgpt.schedule import (
+    BlockShape,
+    BlockWidths,
+    move_channels,
+    plan_widths,
+    removed_params,
+)
+from slimgpt.sensitivity import price_changes
+from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
 from slimgpt.weights import (
     Weights,
@@ -74,10 +86,13 @@ from slimgpt.weights import (
 
 log = logging.getLogger(__name__)
 
+SURVEY_SHARE = 4  # one sample in so many; half as many others show what errors cost
+PROBE_TOKENS = 512  # of each of these
+
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Widths of every block and what they amount to, known before any weight is read.
+    """Widths of every block and what they amount to.
 
     Attributes
     ----------
@@ -128,6 +143,8 @@ class PruneResult:
 
 def plan(model: str, **options: Any) -> PrunePlan:
     """Work out the widths of a pruned model, without its weights.
+
+    If the run measures the FFN widths, these are the ones that it begins with; their sum stays.
 
     Parameters
     ----------
@@ -191,21 +208,21 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
     check_inputs(config)
     with process_group(find_device(config.device)) as device:
         start = time.monotonic()
-        model_config = load_config(source)
-        planned = _plan(model_config, config)
-        model_config = _initial_config(model_config, config)
+        base_config = load_config(source)
+        planned = _plan(base_config, config)
+        model_config = _initial_config(base_config, config)
         tokenizer = load_tokenizer(source)
         generation_config = load_generation_config(source, model_config)
         seqlen = usable_seqlen(config.seqlen, model_config)
         batch_size = choose_batch_size(config.nsamples, seqlen)
-        own_N = own_part(torch.arange(config.nsamples), batch_size)
+        num_own = len(own_part(torch.arange(config.nsamples), batch_size))
         with open_run(output) if is_main() else nullcontext() as run:
             weights = open_weights(source, model_config, config.dtype)
             skeleton = build_skeleton(model_config, weights.dtype)
             if config.method == "flap":
                 weights.add_biases(skeleton)
             streamed = StreamedModel(skeleton, weights, device)
-            footprint = _footprint(streamed.skeleton, planned, len(own_N), seqlen, config)
+            footprint = _footprint(streamed.skeleton, planned, num_own, seqlen, config)
             if run:
                 identity = _identity(weights, model_config, generation_config, config, device)
                 run.identify(identity, restart)
@@ -216,20 +233,26 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                 samples_NT = from_main(run and _samples(run, streamed, tokenizer, seqlen, config))
                 scores = _scores(run, streamed, samples_NT, planned, config) if run else []
                 prepared = time.monotonic() - start
-                directory = output / STATE_DIR if footprint.is_mapped else None
-                with writing(output):
-                    stream = streamed.embed(
-                        samples_NT[own_N], batch_size, config.needs_dense, directory
+                if config.channel_widths == "measured":
+                    measured = _measured_widths(
+                        Run(output), streamed, samples_NT, planned, config, footprint
                     )
-                _prune(streamed, stream, planned, config, footprint.kept, scores, Run(output))
+                    planned = _plan(base_config, config, measured)
+                surveyed = time.monotonic() - start - prepared
+                stream = _embed(streamed, samples_NT, batch_size, config, footprint, output)
+                _prune(
+                    streamed, stream, planned.widths, config, footprint.kept, Run(output), scores
+                )
                 if run:
                     log.info("saving to %s", output)
-                    report = _report(run, streamed, planned, config, seqlen, prepared)
+                    seconds = {"prepare": round(prepared, 3), "survey": round(surveyed, 3)}
+                    report = _report(run, streamed, planned, config, seqlen, seconds)
                     _write(run, streamed, planned, config, tokenizer, generation_config, report)
             if run:
                 run.publish()
         report = from_main(is_main() and json.loads((output / REPORT_FILE).read_text("utf-8")))
     blocks = tuple(map(BlockPlan.from_json, report["blocks"]))
+    planned = _plan(base_config, config, [BlockWidths(**w) for w in report["widths"]])
     return PruneResult(output, planned, blocks, report)
 
 
@@ -299,12 +322,13 @@ def _footprint(
     size = skeleton.dtype.itemsize
     activation = num_samples * seqlen * size
     blocks = list(bind(skeleton))
+    measures = config.channel_widths == "measured"
     outputs = [
-        (sublayer.output, (sublayer.num_units - num_keep) * sublayer.unit_size)
+        (sublayer.output, removed * sublayer.unit_size)
         for block, width in zip(blocks, planned.widths, strict=True)
-        for sublayer, num_keep in (
-            (block.attention, width.num_groups),
-            (block.ffn, width.num_channels),
+        for sublayer, removed in (
+            (block.attention, block.attention.num_units - width.num_groups),
+            (block.ffn, (block.ffn.num_units - width.num_channels) * (2 if measures else 1)),
         )
     ]
     solvers = [
@@ -314,6 +338,13 @@ def _footprint(
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
     if SELF in config.calibration:
         whole = planned.params_before * size
+    if measures:
+        # The model, its changed weights and their gradients, activations and logits of a probe.
+        changed = sum(output.weight.numel() for output, _ in outputs)
+        inputs = sum(output.in_features + output.out_features for output, _ in outputs)
+        tokens = min(seqlen, PROBE_TOKENS)
+        whole = (planned.params_before + 2 * changed + 6 * tokens * inputs) * size
+        whole += 5 * tokens * skeleton.config.vocab_size * torch.float32.itemsize
     if config.method in NEEDS_GRADIENTS:
         whole = 2 * planned.params_before * torch.float32.itemsize
     return estimate(
@@ -325,6 +356,98 @@ def _footprint(
         whole=whole,
         product=planned.params_after * size,
     )
+
+
+def _embed(
+    streamed: StreamedModel,
+    samples_NT: Tensor,
+    batch_size: int,
+    config: PruneConfig,
+    footprint: Footprint,
+    output: Path,
+) -> Stream:
+    """What enters the first block, of the samples of this process."""
+    directory = output / STATE_DIR if footprint.is_mapped else None
+    with writing(output):
+        return streamed.embed(
+            own_part(samples_NT, batch_size), batch_size, config.needs_dense, directory
+        )
+
+
+def _measured_widths(
+    run: Run,
+    streamed: StreamedModel,
+    samples_NT: Tensor,
+    planned: PrunePlan,
+    config: PruneConfig,
+    footprint: Footprint,
+) -> list[BlockWidths]:
+    """FFN widths by what they cost the model's output, from a survey.
+
+    The survey prunes to the planned widths with a part of the samples, and measures for each FFN
+    what its error costs the output, and what its error would be at other widths.
+    """
+    file = run.state / WIDTHS_FILE
+    if not from_main(file.exists()):
+        samples_ST = samples_NT[::SURVEY_SHARE]
+        batch_size = choose_batch_size(*samples_ST.shape)
+        log.info("survey of the layers, with %d of the samples", len(samples_ST))
+        skeleton = build_skeleton(streamed.skeleton.config, streamed.weights.dtype)
+        surveyed = StreamedModel(skeleton, streamed.weights, streamed.device)
+        stream = _embed(surveyed, samples_ST, batch_size, config, footprint, run.output)
+        _prune(surveyed, stream, planned.widths, config, footprint.kept, run, stage="survey")
+        del stream
+        if is_main():
+            widths = _move_channels(run, streamed, samples_NT, planned, config)
+            with writing(run.output):
+                write_atomically(file, json.dumps([asdict(width) for width in widths]))
+                for path in run.state.glob("survey-*"):
+                    path.unlink()
+    values = from_main(is_main() and json.loads(file.read_text(encoding="utf-8")))
+    return [BlockWidths(**value) for value in values]
+
+
+def _move_channels(
+    run: Run,
+    streamed: StreamedModel,
+    samples_NT: Tensor,
+    planned: PrunePlan,
+    config: PruneConfig,
+) -> list[BlockWidths]:
+    changed, priced, plans = {}, [], []
+    for block in bind(streamed.skeleton):
+        file = run.block_file(block.index, "survey")
+        plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+        for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
+            if len(decided.keep) < sublayer.num_units:
+                name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}.weight"
+                weight_OK = read_tensor(file, name)
+                columns_K = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
+                weight_OI = weight_OK.new_zeros(sublayer.output.weight.shape)
+                changed[name] = weight_OI.index_copy_(1, columns_K, weight_OK)
+                if decided.errors:
+                    priced.append(name)
+        plans.append(plan.ffn)
+    if not priced:
+        return list(planned.widths)
+    # Other samples than those of the survey, if there are others.
+    probes = samples_NT[1 % len(samples_NT) :: 2 * SURVEY_SHARE, :PROBE_TOKENS]
+    with streamed.whole() as model:
+        effects = iter(price_changes(model, changed, priced, probes))
+    costs = [next(effects) if plan.errors else 0.0 for plan in plans]
+    if not all(map(math.isfinite, costs)):
+        raise NumericalError(
+            "the gradients of the survey overflow",
+            hint="use --dtype float32 or bfloat16, or --channel-widths scheduled",
+        )
+    # A cost near or below zero is noise, and no reason to remove all.
+    least = sum(costs) / len(costs) / 10
+    prices = [
+        max(cost, least) / plan.error if plan.error else 0.0
+        for cost, plan in zip(costs, plans, strict=True)
+    ]
+    errors = [plan.errors for plan in plans]
+    return move_channels(planned.shapes, planned.widths, errors, prices, config.multiple_of)
 
 
 def _identity(
@@ -351,35 +474,37 @@ def _identity(
 def _prune(
     streamed: StreamedModel,
     stream: Stream,
-    planned: PrunePlan,
+    widths: Sequence[BlockWidths],
     config: PruneConfig,
     activation_memory: int,
-    scores: list[Tensor],
     run: Run,
+    scores: Sequence[Tensor] = (),
+    stage: str = "block",
 ) -> None:
     """Prune every block; replay those that an earlier run has finished."""
     log.info("calibrating on %d samples of %d tokens", *stream.hidden_NTC.shape[:2])
-    begun, num_blocks = time.monotonic(), len(planned.widths)
-    for block, width in zip(streamed.blocks(), planned.widths, strict=True):
-        start, file = time.monotonic(), run.block_file(block.index)
+    begun, num_blocks = time.monotonic(), len(widths)
+    for block, width in zip(streamed.blocks(), widths, strict=True):
+        start, file = time.monotonic(), run.block_file(block.index, stage)
         if from_main(file.exists()):
             plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
             replay_block(block, plan, partial(read_tensor, file), stream)
         else:
-            plan = prune_block(block, width, stream, activation_memory, config, scores)
+            is_survey = stage == "survey"
+            plan = prune_block(block, width, stream, activation_memory, config, scores, is_survey)
             if is_main():
-                _save_block(run, block, plan, time.monotonic() - start)
+                _save_block(run, file, block, plan, time.monotonic() - start)
         done = block.index + 1
         left = (time.monotonic() - begun) / done * (num_blocks - done)
         log.info("block %d/%d: %s; %.0f s left", done, num_blocks, plan, left)
 
 
-def _save_block(run: Run, block: Block, plan: BlockPlan, seconds: float) -> None:
+def _save_block(run: Run, file: Path, block: Block, plan: BlockPlan, seconds: float) -> None:
     state = block.module.state_dict()
     tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
     cost = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
     metadata = {"plan": json.dumps(asdict(plan)), "cost": json.dumps(cost)}
-    with writing(run.output), replacing(run.block_file(block.index)) as temporary:
+    with writing(run.output), replacing(file) as temporary:
         write_file(temporary, tensors, metadata)
 
 
@@ -420,7 +545,7 @@ def _report(
     planned: PrunePlan,
     config: PruneConfig,
     seqlen: int,
-    prepared: float,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     metadata = [read_metadata(run.block_file(index)) for index in range(len(planned.widths))]
     costs = [json.loads(block["cost"]) for block in metadata]
@@ -438,10 +563,7 @@ def _report(
         },
         **asdict(planned),
         "blocks": [json.loads(block["plan"]) for block in metadata],
-        "seconds": {
-            "prepare": round(prepared, 3),
-            "prune": round(sum(cost["seconds"] for cost in costs), 3),
-        },
+        "seconds": seconds | {"prune": round(sum(cost["seconds"] for cost in costs), 3)},
         "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),
         "versions": versions(),
     }
@@ -452,12 +574,16 @@ def _initial_config(model_config: PreTrainedConfig, config: PruneConfig) -> PreT
     return with_biases(model_config) if config.method == "flap" else model_config
 
 
-def _plan(model_config: PreTrainedConfig, config: PruneConfig) -> PrunePlan:
+def _plan(
+    model_config: PreTrainedConfig,
+    config: PruneConfig,
+    widths: Sequence[BlockWidths] | None = None,
+) -> PrunePlan:
     skeleton = build_skeleton(model_config)
     shapes = [block.shape for block in bind(skeleton)]
     uniform_groups = uniform_group_counts(model_config) if config.uniform else None
     share = config.attention_share
-    widths = plan_widths(
+    widths = widths or plan_widths(
         shapes,
         config.ratio,
         config.schedule,

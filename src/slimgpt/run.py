@@ -32,8 +32,16 @@ STATE_DIR = ".slimgpt"
 LAST_FILE = "config.json"
 
 GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
+WIDTHS_FILE = "widths.json"
 
-_PROGRESS = (GENERATED_FILE, SCORES_FILE, "block-*.safetensors", "checkpoint-*/trainer_state.json")
+_PROGRESS = (
+    GENERATED_FILE,
+    SCORES_FILE,
+    WIDTHS_FILE,
+    "survey-*.safetensors",
+    "block-*.safetensors",
+    "checkpoint-*/trainer_state.json",
+)
 _MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
 _MOVED = "moved.json"  # names in the output directory that are the product's
 
@@ -70,9 +78,9 @@ class Run:
         """Bytes of the state."""
         return sum(path.stat().st_size for path in self.state.rglob("*") if path.is_file())
 
-    def block_file(self, index: int) -> Path:
+    def block_file(self, index: int, stage: str = "block") -> Path:
         """Where the result of a block is or will be; it exists only when it is whole."""
-        return self.state / f"block-{index:05d}.safetensors"
+        return self.state / f"{stage}-{index:05d}.safetensors"
 
     @property
     def has_begun(self) -> bool:

@@ -1,0 +1,114 @@
+"""What errors cost the output, against differences; and the widths that follow from it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VARIANTS, make_tiny_model
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
+
+import slimgpt
+from slimgpt import pruning
+from slimgpt.errors import ConfigError, NumericalError
+from slimgpt.sensitivity import price_changes
+
+OPTIONS = {
+    "calibration": "pydocs",
+    "nsamples": 12,
+    "seqlen": 32,
+    "ratio": 0.3,
+    "attention_share": 0.3,
+}
+
+
+def divergence(model: PreTrainedModel, changed: PreTrainedModel, samples: Tensor) -> float:
+    logits = (m(samples, use_cache=False).logits.double() for m in (changed, model))
+    ours, dense = (log_softmax(values, dim=-1) for values in logits)
+    return kl_div(ours, dense, reduction="sum", log_target=True).item() / samples.numel()
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen3"])
+def test_prices_are_derivatives(variant: str) -> None:
+    model = make_tiny_model(variant)
+    samples = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    names = [n for n, _ in model.named_parameters() if "o_proj.w" in n or "down_proj.w" in n]
+    priced = names[1::2]
+    changed = {}
+    for name in names:
+        weight = model.get_parameter(name)
+        changed[name] = weight + 0.2 * weight.std() * torch.randn(weight.shape)
+    values = price_changes(model, changed, priced, samples)
+
+    def at(name: str, factor: float) -> float:
+        other = copy.deepcopy(model)
+        for n, weight in changed.items():
+            change = weight - model.get_parameter(n)
+            other.get_parameter(n).add_((factor if n == name else 1) * change)
+        return divergence(model, other, samples)
+
+    step = 0.01
+    for name, value in zip(priced, values, strict=True):
+        expected = (at(name, 1 + step) - at(name, 1 - step)) / (2 * step)
+        assert value == pytest.approx(expected, rel=0.02, abs=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_channels_move_and_the_sum_stays(
+    variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = str(tiny_checkpoint(variant))
+    planned = slimgpt.plan(model, **OPTIONS)
+    result = slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
+    assert result.plan.widths != planned.widths
+    groups, wanted = ([w.num_groups for w in p.widths] for p in (result.plan, planned))
+    assert groups == wanted
+    assert result.plan.params_after == planned.params_after
+    assert [len(b.ffn.keep) for b in result.blocks] == [w.num_channels for w in result.plan.widths]
+    assert result.report["widths"] == [vars(w) for w in result.plan.widths]
+    again = slimgpt.prune(model, tmp_path / "again", **OPTIONS)
+    assert again.plan == result.plan
+
+
+def test_the_others_give_for_the_only_ffn_that_matters(tmp_path: Path, tokenizer: object) -> None:
+    model = make_tiny_model("llama")
+    for index in (0, 2, 3):
+        model.model.layers[index].mlp.down_proj.weight.mul_(1e-3)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    options = OPTIONS | {"attention_share": 0}
+    planned = slimgpt.plan(str(tmp_path / "dense"), **options)
+    result = slimgpt.prune(str(tmp_path / "dense"), tmp_path / "slim", **options)
+    before, after = ([w.num_channels for w in p.widths] for p in (planned, result.plan))
+    assert after[1] > before[1]
+    assert all(a <= b for i, (a, b) in enumerate(zip(after, before, strict=True)) if i != 1)
+
+
+def test_nothing_to_remove_needs_no_gradient(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "price_changes", lambda *_: pytest.fail("computed"))
+    options = OPTIONS | {"ratio": 0}
+    result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
+    assert result.plan.params_after == result.plan.params_before
+
+
+def test_gradients_that_overflow(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "price_changes", lambda _, __, priced, ___: [float("nan")] * 4)
+    with pytest.raises(NumericalError, match="overflow"):
+        slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "options", [{"uniform": True}, {"layer_ratios": [0.1]}, {"method": "magnitude"}]
+)
+def test_where_widths_are_given_nothing_is_measured(options: dict) -> None:
+    assert pruning.PruneConfig.create(**options).channel_widths == "scheduled"
+    with pytest.raises(ConfigError, match="measured"):
+        pruning.PruneConfig.create(channel_widths="measured", **options)
