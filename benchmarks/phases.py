@@ -9,7 +9,7 @@ from unittest import mock
 
 PHASES = {
     "sample": ["pruning.sample_from_model"],
-    "survey": ["pruning._measured_widths"],
+    "survey": ["pruning.measured_widths"],
     "read": ["weights.Weights.read"],
     "forward": [
         "calibrate.run_sublayer",
@@ -19,7 +19,7 @@ PHASES = {
     ],
     "gram": ["blocks.collect"],
     "solve": ["blocks._prepare", "blocks._solve"],
-    "write": ["pruning.write_file", "checkpoint.write_file", "run._sync"],
+    "write": ["sweep.write_file", "checkpoint.write_file", "run._sync"],
 }
 
 

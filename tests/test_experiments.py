@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimgpt
-from slimgpt import experiments, pruning
+from slimgpt import experiments, pruning, sweep
 from slimgpt.config import RecipeConfig
 from slimgpt.errors import ConfigError, NumericalError, RunStateError
 from slimgpt.experiments import Cell, expand, read_recipe
@@ -249,9 +249,9 @@ def test_a_model_that_was_begun_from_other_files_is_begun_anew(
         return prune_block(block, *args)
 
     file, output = recipe(grid={"ratio": [0.3]}), tmp_path / "out"
-    prune_block = pruning.prune_block
+    prune_block = sweep.prune_block
     with monkeypatch.context() as patch:
-        patch.setattr(pruning, "prune_block", interrupted)
+        patch.setattr(sweep, "prune_block", interrupted)
         with pytest.raises(KeyboardInterrupt):
             slimgpt.run_recipe(file, output)
     assert list(output.glob("models/*/.slimgpt/block-*"))

@@ -8,16 +8,16 @@ import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import slimgpt
-from slimgpt import blocks, calibrate, pruning, weights
+from slimgpt import blocks, calibrate, pruning, sweep, weights
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
-from slimgpt.run import STATE_DIR, open_run
+from slimgpt.run import STATE_DIR, Stage, open_run
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32, "ratio": 0.4}
 KILLS = 20
@@ -86,7 +86,7 @@ def fail_at_block(
             raise error
         return blocks.prune_block(block, *args)
 
-    monkeypatch.setattr(pruning, "prune_block", prune_block)
+    monkeypatch.setattr(sweep, "prune_block", prune_block)
 
 
 def test_finished_blocks_are_not_solved_again(
@@ -96,7 +96,7 @@ def test_finished_blocks_are_not_solved_again(
     solved = []
     prune_block = blocks.prune_block
     monkeypatch.setattr(
-        pruning,
+        sweep,
         "prune_block",
         lambda block, *a: solved.append(block.index) or prune_block(block, *a),
     )
@@ -117,7 +117,7 @@ def test_an_interrupted_survey_goes_on(
     solved = []
     prune_block = blocks.prune_block
     monkeypatch.setattr(
-        pruning,
+        sweep,
         "prune_block",
         lambda block, *a: solved.append((block.index, a[-1])) or prune_block(block, *a),
     )
@@ -285,13 +285,13 @@ def test_a_second_process_is_refused(
     seen = []
 
     def prune_block(block: Any, *args: Any) -> Any:
-        if block.index == 2:
+        if block.index == 2 and not args[-1]:
             with pytest.raises(RunStateError, match="another process is working on") as raised:
                 slimgpt.prune(model, output, **OPTIONS)
             seen.append(raised.value)
         return blocks.prune_block(block, *args)
 
-    monkeypatch.setattr(pruning, "prune_block", prune_block)
+    monkeypatch.setattr(sweep, "prune_block", prune_block)
     slimgpt.prune(model, output, **OPTIONS)
     assert len(seen) == 1
 
@@ -319,14 +319,14 @@ def test_ctrl_c_prints_the_command_that_resumes(
     assert not exit_.value.code
 
 
-@pytest.mark.parametrize("failing", range(6))
+@pytest.mark.parametrize("failing", range(10))
 def test_a_full_disk(
     failing: int,
     tiny_checkpoint: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fail the n-th file of weights: four blocks, then the shards of the product."""
+    """Fail the n-th file of weights: four blocks of the survey, four, then shards."""
     options = OPTIONS | {"max_shard_size": 50_000}
     model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     written = []
@@ -339,17 +339,20 @@ def test_a_full_disk(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_file(file, *args)
 
-    monkeypatch.setattr("slimgpt.pruning.write_file", write)
+    monkeypatch.setattr("slimgpt.sweep.write_file", write)
     monkeypatch.setattr("slimgpt.checkpoint.write_file", write)
     with pytest.raises(RunStateError, match="No space left on device") as raised:
         slimgpt.prune(model, output, **options)
     assert "free some space" in str(raised.value.hint)
-    blocks_done = len(list(output.glob(f"{STATE_DIR}/block-*.safetensors")))
-    assert blocks_done == min(failing, 4)
+    surveyed, pruned = (
+        len(list(output.glob(f"{STATE_DIR}/{stage}-*.safetensors"))) for stage in get_args(Stage)
+    )
+    assert surveyed == (failing if failing < 4 else 0)
+    assert pruned == min(max(failing - 4, 0), 4)
     assert output.exists() == (failing > 0)
     slimgpt.prune(model, output, **options)
     assert len(written) == failing + 1 + len(list(output.glob("*.safetensors"))) + (
-        4 - failing if failing < 4 else 0
+        8 - failing if failing < 8 else 0
     )
     monkeypatch.undo()
     slimgpt.prune(model, tmp_path / "whole", **options)
@@ -429,11 +432,11 @@ def test_one_block_is_in_memory_at_a_time(
         )
         return blocks.prune_block(block, *args)
 
-    monkeypatch.setattr(pruning, "prune_block", prune_block)
+    monkeypatch.setattr(sweep, "prune_block", prune_block)
     slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
     for index, names in enumerate(seen):
         assert names
-        assert all(name.startswith(f"model.layers.{index}.") for name in names)
+        assert all(name.startswith(f"model.layers.{index % 4}.") for name in names)
 
 
 def frames() -> Any:
@@ -458,8 +461,8 @@ def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
     with caplog.at_level("INFO", "slimgpt"):
         slimgpt.prune(model, tmp_path / "mapped", **OPTIONS, activation_memory=1000)
         slimgpt.prune(model, tmp_path / "in_memory", **OPTIONS)
-    # The streams of the pruned and of the dense model.
-    assert directories == [tmp_path / "mapped" / STATE_DIR] * 2 + [None] * 2
+    # The streams of the pruned and of the dense model, in the survey and after it.
+    assert directories == [tmp_path / "mapped" / STATE_DIR] * 4 + [None] * 4
     assert "in a memory-mapped file" in caplog.text
     assert "in memory" in caplog.text
     mapped, in_memory = (

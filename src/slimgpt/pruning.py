@@ -2,12 +2,10 @@
 
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from slimgpt.blocks import BlockPlan, prune_block, replay_block
-from slimgpt.calibrate import Stream, choose_batch_size
+from slimgpt.blocks import BlockPlan
+from slimgpt.calibrate import choose_batch_size
 from slimgpt.card import REPORT_FILE, write_card
 from slimgpt.checkpoint import pruned_config, uniform_group_counts, write_shards
 from slimgpt.config import PruneConfig
@@ -36,8 +34,8 @@ from slimgpt.data import (
     sample_from_model,
 )
 from slimgpt.distributed import from_main, is_main, own_part, process_group
-from slimgpt.errors import MissingDependencyError, NumericalError
-from slimgpt.families import Block, attention_share, bind, with_biases
+from slimgpt.errors import MissingDependencyError
+from slimgpt.families import attention_share, bind, with_biases
 from slimgpt.footprint import Footprint, estimate, solver_bytes
 from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
 from slimgpt.model import (
@@ -53,27 +51,22 @@ from slimgpt.model import (
 from slimgpt.run import (
     GENERATED_FILE,
     SCORES_FILE,
-    STATE_DIR,
-    WIDTHS_FILE,
     Run,
     describe_file,
     open_run,
-    peak_memory,
     replacing,
     versions,
-    write_atomically,
     writing,
 )
 from slimgpt.schedule import (
     BlockShape,
     BlockWidths,
-    move_channels,
     plan_widths,
     removed_params,
 )
-from slimgpt.sensitivity import price_changes
-from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
+from slimgpt.survey import PROBE_TOKENS, measured_widths
+from slimgpt.sweep import sweep
 from slimgpt.weights import (
     Weights,
     open_weights,
@@ -81,13 +74,9 @@ from slimgpt.weights import (
     read_tensor,
     saved_tensors,
     tensor_names,
-    write_file,
 )
 
 log = logging.getLogger(__name__)
-
-SURVEY_SHARE = 4  # one sample in so many; half as many others show what errors cost
-PROBE_TOKENS = 512  # of each of these
 
 
 @dataclass(frozen=True)
@@ -234,15 +223,18 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                 scores = _scores(run, streamed, samples_NT, planned, config) if run else []
                 prepared = time.monotonic() - start
                 if config.channel_widths == "measured":
-                    measured = _measured_widths(
-                        Run(output), streamed, samples_NT, planned, config, footprint
+                    widths = measured_widths(
+                        Run(output),
+                        streamed,
+                        samples_NT,
+                        planned.shapes,
+                        planned.widths,
+                        config,
+                        footprint,
                     )
-                    planned = _plan(base_config, config, measured)
+                    planned = _plan(base_config, config, widths)
                 surveyed = time.monotonic() - start - prepared
-                stream = _embed(streamed, samples_NT, batch_size, config, footprint, output)
-                _prune(
-                    streamed, stream, planned.widths, config, footprint.kept, Run(output), scores
-                )
+                sweep(streamed, samples_NT, planned.widths, config, footprint, Run(output), scores)
                 if run:
                     log.info("saving to %s", output)
                     seconds = {"prepare": round(prepared, 3), "survey": round(surveyed, 3)}
@@ -252,7 +244,9 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                 run.publish()
         report = from_main(is_main() and json.loads((output / REPORT_FILE).read_text("utf-8")))
     blocks = tuple(map(BlockPlan.from_json, report["blocks"]))
-    planned = _plan(base_config, config, [BlockWidths(**w) for w in report["widths"]])
+    widths = tuple(BlockWidths(**width) for width in report["widths"])
+    if widths != planned.widths:  # measured by an earlier call
+        planned = _plan(base_config, config, widths)
     return PruneResult(output, planned, blocks, report)
 
 
@@ -358,98 +352,6 @@ def _footprint(
     )
 
 
-def _embed(
-    streamed: StreamedModel,
-    samples_NT: Tensor,
-    batch_size: int,
-    config: PruneConfig,
-    footprint: Footprint,
-    output: Path,
-) -> Stream:
-    """What enters the first block, of the samples of this process."""
-    directory = output / STATE_DIR if footprint.is_mapped else None
-    with writing(output):
-        return streamed.embed(
-            own_part(samples_NT, batch_size), batch_size, config.needs_dense, directory
-        )
-
-
-def _measured_widths(
-    run: Run,
-    streamed: StreamedModel,
-    samples_NT: Tensor,
-    planned: PrunePlan,
-    config: PruneConfig,
-    footprint: Footprint,
-) -> list[BlockWidths]:
-    """FFN widths by what they cost the model's output, from a survey.
-
-    The survey prunes to the planned widths with a part of the samples, and measures for each FFN
-    what its error costs the output, and what its error would be at other widths.
-    """
-    file = run.state / WIDTHS_FILE
-    if not from_main(file.exists()):
-        samples_ST = samples_NT[::SURVEY_SHARE]
-        batch_size = choose_batch_size(*samples_ST.shape)
-        log.info("survey of the layers, with %d of the samples", len(samples_ST))
-        skeleton = build_skeleton(streamed.skeleton.config, streamed.weights.dtype)
-        surveyed = StreamedModel(skeleton, streamed.weights, streamed.device)
-        stream = _embed(surveyed, samples_ST, batch_size, config, footprint, run.output)
-        _prune(surveyed, stream, planned.widths, config, footprint.kept, run, stage="survey")
-        del stream
-        if is_main():
-            widths = _move_channels(run, streamed, samples_NT, planned, config)
-            with writing(run.output):
-                write_atomically(file, json.dumps([asdict(width) for width in widths]))
-                for path in run.state.glob("survey-*"):
-                    path.unlink()
-    values = from_main(is_main() and json.loads(file.read_text(encoding="utf-8")))
-    return [BlockWidths(**value) for value in values]
-
-
-def _move_channels(
-    run: Run,
-    streamed: StreamedModel,
-    samples_NT: Tensor,
-    planned: PrunePlan,
-    config: PruneConfig,
-) -> list[BlockWidths]:
-    changed, priced, plans = {}, [], []
-    for block in bind(streamed.skeleton):
-        file = run.block_file(block.index, "survey")
-        plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
-        for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-            if len(decided.keep) < sublayer.num_units:
-                name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}.weight"
-                weight_OK = read_tensor(file, name)
-                columns_K = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
-                weight_OI = weight_OK.new_zeros(sublayer.output.weight.shape)
-                changed[name] = weight_OI.index_copy_(1, columns_K, weight_OK)
-                if decided.errors:
-                    priced.append(name)
-        plans.append(plan.ffn)
-    if not priced:
-        return list(planned.widths)
-    # Other samples than those of the survey, if there are others.
-    probes = samples_NT[1 % len(samples_NT) :: 2 * SURVEY_SHARE, :PROBE_TOKENS]
-    with streamed.whole() as model:
-        effects = iter(price_changes(model, changed, priced, probes))
-    costs = [next(effects) if plan.errors else 0.0 for plan in plans]
-    if not all(map(math.isfinite, costs)):
-        raise NumericalError(
-            "the gradients of the survey overflow",
-            hint="use --dtype float32 or bfloat16, or --channel-widths scheduled",
-        )
-    # A cost near or below zero is noise, and no reason to remove all.
-    least = sum(costs) / len(costs) / 10
-    prices = [
-        max(cost, least) / plan.error if plan.error else 0.0
-        for cost, plan in zip(costs, plans, strict=True)
-    ]
-    errors = [plan.errors for plan in plans]
-    return move_channels(planned.shapes, planned.widths, errors, prices, config.multiple_of)
-
-
 def _identity(
     weights: Weights,
     model_config: PreTrainedConfig,
@@ -469,43 +371,6 @@ def _identity(
         "device": device.type,
         **versions(),
     }
-
-
-def _prune(
-    streamed: StreamedModel,
-    stream: Stream,
-    widths: Sequence[BlockWidths],
-    config: PruneConfig,
-    activation_memory: int,
-    run: Run,
-    scores: Sequence[Tensor] = (),
-    stage: str = "block",
-) -> None:
-    """Prune every block; replay those that an earlier run has finished."""
-    log.info("calibrating on %d samples of %d tokens", *stream.hidden_NTC.shape[:2])
-    begun, num_blocks = time.monotonic(), len(widths)
-    for block, width in zip(streamed.blocks(), widths, strict=True):
-        start, file = time.monotonic(), run.block_file(block.index, stage)
-        if from_main(file.exists()):
-            plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
-            replay_block(block, plan, partial(read_tensor, file), stream)
-        else:
-            is_survey = stage == "survey"
-            plan = prune_block(block, width, stream, activation_memory, config, scores, is_survey)
-            if is_main():
-                _save_block(run, file, block, plan, time.monotonic() - start)
-        done = block.index + 1
-        left = (time.monotonic() - begun) / done * (num_blocks - done)
-        log.info("block %d/%d: %s; %.0f s left", done, num_blocks, plan, left)
-
-
-def _save_block(run: Run, file: Path, block: Block, plan: BlockPlan, seconds: float) -> None:
-    state = block.module.state_dict()
-    tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
-    cost = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
-    metadata = {"plan": json.dumps(asdict(plan)), "cost": json.dumps(cost)}
-    with writing(run.output), replacing(file) as temporary:
-        write_file(temporary, tensors, metadata)
 
 
 def _write(

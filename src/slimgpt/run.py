@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -33,6 +33,9 @@ LAST_FILE = "config.json"
 
 GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
 WIDTHS_FILE = "widths.json"
+
+# What a sweep over the blocks is for: to measure, or to prune.
+Stage = Literal["survey", "block"]
 
 _PROGRESS = (
     GENERATED_FILE,
@@ -78,7 +81,7 @@ class Run:
         """Bytes of the state."""
         return sum(path.stat().st_size for path in self.state.rglob("*") if path.is_file())
 
-    def block_file(self, index: int, stage: str = "block") -> Path:
+    def block_file(self, index: int, stage: Stage = "block") -> Path:
         """Where the result of a block is or will be; it exists only when it is whole."""
         return self.state / f"{stage}-{index:05d}.safetensors"
 

@@ -12,9 +12,10 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 import slimgpt
-from slimgpt import pruning
+from slimgpt import survey
+from slimgpt.config import PruneConfig
 from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.sensitivity import price_changes
+from slimgpt.survey import price_changes
 
 OPTIONS = {
     "calibration": "pydocs",
@@ -91,7 +92,7 @@ def test_the_others_give_for_the_only_ffn_that_matters(tmp_path: Path, tokenizer
 def test_nothing_to_remove_needs_no_gradient(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruning, "price_changes", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(survey, "price_changes", lambda *_: pytest.fail("computed"))
     options = OPTIONS | {"ratio": 0}
     result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
     assert result.plan.params_after == result.plan.params_before
@@ -100,7 +101,7 @@ def test_nothing_to_remove_needs_no_gradient(
 def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruning, "price_changes", lambda _, __, priced, ___: [float("nan")] * 4)
+    monkeypatch.setattr(survey, "price_changes", lambda _, __, priced, ___: [float("nan")] * 4)
     with pytest.raises(NumericalError, match="overflow"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
 
@@ -109,6 +110,6 @@ def test_gradients_that_overflow(
     "options", [{"uniform": True}, {"layer_ratios": [0.1]}, {"method": "magnitude"}]
 )
 def test_where_widths_are_given_nothing_is_measured(options: dict) -> None:
-    assert pruning.PruneConfig.create(**options).channel_widths == "scheduled"
+    assert PruneConfig.create(**options).channel_widths == "scheduled"
     with pytest.raises(ConfigError, match="measured"):
-        pruning.PruneConfig.create(channel_widths="measured", **options)
+        PruneConfig.create(channel_widths="measured", **options)

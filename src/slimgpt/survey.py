@@ -1,0 +1,174 @@
+"""Which FFNs matter most to the output of the model, and the widths that follow from it."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
+
+from slimgpt.blocks import BlockPlan
+from slimgpt.config import PruneConfig
+from slimgpt.distributed import from_main, is_main
+from slimgpt.errors import NumericalError
+from slimgpt.families import bind
+from slimgpt.footprint import Footprint
+from slimgpt.model import build_skeleton
+from slimgpt.run import WIDTHS_FILE, Run, write_atomically, writing
+from slimgpt.schedule import BlockShape, BlockWidths, move_channels
+from slimgpt.shrink import unit_columns
+from slimgpt.streaming import StreamedModel
+from slimgpt.sweep import sweep
+from slimgpt.weights import read_metadata, read_tensor
+
+log = logging.getLogger(__name__)
+
+SURVEY_SHARE = 4  # one sample in so many; half as many others show what errors cost
+PROBE_TOKENS = 512  # of each of these
+
+
+def measured_widths(
+    run: Run,
+    streamed: StreamedModel,
+    samples_NT: Tensor,
+    shapes: Sequence[BlockShape],
+    widths: Sequence[BlockWidths],
+    config: PruneConfig,
+    footprint: Footprint,
+) -> list[BlockWidths]:
+    """Move FFN channels to the blocks where they matter most to the model's output.
+
+    The survey prunes to the given widths with a part of the samples. It measures for each FFN what
+    its error costs the output there (`price_changes`), and what its error would be at other widths.
+
+    Parameters
+    ----------
+    run : Run
+        Where an interrupted survey is found again, and its result.
+    streamed : StreamedModel
+        The model before pruning.
+    samples_NT : Tensor
+        int64, the calibration tokens of all processes.
+    shapes, widths
+        The blocks, and the widths to begin with.
+    config, footprint
+        See `slimgpt.sweep.sweep`.
+
+    Returns
+    -------
+    list of BlockWidths
+        With as many parameters in all, and the groups that each block had.
+
+    Raises
+    ------
+    NumericalError
+        If gradients overflow.
+    """
+    file = run.state / WIDTHS_FILE
+    if not from_main(file.exists()):
+        chosen_NT = samples_NT[::SURVEY_SHARE]
+        log.info("survey, with %d of the samples, of what the layers cost", len(chosen_NT))
+        skeleton = build_skeleton(streamed.skeleton.config, streamed.weights.dtype)
+        surveyed = StreamedModel(skeleton, streamed.weights, streamed.device)
+        sweep(surveyed, chosen_NT, widths, config, footprint, run, stage="survey")
+        if is_main():
+            moved = _move_channels(run, streamed, samples_NT, shapes, widths, config.multiple_of)
+            with writing(run.output):
+                write_atomically(file, json.dumps([asdict(width) for width in moved]))
+                for index in range(len(moved)):
+                    run.block_file(index, "survey").unlink()
+    values = from_main(is_main() and json.loads(file.read_text(encoding="utf-8")))
+    return [BlockWidths(**value) for value in values]
+
+
+def _move_channels(
+    run: Run,
+    streamed: StreamedModel,
+    samples_NT: Tensor,
+    shapes: Sequence[BlockShape],
+    widths: Sequence[BlockWidths],
+    multiple_of: int,
+) -> list[BlockWidths]:
+    changed, priced, plans = {}, [], []
+    for block in bind(streamed.skeleton):
+        file = run.block_file(block.index, "survey")
+        plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+        for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
+            if len(decided.keep) < sublayer.num_units:
+                name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}.weight"
+                weight_OK = read_tensor(file, name)
+                columns_K = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
+                weight_OI = weight_OK.new_zeros(sublayer.output.weight.shape)
+                changed[name] = weight_OI.index_copy_(1, columns_K, weight_OK)
+                if decided.errors:
+                    priced.append(name)
+        plans.append(plan.ffn)
+    if not priced:
+        return list(widths)
+    # Other samples than those of the survey, if there are others.
+    probes = samples_NT[1 % len(samples_NT) :: 2 * SURVEY_SHARE, :PROBE_TOKENS]
+    with streamed.whole() as model:
+        effects = iter(price_changes(model, changed, priced, probes))
+    costs = [next(effects) if plan.errors else 0.0 for plan in plans]
+    if not all(map(math.isfinite, costs)):
+        raise NumericalError(
+            "the gradients of the survey overflow",
+            hint="use --dtype float32 or bfloat16, or --channel-widths scheduled",
+        )
+    # A cost near or below zero is noise, and no reason to remove all.
+    least = sum(costs) / len(costs) / 10
+    prices = [
+        max(cost, least) / plan.error if plan.error else 0.0
+        for cost, plan in zip(costs, plans, strict=True)
+    ]
+    errors = [plan.errors for plan in plans]
+    return move_channels(shapes, widths, errors, prices, multiple_of)
+
+
+def price_changes(
+    model: PreTrainedModel, changed: Mapping[str, Tensor], priced: list[str], samples_NT: Tensor
+) -> list[float]:
+    """By how much the divergence from the model falls, to first order, as a change is undone.
+
+    Let W + ΔW be a changed weight and G the gradient, for it, of KL(model ‖ changed model) with all
+    changes made. Then it is tr(Gᵀ ΔW): the derivative for a factor of ΔW, at 1.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model before any change, with its weights.
+    changed : mapping of str to Tensor
+        Weights that change, by their names, in their new values.
+    priced : list of str
+        Names of the changes to undo, each by itself.
+    samples_NT : Tensor
+        int64, tokens to run over, best others than the changes were fitted to.
+
+    Returns
+    -------
+    list of float
+        In nats per token.
+    """
+    model.requires_grad_(False)
+    changed = {name: weight.to(model.device) for name, weight in changed.items()}
+    weights = [changed[name].requires_grad_() for name in priced]
+    totals = torch.zeros(len(priced), dtype=torch.float64)
+    for sample_T in samples_NT.to(model.device):
+        arguments = {"input_ids": sample_T[None], "use_cache": False}
+        with torch.no_grad():
+            dense_TV = log_softmax(model(**arguments).logits[0].float(), dim=-1)
+        with torch.enable_grad():
+            logits_TV = functional_call(model, changed, kwargs=arguments).logits[0]
+            divergence = kl_div(
+                log_softmax(logits_TV.float(), dim=-1), dense_TV, reduction="sum", log_target=True
+            )
+        gradients = torch.autograd.grad(divergence, weights)
+        for index, (name, weight) in enumerate(zip(priced, weights, strict=True)):
+            change = weight.detach().float() - model.get_parameter(name).float()
+            totals[index] += (gradients[index].float() * change).sum().cpu()
+    return (totals / samples_NT.numel()).tolist()

@@ -1,0 +1,85 @@
+"""One sweep over the blocks of a model: each is pruned and saved, or replayed if it was before."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from slimgpt.blocks import BlockPlan, prune_block, replay_block
+from slimgpt.calibrate import choose_batch_size
+from slimgpt.config import PruneConfig
+from slimgpt.distributed import from_main, is_main, own_part
+from slimgpt.families import Block
+from slimgpt.footprint import Footprint
+from slimgpt.run import Run, Stage, peak_memory, replacing, writing
+from slimgpt.schedule import BlockWidths
+from slimgpt.streaming import StreamedModel
+from slimgpt.weights import read_metadata, read_tensor, write_file
+
+log = logging.getLogger(__name__)
+
+
+def sweep(
+    streamed: StreamedModel,
+    samples_NT: Tensor,
+    widths: Sequence[BlockWidths],
+    config: PruneConfig,
+    footprint: Footprint,
+    run: Run,
+    scores: Sequence[Tensor] = (),
+    stage: Stage = "block",
+) -> None:
+    """Prune every block; replay those that an earlier run has finished.
+
+    Parameters
+    ----------
+    streamed : StreamedModel
+        The model as it was before.
+    samples_NT : Tensor
+        int64, the calibration tokens of all processes.
+    widths : sequence of BlockWidths
+        What the blocks keep.
+    config, scores
+        See `slimgpt.blocks.prune_block`.
+    footprint : Footprint
+        Where the residual stream is, and how many activations are kept.
+    run : Run
+        Where the blocks are saved.
+    stage : {"block", "survey"}
+        What the sweep is for.
+    """
+    batch_size = choose_batch_size(*samples_NT.shape)
+    samples_NT = own_part(samples_NT, batch_size)
+    directory = run.state if footprint.is_mapped else None
+    with writing(run.output):
+        stream = streamed.embed(samples_NT, batch_size, config.needs_dense, directory)
+    log.info("calibrating on %d samples of %d tokens", *samples_NT.shape)
+    begun, num_blocks = time.monotonic(), len(widths)
+    for block, width in zip(streamed.blocks(), widths, strict=True):
+        start, file = time.monotonic(), run.block_file(block.index, stage)
+        if from_main(file.exists()):
+            plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+            replay_block(block, plan, partial(read_tensor, file), stream)
+        else:
+            plan = prune_block(
+                block, width, stream, footprint.kept, config, scores, stage == "survey"
+            )
+            if is_main():
+                _save_block(run, file, block, plan, time.monotonic() - start)
+        done = block.index + 1
+        left = (time.monotonic() - begun) / done * (num_blocks - done)
+        log.info("%s %d/%d: %s; %.0f s left", stage, done, num_blocks, plan, left)
+
+
+def _save_block(run: Run, file: Path, block: Block, plan: BlockPlan, seconds: float) -> None:
+    state = block.module.state_dict()
+    tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
+    cost = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+    metadata = {"plan": json.dumps(asdict(plan)), "cost": json.dumps(cost)}
+    with writing(run.output), replacing(file) as temporary:
+        write_file(temporary, tensors, metadata)
