@@ -340,7 +340,7 @@ def test_texts_give_equal_numbers_of_samples(
     embed = StreamedModel.embed
     monkeypatch.setattr(StreamedModel, "embed", lambda *args: seen.append(args[1]) or embed(*args))
     options = {"calibration": "pydocs,self", "nsamples": 7, "seqlen": 16}
-    options["channel_widths"] = "scheduled"
+    options["widths"] = "scheduled"
     result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
     pydocs = calibration_tokens("pydocs", tokenizer, 3, 16)
     assert torch.equal(seen[0][:3], pydocs)

@@ -48,7 +48,7 @@ def test_killed_runs_end_with_the_same_files(
     )
     outcomes = json.loads(finished.stdout)
     assert len(outcomes) == KILLS
-    phases = {"prune_block", "_move_channels", "write_file", "replacing", "product", "publish"}
+    phases = {"prune_block", "_moved", "write_file", "replacing", "product", "publish"}
     assert {outcome["phase"] for outcome in outcomes} == phases | {"other"}
     assert sum(outcome["codes"][1] == -9 for outcome in outcomes) > 2  # in a replay
     expected = fingerprint(tmp_path / "whole")

@@ -15,7 +15,7 @@ from slimgpt.schedule import (
     curve,
     largest_ratio,
     layer_ratios,
-    move_channels,
+    move_units,
     plan_widths,
     removed_params,
     surveyed_removals,
@@ -359,60 +359,75 @@ def test_no_ratio_is_feasible():
     assert "no ratio is feasible" in caught.value.hint
 
 
-# Channels moved between blocks
+# Units moved between sublayers
 
 
 @st.composite
 def surveys(draw: st.DrawFn) -> tuple[list[BlockShape], list[BlockWidths], list[list[float]]]:
-    """Up to three blocks of few steps, with errors that rise ever faster."""
+    """Up to two blocks of few steps, with errors that rise ever faster."""
     shapes, widths, errors = [], [], []
-    for _ in range(draw(st.integers(1, 3))):
-        shape = BlockShape(2, 100, draw(st.integers(9, 48)), draw(st.integers(1, 20)))
-        channels = 8 * draw(st.integers(1, shape.num_channels // 8))
-        rises = sorted(
-            draw(st.floats(0.01, 1)) for _ in surveyed_removals(shape.num_channels, channels, 8)
+    for _ in range(draw(st.integers(1, 2))):
+        group_params, channel_params = draw(st.integers(1, 100)), draw(st.integers(1, 20))
+        shape = BlockShape(
+            draw(st.integers(1, 5)), group_params, draw(st.integers(9, 48)), channel_params
         )
-        first = shape.num_channels % 8 or 8
+        width = BlockWidths(
+            draw(st.integers(1, shape.num_groups)),
+            8 * draw(st.integers(1, shape.num_channels // 8)),
+        )
+        for total, keep, step in (
+            (shape.num_groups, width.num_groups, 1),
+            (shape.num_channels, width.num_channels, 8),
+        ):
+            removals = surveyed_removals(total, keep, step)
+            rises = sorted(draw(st.floats(0.01, 1)) for _ in removals)
+            sizes = [b - a for a, b in itertools.pairwise([0, *removals])]
+            rises = [rise * size for rise, size in zip(rises, sizes, strict=True)]
+            errors.append(list(itertools.accumulate(rises)))
         shapes.append(shape)
-        widths.append(BlockWidths(draw(st.integers(1, 2)), channels))
-        errors.append(list(itertools.accumulate([first / 8 * r for r in rises[:1]] + rises[1:])))
+        widths.append(width)
     return shapes, widths, errors
 
 
 @fixed
-@given(surveys(), st.lists(st.floats(0.1, 10), min_size=3, max_size=3))
-def test_channels_move_to_where_they_cost_least(survey, prices):
+@given(surveys(), st.lists(st.floats(0.1, 10), min_size=4, max_size=4))
+def test_units_move_to_where_they_cost_least(survey, prices):
     shapes, widths, errors = survey
-    moved = move_channels(shapes, widths, errors, prices[: len(shapes)], 8)
-    options = []
-    for shape, width, block_errors, price in zip(shapes, widths, errors, prices, strict=False):
-        removals = surveyed_removals(shape.num_channels, width.num_channels, 8)
-        costs = [0.0, *(price * error for error in block_errors)]
-        options.append(list(zip([0, *removals], costs, strict=True)))
-    params = [shape.channel_params for shape in shapes]
-    removed = [s.num_channels - m.num_channels for s, m in zip(shapes, moved, strict=True)]
-    cost = sum(dict(choices)[n] for choices, n in zip(options, removed, strict=True))
-    freed = sum(n * p for n, p in zip(removed, params, strict=True))
-    for other in itertools.product(*options):
-        if sum(n * p for (n, _), p in zip(other, params, strict=True)) >= freed:
-            assert cost <= sum(c for _, c in other) * (1 + 1e-9)
-    assert [m.num_groups for m in moved] == [w.num_groups for w in widths]
-    assert abs(freed - total_ffn(shapes, widths)) <= 8 * max(params) / 2
-
-
-def total_ffn(shapes: list[BlockShape], widths: list[BlockWidths]) -> int:
-    return sum(
-        (s.num_channels - w.num_channels) * s.channel_params
-        for s, w in zip(shapes, widths, strict=True)
-    )
+    moved = move_units(shapes, widths, errors, prices[: len(errors)], 8)
+    steps = []
+    for index, block_errors in enumerate(errors):
+        shape, width = shapes[index // 2], widths[index // 2]
+        total, keep, params, step = (
+            (shape.num_channels, width.num_channels, shape.channel_params, 8)
+            if index % 2
+            else (shape.num_groups, width.num_groups, shape.group_params, 1)
+        )
+        removals = [0, *surveyed_removals(total, keep, step)]
+        costs = [0.0, *(prices[index] * error for error in block_errors)]
+        steps.append([(total - n, n * params, c) for n, c in zip(removals, costs, strict=True)])
+    kept = [n for width in moved for n in (width.num_groups, width.num_channels)]
+    chosen = [next(s for s in choices if s[0] == n) for choices, n in zip(steps, kept, strict=True)]
+    cost, freed = (sum(choice[i] for choice in chosen) for i in (2, 1))
+    budget = total_removed(shapes, widths)
+    assert freed == total_removed(shapes, moved)
+    assert freed - budget <= max(s.group_params + 8 * s.channel_params for s in shapes) / 2
+    # Up to the first step that does not fit, this is the least cost for what it frees.
+    largest = max(s.group_params for s in shapes) + 8 * max(s.channel_params for s in shapes)
+    for other in itertools.product(*steps):
+        if sum(choice[1] for choice in other) >= freed + largest:
+            assert cost <= sum(choice[2] for choice in other) * (1 + 1e-9)
 
 
 def test_nothing_moves_further_than_the_survey_looked():
     shapes = [BlockShape(1, 10, 64, 1)] * 2
     widths = [BlockWidths(1, 48), BlockWidths(1, 24)]
-    errors = [[1.0, 2.0, 3.0, 4.0], [9.0] * 7]
-    assert [len(e) for e in errors] == [
-        len(surveyed_removals(64, w.num_channels, 8)) for w in widths
-    ]
-    moved = move_channels(shapes, widths, errors, [1.0, 1.0], 8)
+    errors = [[], [1.0, 2.0, 3.0, 4.0], [], [9.0] * 7]
+    assert [len(surveyed_removals(64, w.num_channels, 8)) for w in widths] == [4, 7]
+    moved = move_units(shapes, widths, errors, [1.0] * 4, 8)
     assert [m.num_channels for m in moved] == [32, 40]
+
+
+def test_a_group_that_does_not_fit_gives_way_to_channels():
+    shapes, widths = [BlockShape(4, 100, 64, 1)], [BlockWidths(3, 48)]
+    errors = [[1.0, 2.0], [8.0, 16.0, 24.0, 32.0]]
+    assert move_units(shapes, widths, errors, [1.0, 1.0], 8) == [BlockWidths(3, 48)]

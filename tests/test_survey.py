@@ -1,6 +1,7 @@
 """What errors cost the output, against differences; and the widths that follow from it."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,12 +39,11 @@ def test_prices_are_derivatives(variant: str) -> None:
     samples = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(1)
     names = [n for n, _ in model.named_parameters() if "o_proj.w" in n or "down_proj.w" in n]
-    priced = names[1::2]
     changed = {}
     for name in names:
         weight = model.get_parameter(name)
         changed[name] = weight + 0.2 * weight.std() * torch.randn(weight.shape)
-    values = price_changes(model, changed, priced, samples)
+    values = price_changes(model, changed, samples)
 
     def at(name: str, factor: float) -> float:
         other = copy.deepcopy(model)
@@ -53,22 +53,24 @@ def test_prices_are_derivatives(variant: str) -> None:
         return divergence(model, other, samples)
 
     step = 0.01
-    for name, value in zip(priced, values, strict=True):
+    for name, value in zip(names, values, strict=True):
         expected = (at(name, 1 + step) - at(name, 1 - step)) / (2 * step)
         assert value == pytest.approx(expected, rel=0.02, abs=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_channels_move_and_the_sum_stays(
+def test_units_move_and_the_sum_stays(
     variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = str(tiny_checkpoint(variant))
     planned = slimgpt.plan(model, **OPTIONS)
     result = slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     assert result.plan.widths != planned.widths
-    groups, wanted = ([w.num_groups for w in p.widths] for p in (result.plan, planned))
-    assert groups == wanted
-    assert result.plan.params_after == planned.params_after
+    step = planned.shapes[0].group_params
+    assert abs(result.plan.params_after - planned.params_after) <= step / 2
+    assert [len(b.attention.keep) for b in result.blocks] == [
+        w.num_groups for w in result.plan.widths
+    ]
     assert [len(b.ffn.keep) for b in result.blocks] == [w.num_channels for w in result.plan.widths]
     assert result.report["widths"] == [vars(w) for w in result.plan.widths]
     again = slimgpt.prune(model, tmp_path / "again", **OPTIONS)
@@ -101,7 +103,9 @@ def test_nothing_to_remove_needs_no_gradient(
 def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(survey, "price_changes", lambda _, __, priced, ___: [float("nan")] * 4)
+    monkeypatch.setattr(
+        survey, "price_changes", lambda _, changed, __: [float("nan")] * len(changed)
+    )
     with pytest.raises(NumericalError, match="overflow"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
 
@@ -110,6 +114,6 @@ def test_gradients_that_overflow(
     "options", [{"uniform": True}, {"layer_ratios": [0.1]}, {"method": "magnitude"}]
 )
 def test_where_widths_are_given_nothing_is_measured(options: dict) -> None:
-    assert PruneConfig.create(**options).channel_widths == "scheduled"
+    assert PruneConfig.create(**options).widths == "scheduled"
     with pytest.raises(ConfigError, match="measured"):
-        PruneConfig.create(channel_widths="measured", **options)
+        PruneConfig.create(widths="measured", **options)

@@ -47,8 +47,7 @@ class SublayerPlan:
     damping : float
         Damping that the Hessian needed; 0 where nothing was removed or solved.
     errors : tuple of float
-        In a survey, for the FFN: the error after each of `schedule.surveyed_removals`, damping
-        included.
+        In a survey, the error after each of `schedule.surveyed_removals`, damping included.
     """
 
     keep: tuple[int, ...]
@@ -134,7 +133,7 @@ def prune_block(
     scores : sequence of Tensor
         From a method of `importance.GLOBAL_SCORES`: of all sublayers of the model.
     is_survey : bool
-        Whether the plan of the FFN shall have the errors of other widths too.
+        Whether the plan shall have the errors of other widths too.
 
     Raises
     ------
@@ -205,8 +204,8 @@ def _prune_sublayer(
             problem = _prepare(block, sublayer, activations, config)
             del activations  # the Hessian is as large as all else that the solver needs
             decision = _solve(problem, sublayer, num_keep, config)
-            if is_survey and sublayer.kind == "ffn":
-                errors = _errors_of_widths(problem, num_keep, config.multiple_of)
+            if is_survey:
+                errors = _errors_of_widths(problem, sublayer, num_keep, config)
             del problem
         else:
             decision = _cut(sublayer, num_keep, activations, config, scores_U)
@@ -274,9 +273,16 @@ def _solve(
     return Decision(kept_units, left.weight_OK, None, left.error, problem.power, problem.damping)
 
 
-def _errors_of_widths(problem: obs.Problem, num_keep: int, multiple_of: int) -> tuple[float, ...]:
-    removals = surveyed_removals(len(problem.added_I), num_keep, multiple_of)
-    errors_R = obs.eliminate_channels(problem, removals[-1]).errors.cumsum(dim=0)
+def _errors_of_widths(
+    problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig
+) -> tuple[float, ...]:
+    if sublayer.kind == "attention":
+        removals = surveyed_removals(sublayer.num_units, num_keep)
+        left = obs.eliminate_units(problem, removals[-1], sublayer.unit_size, config.head_error)
+    else:
+        removals = surveyed_removals(sublayer.num_units, num_keep, config.multiple_of)
+        left = obs.eliminate_channels(problem, removals[-1])
+    errors_R = left.errors.cumsum(dim=0)
     return tuple(errors_R[torch.tensor(removals) - 1].tolist())
 
 

@@ -88,8 +88,8 @@ def prune(
     if dry_run:
         planned = slimgpt.plan(model, **values)
         lines = _plan_table(planned)
-        if PruneConfig.create(**values).channel_widths == "measured":
-            lines += ("the run moves channels between the blocks; the sums stay",)
+        if PruneConfig.create(**values).widths == "measured":
+            lines += ("the run moves heads and channels between the blocks; the sums stay",)
         _emit(planned, lines, as_json)
         return
     if output is None:

@@ -28,7 +28,7 @@ ChannelSelection = Literal["greedy", "dynamic_group"]
 HeadError = Literal["exact", "diagonal"]
 DampingMode = Literal["relative", "mean"]
 Preset = Literal["default", "exact", "paper"]
-ChannelWidths = Literal["measured", "scheduled"]
+Widths = Literal["measured", "scheduled"]
 Method = Literal["slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RecoverMethod = Literal["lora", "full", "distill"]
@@ -37,7 +37,7 @@ Curve = Literal["layer_ratios", "layer_errors", "train_loss", "held_out_perplexi
 
 _EXACT = {
     "attention_share": 1.0,
-    "channel_widths": "scheduled",
+    "widths": "scheduled",
     "calibration": "c4",
     "correction": 0.0,
 }
@@ -157,11 +157,11 @@ class PruneConfig(_ModelOptions):
         description="Ratio of attention over that of its layer, as far as the FFN can make up for "
         "it: 0 leaves attention whole. Default: (1 + 1/g)/2 where g query heads share a kv head.",
     )
-    channel_widths: ChannelWidths = Field(
+    widths: Widths = Field(
         "measured",
-        description="FFN channels of each layer: measured moves them to where they matter most to "
-        "the model's output, scheduled leaves them to the schedule. Measured needs the memory of "
-        "the whole model; it is only for the method slimgpt with widths that may differ.",
+        description="scheduled: as the schedule says. measured: from there, heads and channels "
+        "are kept where they matter most to the model's output; needs the memory of the whole "
+        "model, and is only for the method slimgpt and widths that may differ.",
     )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),
@@ -223,7 +223,7 @@ class PruneConfig(_ModelOptions):
         if values.get("uniform"):
             defaults["schedule"] = "uniform"
         if _widths_are_given(values):
-            defaults["channel_widths"] = "scheduled"
+            defaults["widths"] = "scheduled"
         return defaults | values
 
     @model_validator(mode="before")
@@ -246,9 +246,9 @@ class PruneConfig(_ModelOptions):
             raise ValueError(
                 f"uniform=True gives every layer the same width, but schedule={self.schedule!r}"
             )
-        if self.channel_widths == "measured" and _widths_are_given(self.model_dump()):
+        if self.widths == "measured" and _widths_are_given(self.model_dump()):
             raise ValueError(
-                "channel_widths='measured' is for the method slimgpt, without uniform and "
+                "widths='measured' is for the method slimgpt, without uniform and "
                 "without layer_ratios"
             )
         if self.min_ratio is not None and self.min_ratio > self.ratio:

@@ -133,7 +133,7 @@ class PruneResult:
 def plan(model: str, **options: Any) -> PrunePlan:
     """Work out the widths of a pruned model, without its weights.
 
-    If the run measures the FFN widths, these are the ones that it begins with; their sum stays.
+    If the run measures the widths, these are the ones that it begins with; their sum stays.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                 samples_NT = from_main(run and _samples(run, streamed, tokenizer, seqlen, config))
                 scores = _scores(run, streamed, samples_NT, planned, config) if run else []
                 prepared = time.monotonic() - start
-                if config.channel_widths == "measured":
+                if config.widths == "measured":
                     widths = measured_widths(
                         Run(output),
                         streamed,
@@ -316,17 +316,20 @@ def _footprint(
     size = skeleton.dtype.itemsize
     activation = num_samples * seqlen * size
     blocks = list(bind(skeleton))
-    measures = config.channel_widths == "measured"
+    measures = config.widths == "measured"
     outputs = [
-        (sublayer.output, removed * sublayer.unit_size)
+        (sublayer.output, (sublayer.num_units - num_keep) * sublayer.unit_size)
         for block, width in zip(blocks, planned.widths, strict=True)
-        for sublayer, removed in (
-            (block.attention, block.attention.num_units - width.num_groups),
-            (block.ffn, (block.ffn.num_units - width.num_channels) * (2 if measures else 1)),
+        for sublayer, num_keep in (
+            (block.attention, width.num_groups),
+            (block.ffn, width.num_channels),
         )
     ]
     solvers = [
-        solver_bytes(o.out_features, o.in_features, removed, config.needs_dense)
+        # A survey looks at twice as many.
+        solver_bytes(
+            o.out_features, o.in_features, removed * (2 if measures else 1), config.needs_dense
+        )
         for o, removed in outputs
     ]
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size

@@ -210,26 +210,26 @@ def _block_widths(
     return BlockWidths(groups, min(steps, key=lambda step: abs(step - channels)))
 
 
-def surveyed_removals(num_channels: int, num_keep: int, multiple_of: int) -> range:
-    """Numbers of removed channels whose errors a survey measures.
+def surveyed_removals(num_units: int, num_keep: int, multiple_of: int = 1) -> range:
+    """Numbers of removed units of a sublayer whose errors a survey measures.
 
-    They lead to widths that are multiples of `multiple_of`, and go up to twice as many as are
-    removed in the survey itself: further away, what it has measured need not hold.
+    They leave multiples of `multiple_of`, and go up to twice as many as are removed in the survey
+    itself: further away, what it has measured need not hold.
     """
-    most = min(2 * (num_channels - num_keep), num_channels - multiple_of)
-    return range(num_channels % multiple_of or multiple_of, most + 1, multiple_of)
+    most = min(2 * (num_units - num_keep), num_units - multiple_of)
+    return range(num_units % multiple_of or multiple_of, most + 1, multiple_of)
 
 
-def move_channels(
+def move_units(
     shapes: Sequence[BlockShape],
     widths: Sequence[BlockWidths],
     errors: Sequence[Sequence[float]],
     prices: Sequence[float],
     multiple_of: int,
 ) -> list[BlockWidths]:
-    """Remove as many FFN parameters in all, but from where they are cheapest.
+    """Remove as many parameters in all, but from where they are cheapest.
 
-    Channels go step by step, always from the block where a parameter costs least; in a block a
+    Units go step by step, always from the sublayer where a parameter costs least; in a sublayer a
     step is never cheaper than the one before. This minimises Σ price · error where the errors are
     convex.
 
@@ -238,36 +238,32 @@ def move_channels(
     shapes, widths : sequence of BlockShape, sequence of BlockWidths
         The blocks, and the widths to begin with.
     errors : sequence of sequences of float
-        For each block the error after each of `surveyed_removals`.
+        For attention and FFN of each block in turn the error after each of `surveyed_removals`.
     prices : sequence of float
-        For each block what an error of 1 costs.
+        For each of these sublayers what an error of 1 costs.
     multiple_of : int
-        See `plan_widths`.
-
-    Returns
-    -------
-    list of BlockWidths
-        With as many groups as before.
+        Of channels, see `plan_widths`.
     """
-    steps, budget = [], 0
-    for index, (shape, width) in enumerate(zip(shapes, widths, strict=True)):
-        budget += (shape.num_channels - width.num_channels) * shape.channel_params
-        highest, before, error_before = 0.0, 0, 0.0
-        removals = surveyed_removals(shape.num_channels, width.num_channels, multiple_of)
-        for removed, error in zip(removals, errors[index], strict=True):
-            params = (removed - before) * shape.channel_params
-            highest = max(highest, prices[index] * (error - error_before) / params)
-            steps.append((highest, index, removed, params))
-            before, error_before = removed, error
-    moved = list(widths)
-    for index, (shape, width) in enumerate(zip(shapes, widths, strict=True)):
-        moved[index] = BlockWidths(width.num_groups, shape.num_channels)
-    for _, index, removed, params in sorted(steps):
-        if budget < params / 2:
-            break
-        budget -= params
-        moved[index] = BlockWidths(widths[index].num_groups, shapes[index].num_channels - removed)
-    return moved
+    budget, kept, steps = 0, [], []
+    for shape, width in zip(shapes, widths, strict=True):
+        budget += removed_params(shape, width)
+        for num_units, num_keep, params, multiple in (
+            (shape.num_groups, width.num_groups, shape.group_params, 1),
+            (shape.num_channels, width.num_channels, shape.channel_params, multiple_of),
+        ):
+            highest, before, error_before, index = 0.0, 0, 0.0, len(kept)
+            removals = surveyed_removals(num_units, num_keep, multiple)
+            for removed, error in zip(removals, errors[index], strict=True):
+                freed = (removed - before) * params
+                highest = max(highest, prices[index] * (error - error_before) / freed)
+                steps.append((highest, index, num_units - removed, freed))
+                before, error_before = removed, error
+            kept.append(num_units)
+    for _, index, num_keep, freed in sorted(steps, key=lambda step: (step[0], step[1], -step[2])):
+        if freed <= 2 * budget:
+            budget -= freed
+            kept[index] = num_keep
+    return [BlockWidths(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
 
 
 def largest_ratio(

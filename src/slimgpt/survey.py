@@ -1,4 +1,4 @@
-"""Which FFNs matter most to the output of the model, and the widths that follow from it."""
+"""Which sublayers matter most to the output of the model, and the widths that follow from it."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from slimgpt.families import bind
 from slimgpt.footprint import Footprint
 from slimgpt.model import build_skeleton
 from slimgpt.run import WIDTHS_FILE, Run, write_atomically, writing
-from slimgpt.schedule import BlockShape, BlockWidths, move_channels
+from slimgpt.schedule import BlockShape, BlockWidths, move_units
 from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
 from slimgpt.sweep import sweep
@@ -41,10 +41,11 @@ def measured_widths(
     config: PruneConfig,
     footprint: Footprint,
 ) -> list[BlockWidths]:
-    """Move FFN channels to the blocks where they matter most to the model's output.
+    """Keep the units that matter most to the model's output, whatever sublayer they are in.
 
-    The survey prunes to the given widths with a part of the samples. It measures for each FFN what
-    its error costs the output there (`price_changes`), and what its error would be at other widths.
+    The survey prunes to the given widths with a part of the samples. It measures for each sublayer
+    what its error costs the output there (`price_changes`), and what the error would be at other
+    widths. A sublayer that the given widths leave whole stays so.
 
     Parameters
     ----------
@@ -62,7 +63,7 @@ def measured_widths(
     Returns
     -------
     list of BlockWidths
-        With as many parameters in all, and the groups that each block had.
+        With as many parameters in all.
 
     Raises
     ------
@@ -77,7 +78,7 @@ def measured_widths(
         surveyed = StreamedModel(skeleton, streamed.weights, streamed.device)
         sweep(surveyed, chosen_NT, widths, config, footprint, run, stage="survey")
         if is_main():
-            moved = _move_channels(run, streamed, samples_NT, shapes, widths, config.multiple_of)
+            moved = _moved(run, streamed, samples_NT, shapes, widths, config.multiple_of)
             with writing(run.output):
                 write_atomically(file, json.dumps([asdict(width) for width in moved]))
                 for index in range(len(moved)):
@@ -86,7 +87,7 @@ def measured_widths(
     return [BlockWidths(**value) for value in values]
 
 
-def _move_channels(
+def _moved(
     run: Run,
     streamed: StreamedModel,
     samples_NT: Tensor,
@@ -94,44 +95,41 @@ def _move_channels(
     widths: Sequence[BlockWidths],
     multiple_of: int,
 ) -> list[BlockWidths]:
-    changed, priced, plans = {}, [], []
+    changed, plans = {}, []
     for block in bind(streamed.skeleton):
         file = run.block_file(block.index, "survey")
         plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
         for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-            if len(decided.keep) < sublayer.num_units:
+            plans.append(decided)
+            if decided.errors:
                 name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}.weight"
                 weight_OK = read_tensor(file, name)
                 columns_K = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
                 weight_OI = weight_OK.new_zeros(sublayer.output.weight.shape)
                 changed[name] = weight_OI.index_copy_(1, columns_K, weight_OK)
-                if decided.errors:
-                    priced.append(name)
-        plans.append(plan.ffn)
-    if not priced:
+    if not changed:
         return list(widths)
     # Other samples than those of the survey, if there are others.
     probes = samples_NT[1 % len(samples_NT) :: 2 * SURVEY_SHARE, :PROBE_TOKENS]
     with streamed.whole() as model:
-        effects = iter(price_changes(model, changed, priced, probes))
+        effects = iter(price_changes(model, changed, probes))
     costs = [next(effects) if plan.errors else 0.0 for plan in plans]
     if not all(map(math.isfinite, costs)):
         raise NumericalError(
             "the gradients of the survey overflow",
-            hint="use --dtype float32 or bfloat16, or --channel-widths scheduled",
+            hint="use --dtype float32 or bfloat16, or --widths scheduled",
         )
     # A cost near or below zero is noise, and no reason to remove all.
-    least = sum(costs) / len(costs) / 10
+    least = [sum(costs[kind::2]) / len(shapes) / 10 for kind in (0, 1)] * len(shapes)
     prices = [
-        max(cost, least) / plan.error if plan.error else 0.0
-        for cost, plan in zip(costs, plans, strict=True)
+        max(cost, floor) / plan.error if plan.error else 0.0
+        for cost, floor, plan in zip(costs, least, plans, strict=True)
     ]
-    errors = [plan.errors for plan in plans]
-    return move_channels(shapes, widths, errors, prices, multiple_of)
+    return move_units(shapes, widths, [plan.errors for plan in plans], prices, multiple_of)
 
 
 def price_changes(
-    model: PreTrainedModel, changed: Mapping[str, Tensor], priced: list[str], samples_NT: Tensor
+    model: PreTrainedModel, changed: Mapping[str, Tensor], samples_NT: Tensor
 ) -> list[float]:
     """By how much the divergence from the model falls, to first order, as a change is undone.
 
@@ -144,20 +142,17 @@ def price_changes(
         The model before any change, with its weights.
     changed : mapping of str to Tensor
         Weights that change, by their names, in their new values.
-    priced : list of str
-        Names of the changes to undo, each by itself.
     samples_NT : Tensor
         int64, tokens to run over, best others than the changes were fitted to.
 
     Returns
     -------
     list of float
-        In nats per token.
+        For each change, in nats per token.
     """
     model.requires_grad_(False)
-    changed = {name: weight.to(model.device) for name, weight in changed.items()}
-    weights = [changed[name].requires_grad_() for name in priced]
-    totals = torch.zeros(len(priced), dtype=torch.float64)
+    changed = {n: weight.to(model.device).requires_grad_() for n, weight in changed.items()}
+    totals = torch.zeros(len(changed), dtype=torch.float64)
     for sample_T in samples_NT.to(model.device):
         arguments = {"input_ids": sample_T[None], "use_cache": False}
         with torch.no_grad():
@@ -167,8 +162,8 @@ def price_changes(
             divergence = kl_div(
                 log_softmax(logits_TV.float(), dim=-1), dense_TV, reduction="sum", log_target=True
             )
-        gradients = torch.autograd.grad(divergence, weights)
-        for index, (name, weight) in enumerate(zip(priced, weights, strict=True)):
+        gradients = torch.autograd.grad(divergence, list(changed.values()))
+        for index, (name, weight) in enumerate(changed.items()):
             change = weight.detach().float() - model.get_parameter(name).float()
             totals[index] += (gradients[index].float() * change).sum().cpu()
     return (totals / samples_NT.numel()).tolist()
