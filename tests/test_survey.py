@@ -103,9 +103,7 @@ def test_nothing_to_remove_needs_no_gradient(
 def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        survey, "price_changes", lambda _, changed, __: [float("nan")] * len(changed)
-    )
+    monkeypatch.setattr(survey, "price_changes", lambda _, changed, __: [math.nan] * len(changed))
     with pytest.raises(NumericalError, match="overflow"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
 
