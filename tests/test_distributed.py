@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import slimgpt
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
+OPTIONS = {"calibration": "pydocs", "nsamples": 16, "seqlen": 32, "ratio": 0.4}
 
 
 def torchrun(num_processes: int, *program: str | Path) -> subprocess.CompletedProcess[str]:
@@ -118,3 +118,15 @@ def test_a_lost_process_ends_the_job_and_it_resumes(
     again = torchrun(2, "-m", "slimgpt", *prune_arguments(model, output))
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["output"] == str(output)
+
+
+def test_more_processes_than_batches_of_the_survey(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    arguments = prune_arguments(tiny_checkpoint("llama"), tmp_path / "slim")
+    refused = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4")
+    assert refused.returncode != 0
+    assert "1 samples make 1 batches for 2 processes" in refused.stderr
+    assert "--widths scheduled" in refused.stderr
+    done = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4", "--widths=scheduled")
+    assert done.returncode == 0, done.stderr

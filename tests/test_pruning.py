@@ -389,8 +389,9 @@ def test_plan_equals_what_prune_does(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = str(tiny_checkpoint("qwen2"))
-    planned = slimgpt.plan(source, ratio=0.35, schedule="linear")
-    result = slimgpt.prune(source, tmp_path / "slim", ratio=0.35, schedule="linear", **OPTIONS)
+    options = {"ratio": 0.35, "schedule": "linear", "widths": "scheduled"}
+    planned = slimgpt.plan(source, **options)
+    result = slimgpt.prune(source, tmp_path / "slim", **OPTIONS, **options)
     assert result.plan == planned
     summary = slimgpt.inspect(str(result.output))
     assert summary.params["total"] == planned.params_after

@@ -78,7 +78,8 @@ def own_part(samples: Tensor, batch_size: int) -> Tensor:
     if len(batches) < num_processes:
         raise ConfigError(
             f"{len(samples)} samples make {len(batches)} batches for {num_processes} processes",
-            hint="use more --nsamples or fewer processes",
+            hint="use more --nsamples or fewer processes; a survey has a quarter of the samples, "
+            "and with --widths scheduled there is none",
         )
     bounds = [len(batches) * rank // num_processes for rank in range(num_processes + 1)]
     rank = dist.get_rank()
