@@ -68,10 +68,11 @@ class BlockPlan:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "BlockPlan":
         """Invert `dataclasses.asdict` and a way through JSON."""
-        plans = {
-            kind: SublayerPlan(**values[kind] | {"keep": tuple(values[kind]["keep"])})
-            for kind in ("attention", "ffn")
-        }
+        plans = {}
+        for kind in ("attention", "ffn"):
+            given = values[kind]
+            lists = {name: tuple(given[name]) for name in ("keep", "errors") if name in given}
+            plans[kind] = SublayerPlan(**given | lists)
         return cls(block=values["block"], **plans)
 
     def __str__(self) -> str:

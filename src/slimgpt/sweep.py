@@ -80,6 +80,7 @@ def _save_block(run: Run, file: Path, block: Block, plan: BlockPlan, seconds: fl
     state = block.module.state_dict()
     tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
     cost = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
-    metadata = {"plan": json.dumps(asdict(plan)), "cost": json.dumps(cost)}
+    given = asdict(plan, dict_factory=lambda items: {k: v for k, v in items if v != ()})
+    metadata = {"plan": json.dumps(given), "cost": json.dumps(cost)}
     with writing(run.output), replacing(file) as temporary:
         write_file(temporary, tensors, metadata)
