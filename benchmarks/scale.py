@@ -1,7 +1,7 @@
 """Memory and time of pruning a model of LLaMA-7B's shape, for different numbers of blocks.
 
 A checkpoint with random bfloat16 weights is written block by block, pruned in a process of its
-own, and removed. Usage:
+own with scheduled widths, and removed. Usage:
 
     python benchmarks/scale.py [--blocks 8 32] [--ratio 0.5] [--directory DIR] [--json FILE]
 """
@@ -74,7 +74,8 @@ def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, he
 def prune(model: str, output: str, ratio: float) -> None:
     """Prune in this process, and print what it took."""
     with timed_phases() as clock:
-        slimgpt.prune(model, output, ratio=ratio, calibration="pydocs", nsamples=4, seqlen=256)
+        options = {"calibration": "pydocs", "nsamples": 4, "seqlen": 256, "widths": "scheduled"}
+        slimgpt.prune(model, output, ratio=ratio, **options)
     print(json.dumps({"phases": clock.seconds, "peak": peak_memory()}))
 
 
