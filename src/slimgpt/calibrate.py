@@ -271,16 +271,22 @@ def pass_through(
 def pass_dense_through(block: Block, sublayer: Sublayer, stream: Stream) -> None:
     """Add the output of the sublayer as it is to the stream of the dense model, if there is one.
 
-    As this stream only tells the errors of the pruned one, the products of a float32 model are in
-    bfloat16 where the CPU has such (torch 2.6 cannot tell).
+    This stream only tells the errors of the pruned one, hence `fast_products`.
     """
-    weight = sublayer.output.weight
+    with fast_products(sublayer.output.weight):
+        pass_through(block, sublayer, stream, stream.dense_batches())
+
+
+def fast_products(weight: Tensor) -> torch.autocast:
+    """For what may be coarse: float32 products in bfloat16 where the CPU has such.
+
+    (torch 2.6 cannot tell.)
+    """
     has = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
     fast = weight.device.type == "cpu" and any(has.get(name) for name in BFLOAT16_PRODUCTS)
-    with torch.autocast(
+    return torch.autocast(
         weight.device.type, torch.bfloat16, enabled=fast and weight.dtype == torch.float32
-    ):
-        pass_through(block, sublayer, stream, stream.dense_batches())
+    )
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from slimgpt.blocks import BlockPlan
+from slimgpt.calibrate import fast_products
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import NumericalError
@@ -111,7 +112,7 @@ def _moved(
         return list(widths)
     # Other samples than those of the survey, if there are others.
     probes = samples_NT[1 % len(samples_NT) :: 2 * SURVEY_SHARE, :PROBE_TOKENS]
-    with streamed.whole() as model:
+    with streamed.whole() as model, fast_products(next(model.parameters())):
         effects = iter(price_changes(model, changed, probes))
     costs = [next(effects) if plan.errors else 0.0 for plan in plans]
     if not all(map(math.isfinite, costs)):
