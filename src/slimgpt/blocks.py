@@ -177,7 +177,7 @@ def replay_block(
         else:
             device = sublayer.output.weight.device
             kept_units = torch.tensor(decided.keep, device=device)
-            name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}"
+            name = block.output_name(sublayer)
             if sublayer.output.bias is not None:
                 _set_bias(sublayer.output, read(f"{name}.bias"))
             _apply(block, sublayer, stream, kept_units, read(f"{name}.weight").to(device))

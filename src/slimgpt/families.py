@@ -131,6 +131,10 @@ class Block:
         """Attention and FFN, in the order of computation."""
         return self.attention, self.ffn
 
+    def output_name(self, sublayer: Sublayer) -> str:
+        """Name in the model of the output projection of one of them."""
+        return f"{self.name}.{sublayer.spec.module}.{sublayer.spec.output}"
+
     @property
     def shape(self) -> BlockShape:
         """What can be removed from the block."""

@@ -222,7 +222,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                 samples_NT = from_main(run and _samples(run, streamed, tokenizer, seqlen, config))
                 scores = _scores(run, streamed, samples_NT, planned, config) if run else []
                 prepared = time.monotonic() - start
-                if config.widths == "measured":
+                if config.widths == "measured" and planned.block_ratio > 0:
                     widths = measured_widths(
                         Run(output),
                         streamed,

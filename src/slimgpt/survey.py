@@ -12,7 +12,6 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from slimgpt.blocks import BlockPlan
 from slimgpt.calibrate import fast_products
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main
@@ -24,8 +23,8 @@ from slimgpt.run import WIDTHS_FILE, Run, write_atomically, writing
 from slimgpt.schedule import BlockShape, BlockWidths, move_units
 from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
-from slimgpt.sweep import sweep
-from slimgpt.weights import read_metadata, read_tensor
+from slimgpt.sweep import read_plan, sweep
+from slimgpt.weights import read_tensor
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def measured_widths(
     samples_NT : Tensor
         int64, the calibration tokens of all processes.
     shapes, widths
-        The blocks, and the widths to begin with.
+        The blocks, and the widths to begin with, at which something is removed.
     config, footprint
         See `slimgpt.sweep.sweep`.
 
@@ -99,17 +98,15 @@ def _moved(
     changed, plans = {}, []
     for block in bind(streamed.skeleton):
         file = run.block_file(block.index, "survey")
-        plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+        plan = read_plan(file)
         for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
             plans.append(decided)
             if decided.errors:
-                name = f"{block.name}.{sublayer.spec.module}.{sublayer.spec.output}.weight"
+                name = f"{block.output_name(sublayer)}.weight"
                 weight_OK = read_tensor(file, name)
                 columns_K = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
                 weight_OI = weight_OK.new_zeros(sublayer.output.weight.shape)
                 changed[name] = weight_OI.index_copy_(1, columns_K, weight_OK)
-    if not changed:
-        return list(widths)
     # Other samples than those of the survey, if there are others.
     probes = samples_NT[1 % len(samples_NT) :: 2 * SURVEY_SHARE, :PROBE_TOKENS]
     with streamed.whole() as model, fast_products(next(model.parameters())):

@@ -63,7 +63,7 @@ def sweep(
     for block, width in zip(streamed.blocks(), widths, strict=True):
         start, file = time.monotonic(), run.block_file(block.index, stage)
         if from_main(file.exists()):
-            plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+            plan = read_plan(file)
             replay_block(block, plan, partial(read_tensor, file), stream)
         else:
             plan = prune_block(
@@ -74,6 +74,11 @@ def sweep(
         done = block.index + 1
         left = (time.monotonic() - begun) / done * (num_blocks - done)
         log.info("%s %d/%d: %s; %.0f s left", stage, done, num_blocks, plan, left)
+
+
+def read_plan(file: Path) -> BlockPlan:
+    """What was decided for the block in a file that a sweep has saved."""
+    return BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
 
 
 def _save_block(run: Run, file: Path, block: Block, plan: BlockPlan, seconds: float) -> None:
