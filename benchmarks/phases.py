@@ -15,7 +15,6 @@ PHASES = {
         "calibrate.run_sublayer",
         "blocks.propagate",
         "blocks.pass_through",
-        "blocks.pass_dense_through",
     ],
     "gram": ["blocks.collect"],
     "solve": ["blocks._prepare", "blocks._solve"],

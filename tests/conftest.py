@@ -108,6 +108,12 @@ def tiny_checkpoint(
 
 
 @pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No products in bfloat16, whatever the CPU has."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Enter the command line: exit code, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "200")  # for --help

@@ -124,9 +124,9 @@ def test_more_processes_than_batches_of_the_survey(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     arguments = prune_arguments(tiny_checkpoint("llama"), tmp_path / "slim")
-    refused = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4")
+    refused = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64")
     assert refused.returncode != 0
     assert "1 samples make 1 batches for 2 processes" in refused.stderr
     assert "--widths scheduled" in refused.stderr
-    done = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4", "--widths=scheduled")
+    done = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64", "--widths=scheduled")
     assert done.returncode == 0, done.stderr

@@ -122,6 +122,7 @@ def test_first_lora_gradient_is_that_of_the_adapters() -> None:
     torch.testing.assert_close(found, total, rtol=0.01, atol=0)
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("method", METHODS)
 def test_reported_error_is_the_change_of_the_output(method: str) -> None:
     dense, samples = make_tiny_model("llama"), sample_tokens(8)

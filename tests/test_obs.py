@@ -310,6 +310,11 @@ def test_elimination_is_nested(seed, num_in, panel_size, data):
         part = eliminate(undamped(weight, hessian), fewer, option)
         assert part.order.tolist() == full.order[:fewer].tolist()
         close(part.errors, full.errors[:fewer])
+        further = eliminate(undamped(weight, hessian), fewer, option, num_further=num_in - fewer)
+        close(further.errors, full.errors)
+        assert further.order.tolist() == part.order.tolist()
+        assert torch.equal(further.weight_OK, part.weight_OK)
+        assert further.error == part.error
 
 
 @pytest.mark.parametrize("method", ["exact", "diagonal"])

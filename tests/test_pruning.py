@@ -87,6 +87,7 @@ def test_ratio_zero_is_the_identity() -> None:
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_reported_error_is_the_change_of_the_output() -> None:
     """Run the first block by hand: E‖Δy‖² and E‖y‖² over the calibration tokens."""
     dense = make_tiny_model("llama")
@@ -112,6 +113,20 @@ def test_reported_error_is_the_change_of_the_output() -> None:
     assert plan.ffn.relative_error == pytest.approx(
         float(change / y_TO.square().sum(1).mean()), rel=1e-4
     )
+
+
+def test_products_in_bfloat16_change_the_statistics_by_their_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, hessians = make_tiny_model("llama"), []
+    for capabilities in ({}, {"bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        stream = embed(dense, sample_tokens(), batch_size=3)
+        block = next(iter(bind(dense)))
+        hessians.append(collect(block, block.ffn, stream, 0).hessian_II)
+        assert stream.hidden_NTC.dtype == torch.float32
+    difference = torch.linalg.norm(hessians[1] - hessians[0]) / torch.linalg.norm(hessians[0])
+    assert 0 < difference < 2**-7
 
 
 def test_second_block_is_calibrated_on_the_pruned_first() -> None:

@@ -98,6 +98,24 @@ def test_nothing_to_remove_needs_no_gradient(
     assert result.plan.params_after == result.plan.params_before
 
 
+@pytest.mark.parametrize(("nsamples", "is_measured"), [(4, False), (5, True)])
+def test_fewer_tokens_than_channels_measure_nothing(
+    nsamples: int,
+    is_measured: bool,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A survey has the first of four samples of 32 tokens, or two of five, for 64 channels."""
+    model, options = str(tiny_checkpoint("llama")), OPTIONS | {"nsamples": nsamples}
+    planned = slimgpt.plan(model, **options)
+    result = slimgpt.prune(model, tmp_path / "slim", **options)
+    assert planned.is_measured == result.plan.is_measured == is_measured
+    assert result.report["is_measured"] == is_measured
+    assert (result.plan.widths != planned.widths) == is_measured
+    assert ("takes 5 samples of 32 tokens at least, and there are 4" in caplog.text) != is_measured
+
+
 def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

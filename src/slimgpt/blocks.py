@@ -18,7 +18,6 @@ from slimgpt.calibrate import (
     Activations,
     Stream,
     collect,
-    pass_dense_through,
     pass_through,
     propagate,
 )
@@ -96,7 +95,7 @@ class Decision(NamedTuple):
         Its bias.
     error, power : float
         E‖Δy‖² and E‖y‖² over the calibration tokens.
-    damping : float
+    damping, errors
         See `SublayerPlan`.
     """
 
@@ -106,6 +105,7 @@ class Decision(NamedTuple):
     error: float
     power: float
     damping: float = 0.0
+    errors: tuple[float, ...] = ()
 
 
 def prune_block(
@@ -171,7 +171,7 @@ def replay_block(
         What enters the block; afterwards what leaves the pruned block.
     """
     for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-        pass_dense_through(block, sublayer, stream)
+        pass_through(block, sublayer, stream, stream.dense_batches())
         if len(decided.keep) == sublayer.num_units:
             pass_through(block, sublayer, stream, stream.batches())
         else:
@@ -193,20 +193,18 @@ def _prune_sublayer(
     scores_U: Tensor | None,
     is_survey: bool,
 ) -> SublayerPlan:
-    pass_dense_through(block, sublayer, stream)
+    pass_through(block, sublayer, stream, stream.dense_batches())
     if num_keep == sublayer.num_units:
         pass_through(block, sublayer, stream, stream.batches())
         return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)
     activations = collect(block, sublayer, stream, activation_memory)
-    kept, output, plan, errors = activations.kept, sublayer.output, None, ()
+    kept, output, plan = activations.kept, sublayer.output, None
     new_weight = output.weight.new_empty(output.out_features, num_keep * sublayer.unit_size)
     if is_main():
         if config.method == "slimgpt":
             problem = _prepare(block, sublayer, activations, config)
             del activations  # the Hessian is as large as all else that the solver needs
-            decision = _solve(problem, sublayer, num_keep, config)
-            if is_survey:
-                errors = _errors_of_widths(problem, sublayer, num_keep, config)
+            decision = _solve(problem, sublayer, num_keep, config, is_survey)
             del problem
         else:
             decision = _cut(sublayer, num_keep, activations, config, scores_U)
@@ -216,7 +214,7 @@ def _prune_sublayer(
             _set_bias(output, decision.bias_O)
         relative = decision.error / decision.power if decision.power else 0.0
         keep = tuple(decision.kept_units.tolist())
-        plan = SublayerPlan(keep, decision.error, relative, decision.damping, errors)
+        plan = SublayerPlan(keep, decision.error, relative, decision.damping, decision.errors)
         del decision
     else:
         del activations
@@ -258,33 +256,39 @@ def _prepare(
 
 
 def _solve(
-    problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig
+    problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig, is_survey: bool
 ) -> Decision:
-    """SlimGPT: what costs least goes, and what stays makes up for it."""
-    num_remove = sublayer.num_units - num_keep
-    if sublayer.kind == "attention":
-        left = obs.eliminate_units(problem, num_remove, sublayer.unit_size, config.head_error)
-    elif config.channel_selection == "greedy":
-        left = obs.eliminate_channels(problem, num_remove)
+    """SlimGPT: what costs least goes, and what stays makes up for it.
+
+    A survey is always greedy, since its errors have to be nested.
+    """
+    is_attention, num_remove = sublayer.kind == "attention", sublayer.num_units - num_keep
+    removals, further = range(0), 0
+    if is_survey:
+        step = 1 if is_attention else config.multiple_of
+        removals = surveyed_removals(sublayer.num_units, num_keep, step)
+        further = removals[-1] - num_remove
+    if is_attention:
+        left = obs.eliminate_units(
+            problem, num_remove, sublayer.unit_size, config.head_error, num_further=further
+        )
+    elif is_survey or config.channel_selection == "greedy":
+        left = obs.eliminate_channels(problem, num_remove, num_further=further)
     else:
         left = obs.eliminate_channel_groups(
             problem, num_remove, config.min_group_size, config.max_group_size
         )
     kept_units = left.kept_K[:: sublayer.unit_size] // sublayer.unit_size
-    return Decision(kept_units, left.weight_OK, None, left.error, problem.power, problem.damping)
-
-
-def _errors_of_widths(
-    problem: obs.Problem, sublayer: Sublayer, num_keep: int, config: PruneConfig
-) -> tuple[float, ...]:
-    if sublayer.kind == "attention":
-        removals = surveyed_removals(sublayer.num_units, num_keep)
-        left = obs.eliminate_units(problem, removals[-1], sublayer.unit_size, config.head_error)
-    else:
-        removals = surveyed_removals(sublayer.num_units, num_keep, config.multiple_of)
-        left = obs.eliminate_channels(problem, removals[-1])
-    errors_R = left.errors.cumsum(dim=0)
-    return tuple(errors_R[torch.tensor(removals) - 1].tolist())
+    errors = left.errors.cumsum(dim=0).tolist()
+    return Decision(
+        kept_units,
+        left.weight_OK,
+        None,
+        left.error,
+        problem.power,
+        problem.damping,
+        tuple(errors[removed - 1] for removed in removals),
+    )
 
 
 def _cut(

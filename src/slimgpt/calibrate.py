@@ -147,7 +147,8 @@ def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: T
     hidden_NTC = hidden_NTC.to(projection.weight.device)
     sublayer.module.set_submodule(name, nn.Identity())
     try:
-        result = sublayer.module(sublayer.norm(hidden_NTC), **kwargs)
+        with fast_products(projection.weight):
+            result = sublayer.module(sublayer.norm(hidden_NTC), **kwargs)
     finally:
         sublayer.module.set_submodule(name, projection)
     return result[0] if isinstance(result, tuple) else result
@@ -254,7 +255,8 @@ def propagate(
         batch_NTI = known_NTI
         if batch_NTI is None:
             batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
-        output = nn.functional.linear(batch_NTI[..., columns], weight, sublayer.output.bias)
+        with fast_products(weight):
+            output = nn.functional.linear(batch_NTI[..., columns], weight, sublayer.output.bias)
         hidden_NTC.add_(output.to(hidden_NTC.device))
 
 
@@ -264,23 +266,17 @@ def pass_through(
 ) -> None:
     """Add the output of the sublayer as it is to batches of a residual stream, in place."""
     for hidden_NTC in batches:
-        output = sublayer.output(run_sublayer(block, sublayer, stream, hidden_NTC))
+        batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
+        with fast_products(sublayer.output.weight):
+            output = sublayer.output(batch_NTI)
         hidden_NTC.add_(output.to(hidden_NTC.device))
 
 
-def pass_dense_through(block: Block, sublayer: Sublayer, stream: Stream) -> None:
-    """Add the output of the sublayer as it is to the stream of the dense model, if there is one.
-
-    This stream only tells the errors of the pruned one, hence `fast_products`.
-    """
-    with fast_products(sublayer.output.weight):
-        pass_through(block, sublayer, stream, stream.dense_batches())
-
-
 def fast_products(weight: Tensor) -> torch.autocast:
-    """For what may be coarse: float32 products in bfloat16 where the CPU has such.
+    """Compute products with a float32 weight in bfloat16 where the CPU has such.
 
-    (torch 2.6 cannot tell.)
+    For what only goes through the model; statistics and the solver are float32 and float64.
+    (torch 2.6 cannot tell what the CPU has.)
     """
     has = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
     fast = weight.device.type == "cpu" and any(has.get(name) for name in BFLOAT16_PRODUCTS)

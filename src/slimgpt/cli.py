@@ -88,7 +88,7 @@ def prune(
     if dry_run:
         planned = slimgpt.plan(model, **values)
         lines = _plan_table(planned)
-        if PruneConfig.create(**values).widths == "measured":
+        if planned.is_measured:
             lines += ("the run moves heads and channels between the blocks; the sums stay",)
         _emit(planned, lines, as_json)
         return

@@ -57,7 +57,7 @@ class Elimination(NamedTuple):
     order : Tensor
         Removed units, in the order of removal.
     errors : Tensor
-        tr(ΔW (H + D) ΔWᵀ) that each of them added.
+        tr(ΔW (H + D) ΔWᵀ) that each of them added, and, where asked for, that further ones would.
     kept_K : Tensor
         Indices of the columns that are left, sorted.
     weight_OK : Tensor
@@ -182,6 +182,7 @@ def eliminate_units(
     num_remove: int,
     unit_size: int,
     method: Literal["exact", "diagonal"] = "exact",
+    num_further: int = 0,
 ) -> Elimination:
     """Remove units of several columns one after the other, always the one of least error.
 
@@ -195,26 +196,33 @@ def eliminate_units(
         Consecutive columns that form a unit.
     method : {"exact", "diagonal"}
         See `unit_errors`.
+    num_further : int
+        Number of units to go on to, only to know their errors.
     """
-    rest = _Rest(problem, num_remove * unit_size)
+    stops = sorted({num_remove, num_remove + num_further})
+    rest = _Rest(problem, stops[-1] * unit_size)
     inverse_USS = _unit_blocks(problem.inverse_II, unit_size)
     columns_S = torch.arange(unit_size, device=inverse_USS.device)
-    order, errors = [], []
-    for _ in range(num_remove):
-        errors_U = _unit_errors(_unit_grams(rest.weight_KO, unit_size), inverse_USS, method)
-        least = int(errors_U.argmin())
-        pivots_P = least * unit_size + columns_S
-        order.append(int(rest.columns_K[pivots_P[0]]) // unit_size)
-        errors.append(errors_U[least])
-        root_PK, half_PO = rest.factorize(pivots_P)
-        root_UPS = root_PK.view(unit_size, -1, unit_size).transpose(0, 1)
-        inverse_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
-        left_K = rest.remove(pivots_P, root_PK, half_PO)
-        inverse_USS = inverse_USS[left_K[::unit_size] // unit_size]
-    return rest.elimination(order, errors)
+    order, errors, left = [], [], []
+    for stop in stops:
+        while len(order) < stop:
+            errors_U = _unit_errors(_unit_grams(rest.weight_KO, unit_size), inverse_USS, method)
+            least = int(errors_U.argmin())
+            pivots_P = least * unit_size + columns_S
+            order.append(int(rest.columns_K[pivots_P[0]]) // unit_size)
+            errors.append(errors_U[least])
+            root_PK, half_PO = rest.factorize(pivots_P)
+            root_UPS = root_PK.view(unit_size, -1, unit_size).transpose(0, 1)
+            inverse_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
+            left_K = rest.remove(pivots_P, root_PK, half_PO)
+            inverse_USS = inverse_USS[left_K[::unit_size] // unit_size]
+        left.append(rest.elimination(order, errors))
+    return left[0]._replace(errors=left[-1].errors)
 
 
-def eliminate_channels(problem: Problem, num_remove: int, panel_size: int = 192) -> Elimination:
+def eliminate_channels(
+    problem: Problem, num_remove: int, panel_size: int = 192, num_further: int = 0
+) -> Elimination:
     """Remove single columns one after the other, always the one of least ‖w_j‖²/(H⁻¹)_jj.
 
     The next `panel_size` pivots are found among half as many more columns, those of least error
@@ -231,40 +239,45 @@ def eliminate_channels(problem: Problem, num_remove: int, panel_size: int = 192)
         Number of columns to remove.
     panel_size : int
         Pivots chosen at once; changes the speed only.
+    num_further : int
+        Number of columns to go on to, only to know their errors.
 
     Returns
     -------
     Elimination
         Nested: the first n entries of the order are the elimination of n columns.
     """
-    rest = _Rest(problem, num_remove)
+    stops = sorted({num_remove, num_remove + num_further})
+    rest = _Rest(problem, stops[-1])
     norms_K = torch.linalg.vector_norm(rest.weight_KO, dim=1).square()
     inverse_K = problem.inverse_II.diagonal()
-    order, errors = [], []
-    while len(order) < num_remove:
-        size = min(panel_size, num_remove - len(order))
-        ranked_K = (norms_K.clamp(min=0) / inverse_K).argsort(stable=True)
-        candidates_C = ranked_K[: 3 * size // 2].sort().values
-        weight_CO = rest.weight_KO[candidates_C]
-        inverse_CC = rest.inverse(candidates_C, candidates_C)
-        chosen, errors_P = _eliminate_one_by_one(weight_CO @ weight_CO.T, inverse_CC, size)
+    order, errors, left = [], [], []
+    for stop in stops:
+        while len(order) < stop:
+            size = min(panel_size, stop - len(order))
+            ranked_K = (norms_K.clamp(min=0) / inverse_K).argsort(stable=True)
+            candidates_C = ranked_K[: 3 * size // 2].sort().values
+            weight_CO = rest.weight_KO[candidates_C]
+            inverse_CC = rest.inverse(candidates_C, candidates_C)
+            chosen, errors_P = _eliminate_one_by_one(weight_CO @ weight_CO.T, inverse_CC, size)
 
-        pivots_P = candidates_C[chosen]
-        root_PK, half_PO = rest.factorize(pivots_P)
-        inner_PP = half_PO @ half_PO.T
-        inner_PP.diagonal().mul_(0.5)
-        cross_PK = (half_PO @ rest.weight_KO.T).addmm_(inner_PP.tril_(), root_PK, alpha=-1)
-        norms_PK = norms_K - cross_PK.mul_(root_PK).mul_(2).cumsum_(dim=0)
-        inverse_PK = inverse_K - root_PK.square().cumsum_(dim=0)
-        others_PK = norms_PK[:-1].clamp(min=0) / inverse_PK[:-1]
-        others_P = others_PK.index_fill_(1, candidates_C, torch.inf).amin(dim=1)
-        valid = 1 + int((errors_P[1:] <= others_P).cumprod(dim=0).sum())
+            pivots_P = candidates_C[chosen]
+            root_PK, half_PO = rest.factorize(pivots_P)
+            inner_PP = half_PO @ half_PO.T
+            inner_PP.diagonal().mul_(0.5)
+            cross_PK = (half_PO @ rest.weight_KO.T).addmm_(inner_PP.tril_(), root_PK, alpha=-1)
+            norms_PK = norms_K - cross_PK.mul_(root_PK).mul_(2).cumsum_(dim=0)
+            inverse_PK = inverse_K - root_PK.square().cumsum_(dim=0)
+            others_PK = norms_PK[:-1].clamp(min=0) / inverse_PK[:-1]
+            others_P = others_PK.index_fill_(1, candidates_C, torch.inf).amin(dim=1)
+            valid = 1 + int((errors_P[1:] <= others_P).cumprod(dim=0).sum())
 
-        order += rest.columns_K[pivots_P[:valid]].tolist()
-        errors += errors_P[:valid]
-        left_K = rest.remove(pivots_P[:valid], root_PK[:valid], half_PO[:valid])
-        norms_K, inverse_K = norms_PK[valid - 1, left_K], inverse_PK[valid - 1, left_K]
-    return rest.elimination(order, errors)
+            order += rest.columns_K[pivots_P[:valid]].tolist()
+            errors += errors_P[:valid]
+            left_K = rest.remove(pivots_P[:valid], root_PK[:valid], half_PO[:valid])
+            norms_K, inverse_K = norms_PK[valid - 1, left_K], inverse_PK[valid - 1, left_K]
+        left.append(rest.elimination(order, errors))
+    return left[0]._replace(errors=left[-1].errors)
 
 
 def eliminate_channel_groups(

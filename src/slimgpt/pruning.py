@@ -65,7 +65,7 @@ from slimgpt.schedule import (
     removed_params,
 )
 from slimgpt.streaming import StreamedModel
-from slimgpt.survey import PROBE_TOKENS, measured_widths
+from slimgpt.survey import PROBE_TOKENS, measured_widths, samples_needed
 from slimgpt.sweep import sweep
 from slimgpt.weights import (
     Weights,
@@ -96,6 +96,8 @@ class PrunePlan:
         that is of all parameters, embeddings included.
     params_before, params_after : int
         All parameters.
+    is_measured : bool
+        Whether the run measures the widths, or has done so. Before, they are the scheduled ones.
     """
 
     shapes: tuple[BlockShape, ...]
@@ -106,6 +108,7 @@ class PrunePlan:
     total_ratio: float
     params_before: int
     params_after: int
+    is_measured: bool
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ class PruneResult:
 def plan(model: str, **options: Any) -> PrunePlan:
     """Work out the widths of a pruned model, without its weights.
 
-    If the run measures the widths, these are the ones that it begins with; their sum stays.
+    If the run measures the widths, these are the ones that it begins with; the sum of what they
+    remove stays.
 
     Parameters
     ----------
@@ -203,6 +207,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         tokenizer = load_tokenizer(source)
         generation_config = load_generation_config(source, model_config)
         seqlen = usable_seqlen(config.seqlen, model_config)
+        _warn_of_few_samples(planned, seqlen, config)
         batch_size = choose_batch_size(config.nsamples, seqlen)
         num_own = len(own_part(torch.arange(config.nsamples), batch_size))
         with open_run(output) if is_main() else nullcontext() as run:
@@ -222,7 +227,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                 samples_NT = from_main(run and _samples(run, streamed, tokenizer, seqlen, config))
                 scores = _scores(run, streamed, samples_NT, planned, config) if run else []
                 prepared = time.monotonic() - start
-                if config.widths == "measured" and planned.block_ratio > 0:
+                if planned.is_measured:
                     widths = measured_widths(
                         Run(output),
                         streamed,
@@ -257,6 +262,18 @@ def check_inputs(config: PruneConfig) -> None:
     if config.method == "loraprune" and find_spec("peft") is None:
         raise MissingDependencyError(
             "peft", "the method 'loraprune'", "pip install 'slimgpt[recover]'"
+        )
+
+
+def _warn_of_few_samples(planned: PrunePlan, seqlen: int, config: PruneConfig) -> None:
+    needed = samples_needed(planned.shapes, seqlen)
+    if config.widths == "measured" and config.nsamples < needed:
+        log.warning(
+            "the widths stay as scheduled: to measure them takes %d samples of %d tokens at least, "
+            "and there are %d",
+            needed,
+            seqlen,
+            config.nsamples,
         )
 
 
@@ -316,7 +333,6 @@ def _footprint(
     size = skeleton.dtype.itemsize
     activation = num_samples * seqlen * size
     blocks = list(bind(skeleton))
-    measures = config.widths == "measured"
     outputs = [
         (sublayer.output, (sublayer.num_units - num_keep) * sublayer.unit_size)
         for block, width in zip(blocks, planned.widths, strict=True)
@@ -328,14 +344,17 @@ def _footprint(
     solvers = [
         # A survey looks at twice as many.
         solver_bytes(
-            o.out_features, o.in_features, removed * (2 if measures else 1), config.needs_dense
+            o.out_features,
+            o.in_features,
+            removed * (2 if planned.is_measured else 1),
+            config.needs_dense,
         )
         for o, removed in outputs
     ]
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
     if SELF in config.calibration:
         whole = planned.params_before * size
-    if measures:
+    if planned.is_measured:
         # The model, its changed weights and their gradients, activations and logits of a probe.
         changed = sum(output.weight.numel() for output, _ in outputs)
         inputs = sum(output.in_features + output.out_features for output, _ in outputs)
@@ -466,6 +485,7 @@ def _plan(
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
     product = pruned_config(_initial_config(model_config, config), widths, config.uniform)
     before, after = (m.num_parameters() for m in (skeleton, build_skeleton(product)))
+    seqlen = min(config.seqlen, model_config.max_position_embeddings)
     return PrunePlan(
         shapes=tuple(shapes),
         widths=tuple(widths),
@@ -475,4 +495,7 @@ def _plan(
         total_ratio=1 - after / before,
         params_before=before,
         params_after=after,
+        is_measured=config.widths == "measured"
+        and sum(removed) > 0
+        and config.nsamples >= samples_needed(shapes, seqlen),
     )

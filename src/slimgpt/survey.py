@@ -32,6 +32,15 @@ SURVEY_SHARE = 4  # one sample in so many; half as many others show what errors 
 PROBE_TOKENS = 512  # of each of these
 
 
+def samples_needed(shapes: Sequence[BlockShape], seqlen: int) -> int:
+    """Least number of calibration samples of which a survey gets as many tokens as channels.
+
+    With fewer tokens, what stays of an FFN fits them whatever goes: its errors are near 0.
+    """
+    num_channels = max(shape.num_channels for shape in shapes)
+    return SURVEY_SHARE * (math.ceil(num_channels / seqlen) - 1) + 1
+
+
 def measured_widths(
     run: Run,
     streamed: StreamedModel,
