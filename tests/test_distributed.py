@@ -128,5 +128,7 @@ def test_more_processes_than_batches_of_the_survey(
     assert refused.returncode != 0
     assert "1 samples make 1 batches for 2 processes" in refused.stderr
     assert "--widths scheduled" in refused.stderr
-    done = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64", "--widths=scheduled")
+    done = torchrun(
+        2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64", "--widths=scheduled"
+    )
     assert done.returncode == 0, done.stderr

@@ -129,6 +129,18 @@ def test_products_in_bfloat16_change_the_statistics_by_their_rounding(
     assert 0 < difference < 2**-7
 
 
+def test_sums_of_bfloat16_numbers_lose_no_more_than_float32() -> None:
+    dense = make_tiny_model("llama").bfloat16()
+    stream = embed(dense, sample_tokens(), batch_size=3)
+    block = next(iter(bind(dense)))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    activations = collect(block, block.ffn, stream, 10**9)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    x_TI = torch.cat(activations.kept).flatten(0, 1).double()
+    expected = x_TI.T @ x_TI / len(x_TI)
+    torch.testing.assert_close(activations.hessian_II, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_second_block_is_calibrated_on_the_pruned_first() -> None:
     dense, model, plans = pruned("llama")
     first_only = copy.deepcopy(dense)
@@ -208,9 +220,9 @@ def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) ->
     def spy(name: str, *positions: int) -> None:
         solve = getattr(obs, name)
 
-        def call(*args: object) -> object:
+        def call(*args: object, **kwargs: object) -> object:
             given.setdefault(name, set()).add(tuple(args[i] for i in positions))
-            return solve(*args)
+            return solve(*args, **kwargs)
 
         monkeypatch.setattr(obs, name, call)
 

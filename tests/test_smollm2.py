@@ -62,6 +62,15 @@ def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
         return float(model(tokens, labels=tokens).loss.exp())
 
 
+def test_gguf_in_half_precision(smollm2: str, dense: PreTrainedModel) -> None:
+    model = load_model(find_model(smollm2), "bfloat16")
+    assert model.dtype == model.config.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name).bfloat16())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, dense.get_buffer(name))
+
+
 def test_target_is_met(result: slimgpt.PruneResult) -> None:
     assert abs(result.plan.block_ratio - 0.3) < 0.005
     assert result.plan.params_before == 134_515_008

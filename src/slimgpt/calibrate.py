@@ -11,7 +11,8 @@ output projection, ``O`` its rows (as many as ``C``).
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -27,7 +28,7 @@ from slimgpt.families import Block, Sublayer, blocks_of, decoder_of, family_of
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
 CHUNK = 2**24  # bytes
 BFLOAT16_PRODUCTS = ("amx_bf16", "avx512_bf16", "bf16")  # by their names on x86 and ARM
-PANEL_SIZE = 512  # of the symmetric products, of which only one half is computed
+PANEL_SIZE = 256  # of the symmetric products, of which only one half is computed
 
 
 class Recorder(nn.Module):
@@ -161,7 +162,7 @@ class Activations(NamedTuple):
     ----------
     hessian_II : Tensor
         E[x xᵀ] over the tokens of all processes, float64 (on the CPU where the device has no such
-        type), accumulated from float32 products of one batch each.
+        type), accumulated from float32 sums over one batch each.
     mean_I : Tensor
         E[x], of the same type.
     kept : list of Tensor
@@ -204,9 +205,10 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     for hidden_NTC, dense_NTC in zip_longest(stream.batches(), stream.dense_batches()):
         batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
         rows_TI = batch_NTI.flatten(0, 1).float()
-        for start, stop in panels:
-            product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
-            total_II[start:stop, start:] += product.to(device)
+        with _products_of(batch_NTI):
+            for start, stop in panels:
+                product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
+                total_II[start:stop, start:] += product.to(device)
         if cross_OI is not None:
             target_TO = (dense_NTC.to(rows_TI) - hidden_NTC.to(rows_TI)).flatten(0, 1)
             if sublayer.output.bias is not None:
@@ -272,17 +274,42 @@ def pass_through(
         hidden_NTC.add_(output.to(hidden_NTC.device))
 
 
-def fast_products(weight: Tensor) -> torch.autocast:
-    """Compute products with a float32 weight in bfloat16 where the CPU has such.
+def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a model of this type is run in: bfloat16 for float32 where the CPU has such products.
 
-    For what only goes through the model; statistics and the solver are float32 and float64.
-    (torch 2.6 cannot tell what the CPU has.)
+    Statistics and solver have more precision. (torch 2.6 cannot tell what the CPU has.)
     """
     has = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
-    fast = weight.device.type == "cpu" and any(has.get(name) for name in BFLOAT16_PRODUCTS)
-    return torch.autocast(
-        weight.device.type, torch.bfloat16, enabled=fast and weight.dtype == torch.float32
-    )
+    is_slow = device.type == "cpu" and dtype == torch.float32
+    return torch.bfloat16 if is_slow and any(map(has.get, BFLOAT16_PRODUCTS)) else dtype
+
+
+def fast_products(weight: Tensor) -> torch.autocast:
+    """Compute the products with a weight in its `fast_dtype`."""
+    dtype = fast_dtype(weight.device, weight.dtype)
+    return torch.autocast(weight.device.type, dtype, enabled=dtype != weight.dtype)
+
+
+@contextmanager
+def _products_of(batch: Tensor) -> Iterator[None]:
+    """For products in float32 of the numbers in a batch.
+
+    If these have 8 bits, the units for bfloat16 (CPU) or TF32 (CUDA) multiply them without loss,
+    and sum up in float32; torch before 2.9 cannot be told to use them.
+    """
+    backend, fast = torch.backends.mkldnn, "bf16"
+    if batch.device.type == "cuda":
+        backend, fast = torch.backends.cuda, "tf32"
+    matmul: Any = getattr(backend, "matmul", None)
+    if batch.dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = fast
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:

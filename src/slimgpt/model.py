@@ -199,14 +199,12 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     start = time.monotonic()
     log.info("loading %s", source.name)
     wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    if source.gguf_file and dtype == "auto":
-        wanted = torch.float32
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
-            dtype=wanted,
+            dtype=torch.float32 if source.gguf_file else wanted,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -218,6 +216,10 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     if details["missing_keys"] or details["mismatched_keys"]:
         raise incomplete(source, [*details["missing_keys"], *details["mismatched_keys"]])
     _forget_quantizer(model)
+    if source.gguf_file and isinstance(wanted, torch.dtype):
+        model.config.dtype = wanted
+        for parameter in model.parameters():  # not the buffers
+            parameter.data = parameter.to(wanted)
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UnsupportedModelError(

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from slimgpt.blocks import BlockPlan
-from slimgpt.calibrate import choose_batch_size
+from slimgpt.calibrate import choose_batch_size, fast_dtype
 from slimgpt.card import REPORT_FILE, write_card
 from slimgpt.checkpoint import pruned_config, uniform_group_counts, write_shards
 from slimgpt.config import PruneConfig
@@ -295,7 +295,8 @@ def _samples(
             bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
             draw = (tokenizer, bounds[1] - bounds[0], seqlen, config.seed)
             if name == SELF:
-                with streamed.whole() as model:
+                dtype = fast_dtype(streamed.device, streamed.weights.dtype)
+                with streamed.whole(dtype) as model:
                     drawn = sample_from_model(model, *draw)
             else:
                 drawn = calibration_tokens(name, *draw, text_field=config.text_field)

@@ -34,14 +34,15 @@ class StreamedModel:
         self.skeleton, self.weights, self.device = skeleton, weights, device
 
     @contextmanager
-    def whole(self) -> Iterator[PreTrainedModel]:
-        """The model with all of its weights, which it has inside the context."""
-        self._fill(self.skeleton, {n: self.weights.read(n) for n in saved_tensors(self.skeleton)})
+    def whole(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+        """The model with all of its weights, which it has inside the context, in this type."""
+        names, dtype = saved_tensors(self.skeleton), dtype or self.weights.dtype
+        self._fill(self.skeleton, {name: self.weights.read(name).to(dtype) for name in names})
         self.skeleton.tie_weights()
         try:
             yield self.skeleton
         finally:
-            _release(self.skeleton)
+            self._release(self.skeleton)
             self.skeleton.tie_weights()
 
     def embed(
@@ -60,7 +61,7 @@ class StreamedModel:
             return embed(self.skeleton, samples_NT, batch_size, with_dense, directory)
         finally:
             for _, part in parts:
-                _release(part)
+                self._release(part)
 
     def blocks(self) -> Iterator[Block]:
         """Yield each block with its weights, which it has until the next one is asked for.
@@ -79,7 +80,7 @@ class StreamedModel:
                 self._fill(block.module, tensors)
                 del tensors
                 yield block
-                _release(block.module)
+                self._release(block.module)
                 trim_heap()
 
     def _read(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -93,9 +94,9 @@ class StreamedModel:
         moved = {name: t.to(self.device, non_blocking=True) for name, t in tensors.items()}
         module.load_state_dict(moved, strict=False, assign=True)
 
-
-def _release(module: nn.Module) -> None:
-    """Keep the shapes and types of the parameters only; buffers stay."""
-    for child in module.modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    def _release(self, module: nn.Module) -> None:
+        """Keep the shapes of the parameters, and the type that they are read in; buffers stay."""
+        for child in module.modules():
+            for name, parameter in child.named_parameters(recurse=False):
+                empty = parameter.to("meta", self.weights.dtype)
+                setattr(child, name, nn.Parameter(empty, requires_grad=False))
