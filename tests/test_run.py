@@ -19,7 +19,7 @@ from slimgpt import blocks, calibrate, pruning, sweep, weights
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
 from slimgpt.run import STATE_DIR, Stage, open_run
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32, "ratio": 0.4}
+OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
 KILLS = 20
 
 
@@ -48,8 +48,8 @@ def test_killed_runs_end_with_the_same_files(
     )
     outcomes = json.loads(finished.stdout)
     assert len(outcomes) == KILLS
-    phases = {"prune_block", "_moved", "write_file", "replacing", "product", "publish"}
-    assert {outcome["phase"] for outcome in outcomes} == phases | {"other"}
+    phases = {"prune_block", "_moved", "replay_block", "write_file", "replacing", "product"}
+    assert {outcome["phase"] for outcome in outcomes} == phases | {"publish", "other"}
     assert sum(outcome["codes"][1] == -9 for outcome in outcomes) > 2  # in a replay
     expected = fingerprint(tmp_path / "whole")
     assert sum(name.endswith(".safetensors") for name in expected) > 2
@@ -461,8 +461,9 @@ def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
     with caplog.at_level("INFO", "slimgpt"):
         slimgpt.prune(model, tmp_path / "mapped", **OPTIONS, activation_memory=1000)
         slimgpt.prune(model, tmp_path / "in_memory", **OPTIONS)
-    # The streams of the pruned and of the dense model, in the survey and after it.
-    assert directories == [tmp_path / "mapped" / STATE_DIR] * 4 + [None] * 4
+    # The streams of the pruned and of the dense model: in the survey, for the prices, in the run.
+    file = tmp_path / "mapped" / STATE_DIR
+    assert directories == [file, file, None, None, file, file] + [None] * 6
     assert "in a memory-mapped file" in caplog.text
     assert "in memory" in caplog.text
     mapped, in_memory = (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VARIANTS, make_tiny_model
+from conftest import VARIANTS, make_tiny_model, prune_blocks
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
@@ -16,7 +16,13 @@ import slimgpt
 from slimgpt import survey
 from slimgpt.config import PruneConfig
 from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.survey import price_changes
+from slimgpt.families import bind
+from slimgpt.model import build_skeleton, find_model
+from slimgpt.prices import price_changes
+from slimgpt.schedule import BlockWidths
+from slimgpt.shrink import unit_columns
+from slimgpt.streaming import StreamedModel
+from slimgpt.weights import open_weights
 
 OPTIONS = {
     "calibration": "pydocs",
@@ -33,27 +39,37 @@ def divergence(model: PreTrainedModel, changed: PreTrainedModel, samples: Tensor
     return kl_div(ours, dense, reduction="sum", log_target=True).item() / samples.numel()
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-biases", "qwen3"])
-def test_prices_are_derivatives(variant: str) -> None:
+@pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "llama-biases", "mistral", "qwen3"])
+def test_prices_are_derivatives(variant: str, tiny_checkpoint: Callable[[str], Path]) -> None:
     model = make_tiny_model(variant)
     samples = torch.randint(320, (3, 16), generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(1)
-    names = [n for n, _ in model.named_parameters() if "o_proj.w" in n or "down_proj.w" in n]
-    changed = {}
-    for name in names:
-        weight = model.get_parameter(name)
-        changed[name] = weight + 0.2 * weight.std() * torch.randn(weight.shape)
-    values = price_changes(model, changed, samples)
+    small, widths = copy.deepcopy(model), [BlockWidths(3, 40), BlockWidths(4, 48)] * 2
+    plans = prune_blocks(small, samples, widths, PruneConfig.create())
+    source = find_model(str(tiny_checkpoint(variant)))
+    weights = open_weights(source, model.config)
+    streamed = StreamedModel(build_skeleton(model.config), weights, torch.device("cpu"))
+    reads = [small.get_parameter] * len(plans)
+    values = price_changes(streamed, plans, reads, samples)
+
+    changes = []
+    for block, plan in zip(bind(model), plans, strict=True):
+        for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
+            name = f"{block.output_name(sublayer)}.weight"
+            new = torch.zeros_like(model.get_parameter(name))
+            columns = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
+            new[:, columns] = small.get_parameter(name)
+            changes.append((name, new - model.get_parameter(name)))
 
     def at(name: str, factor: float) -> float:
         other = copy.deepcopy(model)
-        for n, weight in changed.items():
-            change = weight - model.get_parameter(n)
+        for n, change in changes:
             other.get_parameter(n).add_((factor if n == name else 1) * change)
         return divergence(model, other, samples)
 
     step = 0.01
-    for name, value in zip(names, values, strict=True):
+    assert values[2] == values[6] == 0
+    for (name, _), value in zip(changes, values, strict=True):
         expected = (at(name, 1 + step) - at(name, 1 - step)) / (2 * step)
         assert value == pytest.approx(expected, rel=0.02, abs=1e-4)
 
@@ -119,7 +135,7 @@ def test_fewer_tokens_than_channels_measure_nothing(
 def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(survey, "price_changes", lambda _, changed, __: [math.nan] * len(changed))
+    monkeypatch.setattr(survey, "price_changes", lambda _, plans, *__: [math.nan] * 2 * len(plans))
     with pytest.raises(NumericalError, match="overflow"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
 

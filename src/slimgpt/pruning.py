@@ -65,7 +65,7 @@ from slimgpt.schedule import (
     removed_params,
 )
 from slimgpt.streaming import StreamedModel
-from slimgpt.survey import PROBE_TOKENS, measured_widths, samples_needed
+from slimgpt.survey import measured_widths, probe_bytes, samples_needed
 from slimgpt.sweep import sweep
 from slimgpt.weights import (
     Weights,
@@ -353,15 +353,10 @@ def _footprint(
         for o, removed in outputs
     ]
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
-    if SELF in config.calibration:
-        whole = planned.params_before * size
     if planned.is_measured:
-        # The model, its changed weights and their gradients, activations and logits of a probe.
-        changed = sum(output.weight.numel() for output, _ in outputs)
-        inputs = sum(output.in_features + output.out_features for output, _ in outputs)
-        tokens = min(seqlen, PROBE_TOKENS)
-        whole = (planned.params_before + 2 * changed + 6 * tokens * inputs) * size
-        whole += 5 * tokens * skeleton.config.vocab_size * torch.float32.itemsize
+        whole = max(whole, probe_bytes(skeleton, config.nsamples, seqlen))
+    if SELF in config.calibration:
+        whole = max(whole, planned.params_before * size)
     if config.method in NEEDS_GRADIENTS:
         whole = 2 * planned.params_before * torch.float32.itemsize
     return estimate(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.calibrate import Stream, embed
 from slimgpt.families import Block, bind, blocks_of, decoder_of, family_of
+from slimgpt.model import build_skeleton
 from slimgpt.run import trim_heap
 from slimgpt.weights import Weights, saved_tensors
 
@@ -45,6 +46,23 @@ class StreamedModel:
             self._release(self.skeleton)
             self.skeleton.tie_weights()
 
+    @contextmanager
+    def without_blocks(self) -> Iterator[PreTrainedModel]:
+        """The model with all other weights: its head comes right after the embedding."""
+        decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
+        name = family_of(self.skeleton.config.model_type).blocks
+        decoder.set_submodule(name, nn.ModuleList())
+        try:
+            with self.whole() as model:
+                yield model
+        finally:
+            decoder.set_submodule(name, blocks)
+
+    def anew(self) -> "StreamedModel":
+        """The same with a skeleton of its own."""
+        skeleton = build_skeleton(self.skeleton.config, self.weights.dtype)
+        return StreamedModel(skeleton, self.weights, self.device)
+
     def embed(
         self, samples_NT: Tensor, batch_size: int, with_dense: bool, directory: Path | None
     ) -> Stream:
@@ -63,12 +81,12 @@ class StreamedModel:
             for _, part in parts:
                 self._release(part)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, backward: bool = False) -> Iterator[Block]:
         """Yield each block with its weights, which it has until the next one is asked for.
 
         On a GPU the next block is read into pinned memory meanwhile.
         """
-        blocks = list(bind(self.skeleton))
+        blocks = list(bind(self.skeleton))[:: -1 if backward else 1]
         reads_ahead = self.device.type == "cuda"
         with ThreadPoolExecutor(1) as reader:
             ahead = None

@@ -3,25 +3,21 @@
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from slimgpt.calibrate import fast_products
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import NumericalError
-from slimgpt.families import bind
 from slimgpt.footprint import Footprint
-from slimgpt.model import build_skeleton
+from slimgpt.prices import price_changes
 from slimgpt.run import WIDTHS_FILE, Run, write_atomically, writing
 from slimgpt.schedule import BlockShape, BlockWidths, move_units
-from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
 from slimgpt.sweep import read_plan, sweep
 from slimgpt.weights import read_tensor
@@ -39,6 +35,15 @@ def samples_needed(shapes: Sequence[BlockShape], seqlen: int) -> int:
     """
     num_channels = max(shape.num_channels for shape in shapes)
     return SURVEY_SHARE * (math.ceil(num_channels / seqlen) - 1) + 1
+
+
+def probe_bytes(skeleton: PreTrainedModel, nsamples: int, seqlen: int) -> int:
+    """Memory for the backward pass: what enters the blocks, then embedding, head and logits."""
+    config, num_tokens = skeleton.config, min(seqlen, PROBE_TOKENS)
+    states = (config.num_hidden_layers + 3) * len(_probes(nsamples)) * num_tokens
+    numbers = (states + 2 * config.vocab_size) * config.hidden_size
+    logits = 6 * num_tokens * config.vocab_size
+    return numbers * skeleton.dtype.itemsize + logits * torch.float32.itemsize
 
 
 def measured_widths(
@@ -83,9 +88,7 @@ def measured_widths(
     if not from_main(file.exists()):
         chosen_NT = samples_NT[::SURVEY_SHARE]
         log.info("survey, with %d of the samples, of what the layers cost", len(chosen_NT))
-        skeleton = build_skeleton(streamed.skeleton.config, streamed.weights.dtype)
-        surveyed = StreamedModel(skeleton, streamed.weights, streamed.device)
-        sweep(surveyed, chosen_NT, widths, config, footprint, run, stage="survey")
+        sweep(streamed.anew(), chosen_NT, widths, config, footprint, run, stage="survey")
         if is_main():
             moved = _moved(run, streamed, samples_NT, shapes, widths, config.multiple_of)
             with writing(run.output):
@@ -104,23 +107,13 @@ def _moved(
     widths: Sequence[BlockWidths],
     multiple_of: int,
 ) -> list[BlockWidths]:
-    changed, plans = {}, []
-    for block in bind(streamed.skeleton):
-        file = run.block_file(block.index, "survey")
-        plan = read_plan(file)
-        for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-            plans.append(decided)
-            if decided.errors:
-                name = f"{block.output_name(sublayer)}.weight"
-                weight_OK = read_tensor(file, name)
-                columns_K = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
-                weight_OI = weight_OK.new_zeros(sublayer.output.weight.shape)
-                changed[name] = weight_OI.index_copy_(1, columns_K, weight_OK)
-    # Other samples than those of the survey, if there are others.
-    probes = samples_NT[1 % len(samples_NT) :: 2 * SURVEY_SHARE, :PROBE_TOKENS]
-    with streamed.whole() as model, fast_products(next(model.parameters())):
-        effects = iter(price_changes(model, changed, probes))
-    costs = [next(effects) if plan.errors else 0.0 for plan in plans]
+    files = [run.block_file(index, "survey") for index in range(len(shapes))]
+    blocks = [read_plan(file) for file in files]
+    probes_NT = samples_NT[_probes(len(samples_NT)), :PROBE_TOKENS]
+    costs = price_changes(
+        streamed, blocks, [partial(read_tensor, file) for file in files], probes_NT
+    )
+    plans = [plan for block in blocks for plan in (block.attention, block.ffn)]
     if not all(map(math.isfinite, costs)):
         raise NumericalError(
             "the gradients of the survey overflow",
@@ -135,42 +128,6 @@ def _moved(
     return move_units(shapes, widths, [plan.errors for plan in plans], prices, multiple_of)
 
 
-def price_changes(
-    model: PreTrainedModel, changed: Mapping[str, Tensor], samples_NT: Tensor
-) -> list[float]:
-    """By how much the divergence from the model falls, to first order, as a change is undone.
-
-    Let W + ΔW be a changed weight and G the gradient, for it, of KL(model ‖ changed model) with all
-    changes made. Then it is tr(Gᵀ ΔW): the derivative for a factor of ΔW, at 1.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model before any change, with its weights.
-    changed : mapping of str to Tensor
-        Weights that change, by their names, in their new values.
-    samples_NT : Tensor
-        int64, tokens to run over, best others than the changes were fitted to.
-
-    Returns
-    -------
-    list of float
-        For each change, in nats per token.
-    """
-    model.requires_grad_(False)
-    changed = {n: weight.to(model.device).requires_grad_() for n, weight in changed.items()}
-    totals = torch.zeros(len(changed), dtype=torch.float64)
-    for sample_T in samples_NT.to(model.device):
-        arguments = {"input_ids": sample_T[None], "use_cache": False}
-        with torch.no_grad():
-            dense_TV = log_softmax(model(**arguments).logits[0].float(), dim=-1)
-        with torch.enable_grad():
-            logits_TV = functional_call(model, changed, kwargs=arguments).logits[0]
-            divergence = kl_div(
-                log_softmax(logits_TV.float(), dim=-1), dense_TV, reduction="sum", log_target=True
-            )
-        gradients = torch.autograd.grad(divergence, list(changed.values()))
-        for index, (name, weight) in enumerate(changed.items()):
-            change = weight.detach().float() - model.get_parameter(name).float()
-            totals[index] += (gradients[index].float() * change).sum().cpu()
-    return (totals / samples_NT.numel()).tolist()
+def _probes(num_samples: int) -> list[int]:
+    """Other samples than those of the survey, if there are others."""
+    return list(range(1 % num_samples, num_samples, 2 * SURVEY_SHARE))

@@ -1,0 +1,123 @@
+"""What the error of each sublayer costs the output of the model.
+
+One backward pass through the pruned model, which is in memory a block at a time.
+
+Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``V`` vocabulary,
+``I`` columns of an output projection, ``K`` those that were kept, ``O`` its rows.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, linear, log_softmax
+from transformers import PreTrainedModel
+
+from slimgpt.blocks import BlockPlan, replay_block
+from slimgpt.calibrate import Stream, fast_products, run_sublayer
+from slimgpt.families import Block
+from slimgpt.shrink import unit_columns
+from slimgpt.streaming import StreamedModel
+
+
+@torch.no_grad()
+def price_changes(
+    streamed: StreamedModel,
+    plans: Sequence[BlockPlan],
+    reads: Sequence[Callable[[str], Tensor]],
+    samples_NT: Tensor,
+) -> list[float]:
+    """By how much the divergence falls, to first order, as what was done to a sublayer is undone.
+
+    Let y be the output of a sublayer in the pruned model, y* the one that it would have there with
+    its old weight, and g the gradient for y of KL(model ‖ pruned model), which falls by
+    E[g · (y − y*)]. The gradients come block by block, from the last one to the first; each block
+    is run once more from the input that it had.
+
+    Parameters
+    ----------
+    streamed : StreamedModel
+        The model before pruning.
+    plans, reads
+        What was decided for the blocks, and functions that read their new output projections, see
+        `slimgpt.blocks.replay_block`.
+    samples_NT : Tensor
+        int64, tokens to run over, best others than those of the calibration.
+
+    Returns
+    -------
+    list of float
+        For attention and FFN of each block in turn, in nats per token.
+    """
+    pruned, inputs = streamed.anew(), []
+    stream = pruned.embed(samples_NT, 1, with_dense=True, directory=None)
+    for block, plan, read in zip(pruned.blocks(), plans, reads, strict=True):
+        inputs.append(stream.hidden_NTC.clone())
+        replay_block(block, plan, read, stream)
+    gradient_NTC = _gradient_of_divergence(streamed, stream)
+    costs = []
+    for block in streamed.blocks(backward=True):
+        index = block.index
+        costs[:0] = _pull_back(
+            block, plans[index], reads[index], stream, inputs.pop(), gradient_NTC
+        )
+    return [cost / samples_NT.numel() for cost in costs]
+
+
+def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
+    """Gradient of KL(dense ‖ pruned) for what enters the head in the pruned model."""
+    gradient_NTC = torch.empty_like(stream.hidden_NTC)
+    with streamed.without_blocks() as model, fast_products(next(model.parameters())):
+        batches = zip(stream.batches(), stream.dense_batches(), gradient_NTC, strict=True)
+        for hidden_NTC, dense_NTC, gradient_TC in batches:
+            dense_NTV = _log_probabilities(model, dense_NTC.to(model.device))
+            with torch.enable_grad():
+                last_NTC = hidden_NTC.to(model.device).detach().requires_grad_()
+                pruned_NTV = _log_probabilities(model, last_NTC)
+                divergence = kl_div(pruned_NTV, dense_NTV, reduction="sum", log_target=True)
+            gradient_TC.copy_(torch.autograd.grad(divergence, last_NTC)[0][0])
+    return gradient_NTC
+
+
+def _log_probabilities(model: PreTrainedModel, hidden_NTC: Tensor) -> Tensor:
+    logits_NTV = model(inputs_embeds=hidden_NTC, use_cache=False).logits
+    return log_softmax(logits_NTV.float(), dim=-1)
+
+
+def _pull_back(
+    block: Block,
+    plan: BlockPlan,
+    read: Callable[[str], Tensor],
+    stream: Stream,
+    inputs_NTC: Tensor,
+    gradient_NTC: Tensor,
+) -> list[float]:
+    """Turn the gradient for what leaves the pruned block into that for what enters it, in place.
+
+    Gives the sums of g · (y − y*) of both sublayers.
+    """
+    device = block.attention.output.weight.device
+    changed = []
+    for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
+        columns_K = unit_columns(torch.tensor(decided.keep, device=device), sublayer.unit_size)
+        weight_OK = sublayer.output.weight
+        if len(decided.keep) < sublayer.num_units:
+            weight_OK = read(f"{block.output_name(sublayer)}.weight").to(device)
+        changed.append((sublayer, columns_K, weight_OK))
+    costs = [0.0] * len(changed)
+    for hidden_NTC, gradient in zip(inputs_NTC.split(1), gradient_NTC.split(1), strict=True):
+        states, changes = [hidden_NTC.to(device).detach().requires_grad_()], []
+        for sublayer, columns_K, weight_OK in changed:
+            with torch.enable_grad():
+                batch_NTI = run_sublayer(block, sublayer, stream, states[-1])
+                with fast_products(weight_OK):
+                    output = linear(batch_NTI[..., columns_K], weight_OK, sublayer.output.bias)
+                states.append(states[-1] + output)
+            with fast_products(weight_OK):
+                changes.append(output - sublayer.output(batch_NTI))
+        after = gradient.to(device)
+        before, *between = torch.autograd.grad(states[-1], states[:-1], after)
+        for kind, (g, change) in enumerate(zip((*between, after), changes, strict=True)):
+            costs[kind] += float((g.float() * change.float()).sum())
+        gradient.copy_(before)
+    return costs
