@@ -160,8 +160,8 @@ class PruneConfig(_ModelOptions):
     widths: Widths = Field(
         "measured",
         description="scheduled: as the schedule says. measured: from there, heads and channels "
-        "are kept where they matter most to the model's output; needs the memory of the whole "
-        "model, and is only for the method slimgpt and widths that may differ.",
+        "are kept where they matter most to the model's output; only for the method slimgpt and "
+        "widths that may differ.",
     )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),

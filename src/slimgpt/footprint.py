@@ -74,8 +74,8 @@ class Footprint:
         if self.memory > memory:
             raise ConfigError(
                 f"the run needs about {gib(self.memory)} of memory, and {gib(memory)} are free",
-                hint="use a smaller --activation-memory, fewer --nsamples, --widths scheduled "
-                "and --calibration without self, or a larger machine",
+                hint="use a smaller --activation-memory, fewer --nsamples, --calibration without "
+                "self, or a larger machine",
             )
         disk, needed = shutil.disk_usage(output).free, self.disk - written
         if needed > disk:
