@@ -2,9 +2,10 @@
 
 The floor is one forward of the dense blocks over the calibration tokens, the Gram products of the
 inputs of all output projections as plain matrix multiplications, and one Cholesky decomposition
-and inverse for each. Runs and floor take turns. A run that corrects the residual stream needs a
-second forward, of the dense model; one without is measured beside it. The survey for the widths,
-a small run of its own, is a phase of its own. Usage:
+and inverse for each; all in the precision of the weights, or with the forward in bfloat16 where a
+run has it so. Runs and floors take turns. A run that corrects the residual stream needs a second
+forward, of the dense model; one without is measured beside it. The survey for the widths, a small
+run of its own, is a phase of its own. Usage:
 
     python benchmarks/end_to_end.py --calibration c4.jsonl [--ratio 0.5] [--repeats 3] [--json FILE]
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import slimgpt
+from slimgpt.calibrate import fast_products
 from slimgpt.data import calibration_tokens
 from slimgpt.families import bind, decoder_of
 from slimgpt.model import find_model, load_model, load_tokenizer
@@ -34,13 +37,16 @@ COMPUTATION = ("forward", "gram", "solve")
 
 
 @torch.no_grad()
-def run_floor(model: PreTrainedModel, samples: Tensor) -> dict[str, float]:
+def run_floor(
+    model: PreTrainedModel, samples: Tensor, products: AbstractContextManager[object]
+) -> dict[str, float]:
     """Forward, Gram products and factorisations, without anything around them."""
     clock = Clock()
     decoder = decoder_of(model)
-    clock.timed(
-        "forward", lambda: [decoder(batch, use_cache=False) for batch in samples.split(8)]
-    )()
+    with products:
+        clock.timed(
+            "forward", lambda: [decoder(batch, use_cache=False) for batch in samples.split(8)]
+        )()
     sizes = [sub.output.in_features for block in bind(model) for sub in block.sublayers]
     rows = {size: torch.randn(samples.numel(), size) for size in set(sizes)}
     clock.timed("gram", lambda: [rows[size].T @ rows[size] for size in sizes])()
@@ -81,7 +87,8 @@ def main() -> None:
     model = load_model(source)
     rounds = [
         {
-            "floor": run_floor(model, samples),
+            "floor": run_floor(model, samples, nullcontext()),
+            "fast floor": run_floor(model, samples, fast_products(next(model.parameters()))),
             "slimgpt": run_slimgpt(args.model, options),
             "without correction": run_slimgpt(args.model, options | {"correction": 0}),
         }
@@ -107,14 +114,15 @@ def main() -> None:
     table.add_row(
         " + ".join(COMPUTATION), *(f"{statistics.median(total):.2f}" for total in totals.values())
     )
-    ratios = [
-        [seconds / floor for seconds, floor in zip(total, totals["floor"], strict=True)]
-        for total in totals.values()
-    ]
-    table.add_row(
-        "over the floor",
-        *(f"{statistics.median(r):.2f} ({min(r):.2f}–{max(r):.2f})" for r in ratios),
-    )
+    for reference in ("floor", "fast floor"):
+        ratios = [
+            [seconds / floor for seconds, floor in zip(total, totals[reference], strict=True)]
+            for total in totals.values()
+        ]
+        table.add_row(
+            f"over the {reference}",
+            *(f"{statistics.median(r):.2f} ({min(r):.2f}–{max(r):.2f})" for r in ratios),
+        )
     console = Console(width=100)
     console.print(table)
     peak = peak_memory()

@@ -134,6 +134,8 @@ def test_sums_of_bfloat16_numbers_lose_no_more_than_float32() -> None:
     stream = embed(dense, sample_tokens(), batch_size=3)
     block = next(iter(bind(dense)))
     before = torch.backends.mkldnn.matmul.fp32_precision
+    with calibrate._products_of(stream.hidden_NTC):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     activations = collect(block, block.ffn, stream, 10**9)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     x_TI = torch.cat(activations.kept).flatten(0, 1).double()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slimgpt
-from slimgpt import blocks, calibrate, pruning, sweep, weights
+from slimgpt import blocks, calibrate, costs, pruning, sweep, weights
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
 from slimgpt.run import STATE_DIR, Stage, open_run
 
@@ -160,6 +160,17 @@ def test_a_changed_config_of_the_model_is_named(
             slimgpt.prune(model, output, **OPTIONS)
     finally:
         file.write_text(before)
+
+
+def test_a_cpu_with_other_products_is_named(
+    interrupted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, output = interrupted
+    before = calibrate.fast_dtype(torch.device("cpu"), torch.float32)
+    others = {"bf16": before == torch.float32}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: others, raising=False)
+    with pytest.raises(RunStateError, match=f"products was '{before}'"):
+        slimgpt.prune(model, output, **OPTIONS)
 
 
 @pytest.mark.parametrize("deleting", [False, True])
@@ -423,20 +434,27 @@ def test_one_block_is_in_memory_at_a_time(
 ) -> None:
     seen = []
 
-    def prune_block(block: Any, *args: Any) -> Any:
-        streamed = next(
-            frame.f_locals["streamed"] for frame in frames() if "streamed" in frame.f_locals
-        )
-        seen.append(
-            [name for name, p in streamed.skeleton.named_parameters() if p.device.type != "meta"]
-        )
-        return blocks.prune_block(block, *args)
+    def spy(module: Any, function: str) -> None:
+        original = getattr(module, function)
 
-    monkeypatch.setattr(sweep, "prune_block", prune_block)
+        def call(block: Any, *args: Any) -> Any:
+            streamed = next(
+                frame.f_locals["streamed"] for frame in frames() if "streamed" in frame.f_locals
+            )
+            parameters = streamed.skeleton.named_parameters()
+            names = [name for name, p in parameters if p.device.type != "meta"]
+            assert names
+            assert all(name.startswith(f"model.layers.{block.index}.") for name in names)
+            seen.append((function, block.index))
+            return original(block, *args)
+
+        monkeypatch.setattr(module, function, call)
+
+    spy(sweep, "prune_block")
+    spy(costs, "_pull_back")
     slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
-    for index, names in enumerate(seen):
-        assert names
-        assert all(name.startswith(f"model.layers.{index % 4}.") for name in names)
+    forward, backward = ([(name, i) for i in range(4)] for name in ("prune_block", "_pull_back"))
+    assert seen == [*forward, *backward[::-1], *forward]
 
 
 def frames() -> Any:
@@ -461,7 +479,7 @@ def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
     with caplog.at_level("INFO", "slimgpt"):
         slimgpt.prune(model, tmp_path / "mapped", **OPTIONS, activation_memory=1000)
         slimgpt.prune(model, tmp_path / "in_memory", **OPTIONS)
-    # The streams of the pruned and of the dense model: in the survey, for the prices, in the run.
+    # The streams of the pruned and of the dense model: in the survey, for the costs, in the run.
     file = tmp_path / "mapped" / STATE_DIR
     assert directories == [file, file, None, None, file, file] + [None] * 6
     assert "in a memory-mapped file" in caplog.text

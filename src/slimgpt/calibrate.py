@@ -292,20 +292,17 @@ def fast_products(weight: Tensor) -> torch.autocast:
 
 @contextmanager
 def _products_of(batch: Tensor) -> Iterator[None]:
-    """For products in float32 of the numbers in a batch.
+    """For products in float32 of the numbers in a batch, on a CPU.
 
-    If these have 8 bits, the units for bfloat16 (CPU) or TF32 (CUDA) multiply them without loss,
-    and sum up in float32; torch before 2.9 cannot be told to use them.
+    Units for bfloat16 multiply such numbers without loss, since they have 8 bits, and sum up in
+    float32. (torch before 2.9 cannot be told to use them.)
     """
-    backend, fast = torch.backends.mkldnn, "bf16"
-    if batch.device.type == "cuda":
-        backend, fast = torch.backends.cuda, "tf32"
-    matmul: Any = getattr(backend, "matmul", None)
-    if batch.dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or batch.dtype != torch.bfloat16:
         yield
         return
     before = matmul.fp32_precision
-    matmul.fp32_precision = fast
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:

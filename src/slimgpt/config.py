@@ -160,8 +160,8 @@ class PruneConfig(_ModelOptions):
     widths: Widths = Field(
         "measured",
         description="scheduled: as the schedule says. measured: from there, heads and channels "
-        "are kept where they matter most to the model's output; only for the method slimgpt and "
-        "widths that may differ.",
+        "are kept where they matter most to the model's output; only for the method slimgpt, "
+        "widths that may differ, and four times as many calibration tokens as channels.",
     )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),

@@ -25,7 +25,7 @@ class Footprint:
     kept : int
         Sublayer activations that may be kept between their two uses.
     working : int
-        The largest block with the solver's matrices for it, or what is in memory before the blocks.
+        The largest block with the solver's matrices for it, or what is in memory at other times.
     product : int
         The pruned model.
     """
@@ -74,8 +74,8 @@ class Footprint:
         if self.memory > memory:
             raise ConfigError(
                 f"the run needs about {gib(self.memory)} of memory, and {gib(memory)} are free",
-                hint="use a smaller --activation-memory, fewer --nsamples, --calibration without "
-                "self, or a larger machine",
+                hint="use a smaller --activation-memory, fewer --nsamples, --widths scheduled "
+                "and --calibration without self, or a larger machine",
             )
         disk, needed = shutil.disk_usage(output).free, self.disk - written
         if needed > disk:
@@ -97,8 +97,8 @@ def estimate(
     budget : int
         Bytes for both together.
     block, whole, product : int
-        Bytes of the largest block, of what is in memory before the first one (the embedding, or
-        the whole model), and of the pruned model.
+        Bytes of the largest block, of what is in memory before the first one (the embedding, the
+        whole model, or the backward pass of a survey), and of the pruned model.
     solver : int
         Largest value of `solver_bytes`.
     """

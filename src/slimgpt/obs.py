@@ -197,7 +197,7 @@ def eliminate_units(
     method : {"exact", "diagonal"}
         See `unit_errors`.
     num_further : int
-        Number of units to go on to, only to know their errors.
+        How many more units to remove, for their errors only; `order` is without them.
     """
     stops = sorted({num_remove, num_remove + num_further})
     rest = _Rest(problem, stops[-1] * unit_size)
@@ -216,8 +216,8 @@ def eliminate_units(
             inverse_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
             left_K = rest.remove(pivots_P, root_PK, half_PO)
             inverse_USS = inverse_USS[left_K[::unit_size] // unit_size]
-        left.append(rest.elimination(order, errors))
-    return left[0]._replace(errors=left[-1].errors)
+        left = left or [rest.elimination(order, errors)]
+    return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
 
 
 def eliminate_channels(
@@ -240,7 +240,7 @@ def eliminate_channels(
     panel_size : int
         Pivots chosen at once; changes the speed only.
     num_further : int
-        Number of columns to go on to, only to know their errors.
+        How many more columns to remove, for their errors only; `order` is without them.
 
     Returns
     -------
@@ -276,8 +276,8 @@ def eliminate_channels(
             errors += errors_P[:valid]
             left_K = rest.remove(pivots_P[:valid], root_PK[:valid], half_PO[:valid])
             norms_K, inverse_K = norms_PK[valid - 1, left_K], inverse_PK[valid - 1, left_K]
-        left.append(rest.elimination(order, errors))
-    return left[0]._replace(errors=left[-1].errors)
+        left = left or [rest.elimination(order, errors)]
+    return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
 
 
 def eliminate_channel_groups(

@@ -97,7 +97,7 @@ class PrunePlan:
     params_before, params_after : int
         All parameters.
     is_measured : bool
-        Whether the run measures the widths, or has done so. Before, they are the scheduled ones.
+        Whether a survey decides the widths; those of a plan are what it begins with.
     """
 
     shapes: tuple[BlockShape, ...]
@@ -266,12 +266,11 @@ def check_inputs(config: PruneConfig) -> None:
 
 
 def _warn_of_few_samples(planned: PrunePlan, seqlen: int, config: PruneConfig) -> None:
-    needed = samples_needed(planned.shapes, seqlen)
-    if config.widths == "measured" and config.nsamples < needed:
+    if config.widths == "measured" and planned.block_ratio > 0 and not planned.is_measured:
         log.warning(
             "the widths stay as scheduled: to measure them takes %d samples of %d tokens at least, "
             "and there are %d",
-            needed,
+            samples_needed(planned.shapes, seqlen),
             seqlen,
             config.nsamples,
         )
@@ -387,6 +386,7 @@ def _identity(
         **config.model_dump(exclude={"activation_memory"}),
         **{f"calibration file {path}": describe_file(path) for path in files},
         "device": device.type,
+        "products": str(fast_dtype(device, weights.dtype)),
         **versions(),
     }
 
@@ -438,6 +438,7 @@ def _report(
         "config": config.model_dump()
         | {"calibration": [Path(name).name for name in config.calibration]},
         "dtype": str(streamed.weights.dtype).removeprefix("torch."),
+        "products": str(fast_dtype(streamed.device, streamed.weights.dtype)).removeprefix("torch."),
         "device": str(streamed.device),
         "calibration": {
             "data": " + ".join(describe_dataset(n, "calibration") for n in config.calibration),

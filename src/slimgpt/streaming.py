@@ -48,7 +48,7 @@ class StreamedModel:
 
     @contextmanager
     def without_blocks(self) -> Iterator[PreTrainedModel]:
-        """The model with all other weights: its head comes right after the embedding."""
+        """The model without its blocks: the head comes right after the embedding."""
         decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
         name = family_of(self.skeleton.config.model_type).blocks
         decoder.set_submodule(name, nn.ModuleList())
@@ -84,7 +84,7 @@ class StreamedModel:
     def blocks(self, backward: bool = False) -> Iterator[Block]:
         """Yield each block with its weights, which it has until the next one is asked for.
 
-        On a GPU the next block is read into pinned memory meanwhile.
+        First to last, or `backward`. On a GPU the next block is read into pinned memory meanwhile.
         """
         blocks = list(bind(self.skeleton))[:: -1 if backward else 1]
         reads_ahead = self.device.type == "cuda"

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
+from slimgpt.costs import costs_of_changes
 from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import NumericalError
 from slimgpt.footprint import Footprint
-from slimgpt.prices import price_changes
 from slimgpt.run import WIDTHS_FILE, Run, write_atomically, writing
 from slimgpt.schedule import BlockShape, BlockWidths, move_units
 from slimgpt.streaming import StreamedModel
@@ -25,7 +25,7 @@ from slimgpt.weights import read_tensor
 log = logging.getLogger(__name__)
 
 SURVEY_SHARE = 4  # one sample in so many; half as many others show what errors cost
-PROBE_TOKENS = 512  # of each of these
+MAX_PROBES, PROBE_TOKENS = 16, 512  # of these others at most, and tokens of each
 
 
 def samples_needed(shapes: Sequence[BlockShape], seqlen: int) -> int:
@@ -38,7 +38,7 @@ def samples_needed(shapes: Sequence[BlockShape], seqlen: int) -> int:
 
 
 def probe_bytes(skeleton: PreTrainedModel, nsamples: int, seqlen: int) -> int:
-    """Memory for the backward pass: what enters the blocks, then embedding, head and logits."""
+    """Memory for the backward pass: what enters the blocks; embedding, head and logits."""
     config, num_tokens = skeleton.config, min(seqlen, PROBE_TOKENS)
     states = (config.num_hidden_layers + 3) * len(_probes(nsamples)) * num_tokens
     numbers = (states + 2 * config.vocab_size) * config.hidden_size
@@ -58,7 +58,7 @@ def measured_widths(
     """Keep the units that matter most to the model's output, whatever sublayer they are in.
 
     The survey prunes to the given widths with a part of the samples. It measures for each sublayer
-    what its error costs the output there (`price_changes`), and what the error would be at other
+    what its error costs the output there (`slimgpt.costs`), and what the error would be at other
     widths. A sublayer that the given widths leave whole stays so.
 
     Parameters
@@ -110,7 +110,7 @@ def _moved(
     files = [run.block_file(index, "survey") for index in range(len(shapes))]
     blocks = [read_plan(file) for file in files]
     probes_NT = samples_NT[_probes(len(samples_NT)), :PROBE_TOKENS]
-    costs = price_changes(
+    costs = costs_of_changes(
         streamed, blocks, [partial(read_tensor, file) for file in files], probes_NT
     )
     plans = [plan for block in blocks for plan in (block.attention, block.ffn)]
@@ -129,5 +129,6 @@ def _moved(
 
 
 def _probes(num_samples: int) -> list[int]:
-    """Other samples than those of the survey, if there are others."""
-    return list(range(1 % num_samples, num_samples, 2 * SURVEY_SHARE))
+    """Some samples, other than those of the survey if there are others."""
+    step = 2 * SURVEY_SHARE * math.ceil(num_samples / (2 * SURVEY_SHARE * MAX_PROBES))
+    return list(range(1 % num_samples, num_samples, step))

@@ -1,11 +1,12 @@
-"""What the error of each sublayer costs the output of the model.
+"""What the changes of each sublayer cost the output of the model.
 
 One backward pass through the pruned model, which is in memory a block at a time.
 
 Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``V`` vocabulary,
-``I`` columns of an output projection, ``K`` those that were kept, ``O`` its rows.
+``I`` columns of an output projection, ``K`` those that are kept, ``O`` its rows.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,9 +20,11 @@ from slimgpt.families import Block
 from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
 
+log = logging.getLogger(__name__)
+
 
 @torch.no_grad()
-def price_changes(
+def costs_of_changes(
     streamed: StreamedModel,
     plans: Sequence[BlockPlan],
     reads: Sequence[Callable[[str], Tensor]],
@@ -29,10 +32,10 @@ def price_changes(
 ) -> list[float]:
     """By how much the divergence falls, to first order, as what was done to a sublayer is undone.
 
-    Let y be the output of a sublayer in the pruned model, y* the one that it would have there with
-    its old weight, and g the gradient for y of KL(model ‖ pruned model), which falls by
-    E[g · (y − y*)]. The gradients come block by block, from the last one to the first; each block
-    is run once more from the input that it had.
+    Let W be the output projection of a sublayer, W + ΔW what it is in the pruned model (0 for
+    columns that are gone), x its input there, and g the gradient for its output of
+    KL(model ‖ pruned model), which falls by E[gᵀ ΔW x]. The gradients come block by block, from the
+    last one to the first; each block is run once more from the input that it had.
 
     Parameters
     ----------
@@ -47,8 +50,9 @@ def price_changes(
     Returns
     -------
     list of float
-        For attention and FFN of each block in turn, in nats per token.
+        The costs, for attention and FFN of each block in turn, in nats per token.
     """
+    log.info("gradients, with %d tokens each of %d samples", *samples_NT.shape[::-1])
     pruned, inputs = streamed.anew(), []
     stream = pruned.embed(samples_NT, 1, with_dense=True, directory=None)
     for block, plan, read in zip(pruned.blocks(), plans, reads, strict=True):
@@ -67,7 +71,7 @@ def price_changes(
 def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
     """Gradient of KL(dense ‖ pruned) for what enters the head in the pruned model."""
     gradient_NTC = torch.empty_like(stream.hidden_NTC)
-    with streamed.without_blocks() as model, fast_products(next(model.parameters())):
+    with streamed.without_blocks() as model:
         batches = zip(stream.batches(), stream.dense_batches(), gradient_NTC, strict=True)
         for hidden_NTC, dense_NTC, gradient_TC in batches:
             dense_NTV = _log_probabilities(model, dense_NTC.to(model.device))
@@ -80,7 +84,8 @@ def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_NTC: Tensor) -> Tensor:
-    logits_NTV = model(inputs_embeds=hidden_NTC, use_cache=False).logits
+    with fast_products(next(model.parameters())):
+        logits_NTV = model(inputs_embeds=hidden_NTC, use_cache=False).logits
     return log_softmax(logits_NTV.float(), dim=-1)
 
 
@@ -94,30 +99,31 @@ def _pull_back(
 ) -> list[float]:
     """Turn the gradient for what leaves the pruned block into that for what enters it, in place.
 
-    Gives the sums of g · (y − y*) of both sublayers.
+    Gives the sums of gᵀ ΔW x of both sublayers.
     """
     device = block.attention.output.weight.device
-    changed = []
+    new_weights = []
     for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-        columns_K = unit_columns(torch.tensor(decided.keep, device=device), sublayer.unit_size)
-        weight_OK = sublayer.output.weight
+        new_OI = sublayer.output.weight
         if len(decided.keep) < sublayer.num_units:
             weight_OK = read(f"{block.output_name(sublayer)}.weight").to(device)
-        changed.append((sublayer, columns_K, weight_OK))
-    costs = [0.0] * len(changed)
-    for hidden_NTC, gradient in zip(inputs_NTC.split(1), gradient_NTC.split(1), strict=True):
+            columns_K = unit_columns(torch.tensor(decided.keep, device=device), sublayer.unit_size)
+            new_OI = torch.zeros_like(new_OI).index_copy_(1, columns_K, weight_OK)
+        new_weights.append(new_OI)
+    costs = [0.0] * len(new_weights)
+    for hidden_NTC, gradient_BTC in zip(inputs_NTC.split(1), gradient_NTC.split(1), strict=True):
         states, changes = [hidden_NTC.to(device).detach().requires_grad_()], []
-        for sublayer, columns_K, weight_OK in changed:
+        for sublayer, new_OI in zip(block.sublayers, new_weights, strict=True):
             with torch.enable_grad():
                 batch_NTI = run_sublayer(block, sublayer, stream, states[-1])
-                with fast_products(weight_OK):
-                    output = linear(batch_NTI[..., columns_K], weight_OK, sublayer.output.bias)
+                with fast_products(new_OI):
+                    output = linear(batch_NTI, new_OI, sublayer.output.bias)
                 states.append(states[-1] + output)
-            with fast_products(weight_OK):
-                changes.append(output - sublayer.output(batch_NTI))
-        after = gradient.to(device)
+            with fast_products(new_OI):
+                changes.append(linear(batch_NTI, new_OI - sublayer.output.weight))
+        after = gradient_BTC.to(device)
         before, *between = torch.autograd.grad(states[-1], states[:-1], after)
         for kind, (g, change) in enumerate(zip((*between, after), changes, strict=True)):
             costs[kind] += float((g.float() * change.float()).sum())
-        gradient.copy_(before)
+        gradient_BTC.copy_(before)
     return costs
