@@ -111,8 +111,8 @@ def _pull_back(
             new_OI = torch.zeros_like(new_OI).index_copy_(1, columns_K, weight_OK)
         new_weights.append(new_OI)
     costs = [0.0] * len(new_weights)
-    for hidden_NTC, gradient_BTC in zip(inputs_NTC.split(1), gradient_NTC.split(1), strict=True):
-        states, changes = [hidden_NTC.to(device).detach().requires_grad_()], []
+    for input_NTC, given_NTC in zip(inputs_NTC.split(1), gradient_NTC.split(1), strict=True):
+        states, changes = [input_NTC.to(device).detach().requires_grad_()], []
         for sublayer, new_OI in zip(block.sublayers, new_weights, strict=True):
             with torch.enable_grad():
                 batch_NTI = run_sublayer(block, sublayer, stream, states[-1])
@@ -121,9 +121,9 @@ def _pull_back(
                 states.append(states[-1] + output)
             with fast_products(new_OI):
                 changes.append(linear(batch_NTI, new_OI - sublayer.output.weight))
-        after = gradient_BTC.to(device)
+        after = given_NTC.to(device)
         before, *between = torch.autograd.grad(states[-1], states[:-1], after)
         for kind, (g, change) in enumerate(zip((*between, after), changes, strict=True)):
             costs[kind] += float((g.float() * change.float()).sum())
-        gradient_BTC.copy_(before)
+        given_NTC.copy_(before)
     return costs
