@@ -8,6 +8,7 @@ Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``V`
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn.functional import kl_div, linear, log_softmax
 from transformers import PreTrainedModel
 
 from slimgpt.blocks import BlockPlan, replay_block
-from slimgpt.calibrate import Stream, fast_products, run_sublayer
+from slimgpt.calibrate import TOKENS_PER_BATCH, Stream, fast_products, run_sublayer
 from slimgpt.families import Block
 from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
@@ -54,7 +55,8 @@ def costs_of_changes(
     """
     log.info("gradients, with %d tokens each of %d samples", *samples_NT.shape[::-1])
     pruned, inputs = streamed.anew(), []
-    stream = pruned.embed(samples_NT, 1, with_dense=True, directory=None)
+    batch_size = max(1, TOKENS_PER_BATCH // samples_NT.shape[1])
+    stream = pruned.embed(samples_NT, batch_size, with_dense=True, directory=None)
     for block, plan, read in zip(pruned.blocks(), plans, reads, strict=True):
         inputs.append(stream.hidden_NTC.clone())
         replay_block(block, plan, read, stream)
@@ -72,21 +74,22 @@ def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
     """Gradient of KL(dense ‖ pruned) for what enters the head in the pruned model."""
     gradient_NTC = torch.empty_like(stream.hidden_NTC)
     with streamed.without_blocks() as model:
-        batches = zip(stream.batches(), stream.dense_batches(), gradient_NTC, strict=True)
-        for hidden_NTC, dense_NTC, gradient_TC in batches:
-            dense_NTV = _log_probabilities(model, dense_NTC.to(model.device))
+        dense_NTC = chain.from_iterable(stream.dense_batches())
+        samples = zip(stream.hidden_NTC, dense_NTC, gradient_NTC, strict=True)
+        for hidden_TC, dense_TC, gradient_TC in samples:  # the logits of one are many
+            dense_TV = _log_probabilities(model, dense_TC.to(model.device))
             with torch.enable_grad():
-                last_NTC = hidden_NTC.to(model.device).detach().requires_grad_()
-                pruned_NTV = _log_probabilities(model, last_NTC)
-                divergence = kl_div(pruned_NTV, dense_NTV, reduction="sum", log_target=True)
-            gradient_TC.copy_(torch.autograd.grad(divergence, last_NTC)[0][0])
+                last_TC = hidden_TC.to(model.device).detach().requires_grad_()
+                pruned_TV = _log_probabilities(model, last_TC)
+                divergence = kl_div(pruned_TV, dense_TV, reduction="sum", log_target=True)
+            gradient_TC.copy_(torch.autograd.grad(divergence, last_TC)[0])
     return gradient_NTC
 
 
-def _log_probabilities(model: PreTrainedModel, hidden_NTC: Tensor) -> Tensor:
+def _log_probabilities(model: PreTrainedModel, hidden_TC: Tensor) -> Tensor:
     with fast_products(next(model.parameters())):
-        logits_NTV = model(inputs_embeds=hidden_NTC, use_cache=False).logits
-    return log_softmax(logits_NTV.float(), dim=-1)
+        logits_TV = model(inputs_embeds=hidden_TC[None], use_cache=False).logits[0]
+    return log_softmax(logits_TV.float(), dim=-1)
 
 
 def _pull_back(
@@ -111,7 +114,8 @@ def _pull_back(
             new_OI = torch.zeros_like(new_OI).index_copy_(1, columns_K, weight_OK)
         new_weights.append(new_OI)
     costs = [0.0] * len(new_weights)
-    for input_NTC, given_NTC in zip(inputs_NTC.split(1), gradient_NTC.split(1), strict=True):
+    batches = (values_NTC.split(stream.batch_size) for values_NTC in (inputs_NTC, gradient_NTC))
+    for input_NTC, given_NTC in zip(*batches, strict=True):
         states, changes = [input_NTC.to(device).detach().requires_grad_()], []
         for sublayer, new_OI in zip(block.sublayers, new_weights, strict=True):
             with torch.enable_grad():
