@@ -1,6 +1,6 @@
 """What solving one sublayer costs once its Hessian is known, next to other ways to do the same.
 
-Contestants, each from a damped Hessian to the new weight, in float64:
+Contestants, each from a damped Hessian to the new weight, in float64 (SlimGPT: W in float32):
 
 floor
     One Cholesky decomposition and one inverse of H: what any method that looks at H⁻¹ pays.
@@ -129,7 +129,7 @@ def synthetic_layer(shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
         input_TI = torch.nn.functional.silu(gate_TI) * value_TI * scale_I
         hessian_II += input_TI.T @ input_TI
     weight_OI = normal(num_out, num_in) * (0.3 * normal(num_in)).exp() / scale_I.sqrt()
-    return weight_OI.double(), hessian_II / tokens
+    return weight_OI, hessian_II / tokens
 
 
 def invert(hessian_II: Tensor) -> Tensor:
@@ -196,6 +196,7 @@ def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_siz
     """The whole of it, or for large layers a few batches, with the cost of the others between."""
     sizes = group_sizes(num_remove, unit_size)
     lap = Stopwatch()
+    weight_OI = weight_OI.double()
     hessian_II = hessian_II + torch.diag(DAMPING * hessian_II.diagonal())
     if len(hessian_II) <= 8192:
         alive_I, removed = torch.arange(len(hessian_II)), []
@@ -230,7 +231,7 @@ def solve_one_by_one(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, uni
     lap = Stopwatch()
     inverse_II = invert(hessian_II + torch.diag(DAMPING * hessian_II.diagonal()))
     parts = {"invert": lap()}
-    weight_OI = weight_OI.clone()
+    weight_OI = weight_OI.double()
     gone_U = torch.zeros(len(hessian_II) // unit_size, dtype=torch.bool)
     order = []
     steps = num_remove if len(hessian_II) <= 2048 else min(num_remove, STEPS_TIMED)
@@ -274,7 +275,7 @@ def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Mea
     """Run all contestants in turns, `repeats` times; those that are extrapolated, once."""
     shape = SHAPES[name]
     weight_OI, hessian_II = synthetic_layer(shape, seed)
-    problem = obs.prepare(weight_OI, hessian_II, DAMPING)
+    problem = obs.prepare(weight_OI.double(), hessian_II, DAMPING)
     damped_II = hessian_II + torch.diag(problem.added_I)
     power = float(((problem.weight_OI @ damped_II) * problem.weight_OI).sum())
     results = []

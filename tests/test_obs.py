@@ -60,7 +60,7 @@ def undamped(weight: Tensor, hessian: Tensor) -> obs.Problem:
 
 def output_error(weight: Tensor, hessian: Tensor, kept: Tensor, new_weight: Tensor) -> float:
     """tr(ΔW H ΔWᵀ)."""
-    change = weight.clone()
+    change = weight.to(torch.float64, copy=True)
     change[:, kept] -= new_weight
     return float(torch.trace(change @ hessian @ change.T))
 
@@ -601,8 +601,8 @@ def test_compensation_never_loses_to_slicing(mode, dtype, massive, seed, num_in,
 
     dense = tokens.double() @ weight.double().T
     errors = [
-        float((tokens.double()[:, kept] @ w.T - dense).square().sum(dim=1).mean())
-        for w in (new_weight, weight.double()[:, kept])
+        float((tokens.double()[:, kept] @ w.double().T - dense).square().sum(dim=1).mean())
+        for w in (new_weight, weight[:, kept])
     ]
     # The solution is optimal in H + D: its error in H is at most that of slicing in H + D.
     dropped = weight.double().square().sum(dim=0).index_fill(0, kept, 0)
@@ -631,14 +631,26 @@ def test_undamped_compensation_never_loses_to_slicing(massive, seed, num_in, dat
 
 
 @pytest.mark.parametrize("massive", [1.0, 1e4])
-def test_float32_sums_are_solved_in_float64(massive):
-    weight, tokens = layer(0, 24)
+@fixed
+@given(seed=seeds, data=st.data())
+def test_weights_in_float32_are_solved_as_in_float64(massive, seed, data):
+    weight, tokens = layer(seed, 24)
     tokens[:, 3] *= massive
-    hessian = second_moment(tokens.float())
-    assert hessian.dtype == torch.float32
-    solved = obs.prepare(weight.bfloat16(), hessian)
-    assert {t.dtype for t in solved[:3]} == {torch.float64}
-    order, errors = greedy(solved.weight_OI, damped(hessian, solved), [1] * 24)
-    actual = obs.eliminate_channels(solved, 24, 5)
-    assert actual.order.tolist() == order
-    close(actual.errors, errors, 1e-6)
+    weight, hessian = weight.bfloat16(), second_moment(tokens.float())
+    cross = torch.randn(weight.shape, dtype=torch.float64) @ hessian.double()
+    solved, exact = (
+        obs.prepare(w, hessian, cross_OI=cross, correction=0.5) for w in (weight, weight.double())
+    )
+    assert solved.weight_OI.dtype == hessian.dtype == torch.float32
+    assert solved.inverse_II.dtype == exact.weight_OI.dtype == torch.float64
+    num_units, panel_size = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 20))
+    for eliminate, option in (
+        (obs.eliminate_channels, panel_size),
+        (obs.eliminate_units, 3),
+        (obs.eliminate_channel_groups, 2),
+    ):
+        actual, expected = (eliminate(p, num_units, option) for p in (solved, exact))
+        assert actual.order.tolist() == expected.order.tolist()
+        close(actual.weight_OK, expected.weight_OK, 1e-5)
+        close(actual.errors, expected.errors, 1e-5)
+        assert actual.error == pytest.approx(expected.error, rel=1e-5)
