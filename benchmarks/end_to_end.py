@@ -4,8 +4,9 @@ The floor is one forward of the dense blocks over the calibration tokens, the Gr
 inputs of all output projections as plain matrix multiplications, and one Cholesky decomposition
 and inverse for each; all in the precision of the weights, or with the forward in bfloat16 where a
 run has it so. Runs and floors take turns. A run that corrects the residual stream needs a second
-forward, of the dense model; one without is measured beside it. The survey for the widths, a small
-run of its own, is a phase of its own. Usage:
+forward, of the dense model, and the refit learns from the tokens once more; a run without both is
+measured beside it. The survey for the widths, a small run of its own, is a phase of its own.
+Usage:
 
     python benchmarks/end_to_end.py --calibration c4.jsonl [--ratio 0.5] [--repeats 3] [--json FILE]
 """
@@ -33,7 +34,7 @@ from slimgpt.families import bind, decoder_of
 from slimgpt.model import find_model, load_model, load_tokenizer
 from slimgpt.run import peak_memory
 
-COMPUTATION = ("forward", "gram", "solve")
+COMPUTATION = ("forward", "gram", "solve", "refit")
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def main() -> None:
             "floor": run_floor(model, samples, nullcontext()),
             "fast floor": run_floor(model, samples, fast_products(next(model.parameters()))),
             "slimgpt": run_slimgpt(args.model, options),
-            "without correction": run_slimgpt(args.model, options | {"correction": 0}),
+            "plain": run_slimgpt(args.model, options | {"correction": 0, "refit_epochs": 0}),
         }
         for _ in range(args.repeats)
     ]
@@ -108,7 +109,7 @@ def main() -> None:
         table.add_row(phase, *(f"{median:.2f}" if median else "" for median in medians))
     table.add_section()
     totals = {
-        name: [sum(seconds[name][phase] for phase in COMPUTATION) for seconds in rounds]
+        name: [sum(seconds[name].get(phase, 0.0) for phase in COMPUTATION) for seconds in rounds]
         for name in rounds[0]
     }
     table.add_row(

@@ -18,6 +18,7 @@ PHASES = {
     ],
     "gram": ["blocks.collect"],
     "solve": ["blocks._prepare", "blocks._solve"],
+    "refit": ["blocks.refit"],
     "write": ["sweep.write_file", "checkpoint.write_file", "run._sync"],
 }
 

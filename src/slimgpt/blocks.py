@@ -4,9 +4,10 @@ Layer-wise structured pruning as in SlimGPT (Ling, Wang & Liu 2024, arXiv 2412.1
 blocks are pruned in order, each calibrated on the outputs of the pruned blocks before it.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from slimgpt.distributed import from_main, is_main, tensor_from_main
 from slimgpt.errors import NumericalError
 from slimgpt.families import Block, Sublayer
 from slimgpt.importance import LOCAL_SCORES
+from slimgpt.refit import refit
 from slimgpt.schedule import BlockWidths, surveyed_removals
 from slimgpt.shrink import shrink_sublayer, unit_columns
 
@@ -47,6 +49,9 @@ class SublayerPlan:
         Damping that the Hessian needed; 0 where nothing was removed or solved.
     errors : tuple of float
         In a survey, the error after each of `schedule.surveyed_removals`, damping included.
+    refit : float or None
+        What `slimgpt.refit.refit` made of the squared error; None where there was none. The other
+        errors are those before.
     """
 
     keep: tuple[int, ...]
@@ -54,6 +59,7 @@ class SublayerPlan:
     relative_error: float
     damping: float
     errors: tuple[float, ...] = ()
+    refit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def replay_block(
     plan : BlockPlan
         What was decided.
     read : callable
-        Gives the output projections of the pruned block by their names in the model.
+        Gives the tensors of the pruned block by their names in the model.
     stream : Stream
         What enters the block; afterwards what leaves the pruned block.
     """
@@ -180,7 +186,14 @@ def replay_block(
             name = block.output_name(sublayer)
             if sublayer.output.bias is not None:
                 _set_bias(sublayer.output, read(f"{name}.bias"))
-            _apply(block, sublayer, stream, kept_units, read(f"{name}.weight").to(device))
+            new_weight = read(f"{name}.weight").to(device)
+            if decided.refit is not None:
+                shrink_sublayer(sublayer, kept_units, new_weight)
+                for input_name, linear in sublayer.inputs.items():
+                    linear.weight.copy_(read(f"{block.linear_name(sublayer, input_name)}.weight"))
+                pass_through(block, sublayer, stream, stream.batches())
+            else:
+                _apply(block, sublayer, stream, kept_units, new_weight)
 
 
 def _prune_sublayer(
@@ -197,7 +210,9 @@ def _prune_sublayer(
     if num_keep == sublayer.num_units:
         pass_through(block, sublayer, stream, stream.batches())
         return SublayerPlan(tuple(range(num_keep)), 0.0, 0.0, 0.0)
-    activations = collect(block, sublayer, stream, activation_memory)
+    is_refit = config.refits and sublayer.kind == "ffn" and not is_survey
+    # What was in front of the output projection is of no use after a refit.
+    activations = collect(block, sublayer, stream, 0 if is_refit else activation_memory)
     kept, output, plan = activations.kept, sublayer.output, None
     new_weight = output.weight.new_empty(output.out_features, num_keep * sublayer.unit_size)
     if is_main():
@@ -222,8 +237,17 @@ def _prune_sublayer(
     kept_units = torch.tensor(plan.keep, device=new_weight.device)
     if output.bias is not None:
         tensor_from_main(output.bias)
-    _apply(block, sublayer, stream, kept_units, tensor_from_main(new_weight), kept)
-    return plan
+    new_weight = tensor_from_main(new_weight)
+    if not is_refit:
+        _apply(block, sublayer, stream, kept_units, new_weight, kept)
+        return plan
+    dense = replace(sublayer, module=copy.deepcopy(sublayer.module))
+    shrink_sublayer(sublayer, kept_units, new_weight)
+    gain = refit(
+        sublayer, dense, stream, config.correction, config.refit_epochs, config.seed + block.index
+    )
+    pass_through(block, sublayer, stream, stream.batches())
+    return replace(plan, refit=gain)
 
 
 def _prepare(

@@ -70,7 +70,7 @@ remaining weights are updated so that each layer's output changes as little as p
 _REST_OF_OTHERS = "the\nremaining weights are as they were (method for comparison: {method})"
 _METHOD = (
     "slimgpt, channels {channel_selection}, head error {head_error}, "
-    "damping {damping} {damping_mode}, correction {correction}"
+    "damping {damping} {damping_mode}, correction {correction}, refit epochs {refit_epochs}"
 )
 
 _PERPLEXITY = "<!-- perplexity -->", "<!-- end of perplexity -->"

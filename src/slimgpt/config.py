@@ -40,6 +40,7 @@ _EXACT = {
     "widths": "scheduled",
     "calibration": "c4",
     "correction": 0.0,
+    "refit_epochs": 0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -198,6 +199,12 @@ class PruneConfig(_ModelOptions):
         description="How much of the error that earlier blocks left in the residual stream each "
         "sublayer corrects; the paper's 0 saves the forward pass of the dense model.",
     )
+    refit_epochs: int = Field(
+        1,
+        ge=0,
+        description="How often all weights of a pruned FFN see the calibration tokens after the "
+        "compensation, to follow the output that it should have; the paper's 0 leaves this out.",
+    )
     multiple_of: int = Field(8, ge=1, description="FFN widths are multiples of this.")
     uniform: bool = Field(
         False, description="Same width in every layer: a checkpoint of the stock class."
@@ -238,7 +245,9 @@ class PruneConfig(_ModelOptions):
     @model_validator(mode="after")
     def _check(self) -> Self:
         solver = {"damping", "damping_mode", "channel_selection", "head_error", "correction"}
-        idle = (solver | {"min_group_size", "max_group_size"}) & self.model_fields_set
+        idle = (
+            solver | {"min_group_size", "max_group_size", "refit_epochs"}
+        ) & self.model_fields_set
         if self.method != "slimgpt" and idle:
             idle = {"preset"} if self.preset != "default" else idle
             raise ValueError(f"method={self.method!r} has no {', '.join(sorted(idle))}")
@@ -266,6 +275,11 @@ class PruneConfig(_ModelOptions):
                 f"calibration={','.join(self.calibration)!r}"
             )
         return self
+
+    @property
+    def refits(self) -> bool:
+        """Whether all weights of a pruned FFN are fitted to its output."""
+        return self.method == "slimgpt" and self.refit_epochs > 0
 
     @property
     def needs_dense(self) -> bool:

@@ -81,9 +81,16 @@ def own_part(samples: Tensor, batch_size: int) -> Tensor:
             hint="use more --nsamples or fewer processes; a survey has a quarter of the samples, "
             "and with --widths scheduled there is none",
         )
-    bounds = [len(batches) * rank // num_processes for rank in range(num_processes + 1)]
-    rank = dist.get_rank()
-    return torch.cat(batches[bounds[rank] : bounds[rank + 1]])
+    own = own_batches(len(batches))
+    return torch.cat(batches[own.start : own.stop])
+
+
+def own_batches(num_batches: int) -> range:
+    """Which of the batches of all processes this one has."""
+    if not dist.is_initialized():
+        return range(num_batches)
+    rank, num_processes = dist.get_rank(), dist.get_world_size()
+    return range(*(num_batches * r // num_processes for r in (rank, rank + 1)))
 
 
 def add_up(tensor: Tensor) -> Tensor:

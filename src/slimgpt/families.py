@@ -133,7 +133,11 @@ class Block:
 
     def output_name(self, sublayer: Sublayer) -> str:
         """Name in the model of the output projection of one of them."""
-        return f"{self.name}.{sublayer.spec.module}.{sublayer.spec.output}"
+        return self.linear_name(sublayer, sublayer.spec.output)
+
+    def linear_name(self, sublayer: Sublayer, name: str) -> str:
+        """Name in the model of a linear layer of one of its sublayers."""
+        return f"{self.name}.{sublayer.spec.module}.{name}"
 
     @property
     def shape(self) -> BlockShape:

@@ -9,7 +9,7 @@ import psutil
 
 from slimgpt.errors import ConfigError
 
-FLOAT64 = 8
+FLOAT32, FLOAT64 = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def estimate(
         Bytes of the largest block, of what is in memory before the first one (the embedding, the
         whole model, or the backward pass of a survey), and of the pruned model.
     solver : int
-        Largest value of `solver_bytes`.
+        Largest value of `solver_bytes` and `refit_bytes`.
     """
     is_mapped = stream > budget
     kept = min(widest, budget if is_mapped else budget - stream)
@@ -110,14 +110,24 @@ def estimate(
 def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) -> int:
     """Bytes of the solver's matrices for one output projection.
 
-    First H and its inverse (I × I each) with two of the size of the weight (O × I), or four where
-    it is corrected; then the inverse, what the removed columns took from it (I × R), and four of
-    the size of the weight. All are float64.
+    First H and its inverse (I × I each) with two of the size of the weight (O × I), or seven where
+    it is corrected; then the inverse, what the removed columns took from it (I × R), and six of
+    the size of the weight. A weight is in float32 (what is in float64 counts twice), all else in
+    float64.
     """
-    square, weight = num_in**2, num_out * num_in
-    preparing = square + (4 if corrects else 2) * weight
-    eliminating = num_in * num_removed + 4 * weight
-    return FLOAT64 * (square + max(preparing, eliminating))
+    square, weight = FLOAT64 * num_in**2, FLOAT32 * num_out * num_in
+    preparing = square + (7 if corrects else 2) * weight
+    eliminating = FLOAT64 * num_in * num_removed + 6 * weight
+    return square + max(preparing, eliminating)
+
+
+def refit_bytes(num_params: int, num_kept: int, size: int) -> int:
+    """Bytes for the refit of an FFN with so many parameters before and after, of so many bytes.
+
+    The weights as they were are there, and those kept in float32 five times: before, now, their
+    gradients and the two moments of Adam; and once for the products.
+    """
+    return num_params * size + num_kept * (5 * FLOAT32 + size)
 
 
 def gib(num_bytes: int) -> str:

@@ -36,7 +36,7 @@ from slimgpt.data import (
 from slimgpt.distributed import from_main, is_main, own_part, process_group
 from slimgpt.errors import MissingDependencyError
 from slimgpt.families import attention_share, bind, with_biases
-from slimgpt.footprint import Footprint, estimate, solver_bytes
+from slimgpt.footprint import Footprint, estimate, refit_bytes, solver_bytes
 from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
 from slimgpt.model import (
     build_skeleton,
@@ -351,6 +351,16 @@ def _footprint(
         )
         for o, removed in outputs
     ]
+    if config.refits:
+        solvers += [
+            refit_bytes(
+                block.ffn.num_units * block.ffn.unit_params,
+                width.num_channels * block.ffn.unit_params,
+                size,
+            )
+            for block, width in zip(blocks, planned.widths, strict=True)
+            if width.num_channels < block.ffn.num_units
+        ]
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
     if planned.is_measured:
         whole = max(whole, probe_bytes(skeleton, config.nsamples, seqlen))
