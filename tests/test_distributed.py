@@ -54,6 +54,23 @@ def test_ranks_agree_with_one_process(
         assert (tensor - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 
+def test_two_processes_refit_as_one(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    model, output = tiny_checkpoint("llama"), tmp_path / "together"
+    options = {"nsamples": 33, "seqlen": 64, "refit_epochs": 20, "widths": "scheduled"}
+    alone = slimgpt.prune(str(model), tmp_path / "alone", **OPTIONS | options)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    finished = torchrun(2, "-m", "slimgpt", *prune_arguments(model, output), *flags)
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    for one, many in zip(alone.report["blocks"], report["blocks"], strict=True):
+        assert one["ffn"]["refit"] < 0.97
+        assert many["ffn"]["refit"] == pytest.approx(one["ffn"]["refit"], rel=1e-3)
+    expected = load_file(tmp_path / "alone" / "model.safetensors")
+    for name, tensor in load_file(output / "model.safetensors").items():
+        # Rounding grows in the steps of Adam.
+        assert (tensor - expected[name]).norm() <= 0.01 * expected[name].norm(), name
+
+
 def test_recovery_does_not_depend_on_the_number_of_processes(
     tiny_checkpoint: Callable[[str], Path],
     slim_checkpoint: Callable[[str], Path],

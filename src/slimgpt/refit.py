@@ -8,6 +8,8 @@ tokens.
 Shape suffixes: ``N`` samples, ``T`` tokens, ``C`` hidden size.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,7 +18,7 @@ from slimgpt.calibrate import Stream, fast_dtype, fast_products
 from slimgpt.distributed import add_up, own_batches
 from slimgpt.families import Sublayer
 
-STEP_TOKENS, TRIED_TOKENS = 512, 4096
+STEP_TOKENS, CHUNK_TOKENS = 512, 4096
 RATE = 0.015  # of the root mean square of a weight; falls to 0
 WARM_UP = 8  # steps
 BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients has no meaning
@@ -58,16 +60,17 @@ def refit(
     start = own_batches(num_batches).start * stream.batch_size * seqlen
     num_tokens = int(add_up(torch.tensor(num_own)))
 
-    def squared_error(rows_T: Tensor) -> Tensor:
-        """Sum over those of the tokens that this process has."""
-        own_T = rows_T[(rows_T >= start) & (rows_T < start + num_own)] - start
-        input_TC, target_TC = _input_and_target(dense, stream, correction, own_T)
-        # Gradients underflow in float16.
-        is_half, device = input_TC.dtype.itemsize < 4, input_TC.device
-        products = torch.bfloat16 if is_half else fast_dtype(device, input_TC.dtype)
-        with torch.autocast(device.type, products, enabled=products != torch.float32):
-            output_TC = ffn.module(input_TC)
-        return (output_TC - target_TC).square().sum()
+    def steps(rows_T: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        """Input and target of the tokens that this process has, a step at a time."""
+        is_own_T = (rows_T >= start) & (rows_T < start + num_own)
+        pair = _input_and_target(dense, stream, correction, rows_T[is_own_T] - start)
+        sizes = [int(part.sum()) for part in is_own_T.split(STEP_TOKENS)]
+        return zip(*(tensor.split(sizes) for tensor in pair), strict=True)
+
+    def tried_error() -> float:
+        with torch.no_grad():
+            errors = [_squared_error(ffn, *step) for step in steps(tried_T)]
+            return float(add_up(torch.stack(errors).sum()))
 
     dtype = ffn.output.weight.dtype
     ffn.module.float()
@@ -79,18 +82,17 @@ def refit(
     num_steps = epochs * -(-num_tokens // STEP_TOKENS)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARM_UP, 1 - step / num_steps))
     generator = torch.Generator().manual_seed(seed)
-    tried_T = torch.randperm(num_tokens, generator=generator)[:TRIED_TOKENS]
-    with torch.no_grad():
-        error = float(add_up(squared_error(tried_T)))
+    tried_T = torch.randperm(num_tokens, generator=generator)[:CHUNK_TOKENS]
+    error = tried_error()
     for _ in range(epochs):
-        for rows_T in torch.randperm(num_tokens, generator=generator).split(STEP_TOKENS):
-            gradients = torch.autograd.grad(squared_error(rows_T), weights)
-            for weight, gradient in zip(weights, gradients, strict=True):
-                weight.grad = add_up(gradient)
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        gain = float(add_up(squared_error(tried_T))) / error if error else 1.0
+        for rows_T in torch.randperm(num_tokens, generator=generator).split(CHUNK_TOKENS):
+            for step in steps(rows_T):
+                gradients = torch.autograd.grad(_squared_error(ffn, *step), weights)
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    weight.grad = add_up(gradient)
+                optimizer.step()
+                schedule.step()
+    gain = tried_error() / error if error else 1.0
     is_better = gain < 1
     for weight, old in zip(weights, before, strict=True):
         weight.requires_grad_(False).grad = None
@@ -98,6 +100,15 @@ def refit(
             weight.copy_(old)
     ffn.module.to(dtype)
     return gain if is_better else 1.0
+
+
+def _squared_error(ffn: Sublayer, input_TC: Tensor, target_TC: Tensor) -> Tensor:
+    dtype, device = input_TC.dtype, input_TC.device
+    # Gradients underflow in float16.
+    products = torch.bfloat16 if dtype.itemsize < 4 else fast_dtype(device, dtype)
+    with torch.autocast(device.type, products, enabled=products != torch.float32):
+        output_TC = ffn.module(input_TC)
+    return (output_TC - target_TC).square().sum()
 
 
 @torch.no_grad()
