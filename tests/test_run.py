@@ -105,6 +105,21 @@ def test_finished_blocks_are_not_solved_again(
     assert not (output / STATE_DIR).exists()
 
 
+def test_refitted_blocks_are_replayed(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, options = str(tiny_checkpoint("llama")), {"nsamples": 32, "seqlen": 64}
+    options = OPTIONS | options | {"refit_epochs": 20}
+    whole = slimgpt.prune(model, tmp_path / "whole", **options)
+    assert max(block["ffn"]["refit"] or 0 for block in whole.report["blocks"][:3]) < 1
+    fail_at_block(3, InterruptionError(), monkeypatch)
+    with pytest.raises(InterruptionError):
+        slimgpt.prune(model, tmp_path / "resumed", **options)
+    monkeypatch.undo()
+    slimgpt.prune(model, tmp_path / "resumed", **options)
+    assert fingerprint(tmp_path / "resumed") == fingerprint(tmp_path / "whole")
+
+
 def test_an_interrupted_survey_goes_on(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
