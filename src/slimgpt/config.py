@@ -245,9 +245,8 @@ class PruneConfig(_ModelOptions):
     @model_validator(mode="after")
     def _check(self) -> Self:
         solver = {"damping", "damping_mode", "channel_selection", "head_error", "correction"}
-        idle = (
-            solver | {"min_group_size", "max_group_size", "refit_epochs"}
-        ) & self.model_fields_set
+        solver |= {"min_group_size", "max_group_size", "refit_epochs"}
+        idle = solver & self.model_fields_set
         if self.method != "slimgpt" and idle:
             idle = {"preset"} if self.preset != "default" else idle
             raise ValueError(f"method={self.method!r} has no {', '.join(sorted(idle))}")
