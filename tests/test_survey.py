@@ -46,7 +46,7 @@ def test_costs_are_derivatives(
     model = make_tiny_model(variant)
     samples = torch.randint(320, (24, 32), generator=torch.Generator().manual_seed(1))
     small, widths = copy.deepcopy(model), [BlockWidths(3, 40), BlockWidths(4, 48)] * 2
-    plans = prune_blocks(small, samples, widths, PruneConfig.create())
+    plans = prune_blocks(small, samples, widths, PruneConfig.create(refit_epochs=0))
     source = find_model(str(tiny_checkpoint(variant)))
     weights = open_weights(source, model.config)
     streamed = StreamedModel(build_skeleton(model.config), weights, torch.device("cpu"))
