@@ -631,13 +631,28 @@ def test_undamped_compensation_never_loses_to_slicing(massive, seed, num_in, dat
 
 
 @pytest.mark.parametrize("massive", [1.0, 1e4])
+def test_float32_sums_are_inverted_in_float64(massive):
+    weight, tokens = layer(0, 24)
+    tokens[:, 3] *= massive
+    hessian = second_moment(tokens.float())
+    assert hessian.dtype == torch.float32
+    solved = obs.prepare(weight.bfloat16(), hessian)
+    assert solved.inverse_II.dtype == solved.added_I.dtype == torch.float64
+    order, errors = greedy(solved.weight_OI.double(), damped(hessian, solved), [1] * 24)
+    actual = obs.eliminate_channels(solved, 24, 5)
+    assert actual.order.tolist() == order
+    close(actual.errors, errors, 1e-6)
+
+
+@pytest.mark.parametrize("massive", [1.0, 1e4])
 @fixed
 @given(seed=seeds, data=st.data())
 def test_weights_in_float32_are_solved_as_in_float64(massive, seed, data):
     weight, tokens = layer(seed, 24)
     tokens[:, 3] *= massive
     weight, hessian = weight.bfloat16(), second_moment(tokens.float())
-    cross = torch.randn(weight.shape, dtype=torch.float64) @ hessian.double()
+    other, _ = layer(seed + 1, 24)
+    cross = other @ hessian.double()
     solved, exact = (
         obs.prepare(w, hessian, cross_OI=cross, correction=0.5) for w in (weight, weight.double())
     )

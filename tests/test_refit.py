@@ -26,9 +26,11 @@ def sample_tokens(num_samples: int, seqlen: int = 64, seed: int = 1) -> Tensor:
     return torch.randint(320, (num_samples, seqlen), generator=generator)
 
 
-def first_block(variant: str, num_samples: int = 64) -> tuple[Block, Stream]:
+def first_block(
+    variant: str, num_samples: int = 64, dtype: torch.dtype = torch.float32
+) -> tuple[Block, Stream]:
     """A block with the stream in front of its FFN, and a dense stream somewhere else."""
-    model = make_tiny_model(variant)
+    model = make_tiny_model(variant).to(dtype)
     stream = embed(model, sample_tokens(num_samples), num_samples // 8, with_dense=True)
     stream.dense_NTC += 0.1 * torch.randn(
         stream.dense_NTC.shape, generator=torch.Generator().manual_seed(2)
@@ -89,12 +91,8 @@ def test_the_output_comes_nearer_on_other_tokens_too(variant: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_precision_stay_so(dtype: torch.dtype) -> None:
-    block, stream = first_block("llama")
+    block, stream = first_block("llama", dtype=dtype)
     dense = cut(block)
-    block.module.to(dtype)
-    dense.module.to(dtype)
-    for name in ("hidden_NTC", "dense_NTC"):
-        setattr(stream, name, getattr(stream, name).to(dtype))
     assert refit(block.ffn, dense, stream, 0.5, 5, 0) < 0.9
     assert {p.dtype for p in block.ffn.module.parameters()} == {dtype}
     assert all(p.isfinite().all() for p in block.ffn.module.parameters())
@@ -105,12 +103,8 @@ def test_weights_stay_where_the_error_grows(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "RATE", 100.0)
-    block, stream = first_block("llama")
+    block, stream = first_block("llama", dtype=dtype)
     dense = cut(block)
-    block.module.to(dtype)
-    dense.module.to(dtype)
-    for name in ("hidden_NTC", "dense_NTC"):
-        setattr(stream, name, getattr(stream, name).to(dtype))
     before = copy.deepcopy(block.ffn.module.state_dict())
     assert refit(block.ffn, dense, stream, 0.5, 1, 0) == 1
     for name, tensor in block.ffn.module.state_dict().items():
