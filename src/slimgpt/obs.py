@@ -323,18 +323,19 @@ def eliminate_channel_groups(
 
 
 def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512) -> float:
-    """E‖y‖² = tr(W H Wᵀ), from float32 products, a panel of columns of H at a time.
+    """E‖y‖² = tr(W H Wᵀ), from float32 products, a panel of rows of H at a time.
 
-    H is symmetric, so the rows below a panel's block on the diagonal count twice, those above not.
+    H is symmetric, so what is right of a panel's block on the diagonal counts twice, and what is
+    left of it does not.
     """
-    weight32_OI = weight_OI.float()
+    weight_IO = weight_OI.T.float()
     power = 0.0
     for start in range(0, len(hessian_II), panel_size):
         end = start + panel_size
-        hessian_IP = hessian_II[start:, start:end].float()
-        hessian_IP[:panel_size] /= 2
-        product_OP = weight32_OI[:, start:] @ hessian_IP
-        power += 2 * float(product_OP.double().mul_(weight_OI[:, start:end]).sum())
+        hessian_PI = hessian_II[start:end, start:].float()
+        hessian_PI[:, :panel_size] /= 2
+        product_PO = hessian_PI @ weight_IO[start:]
+        power += 2 * float(product_PO.mul_(weight_IO[start:end]).sum(dtype=torch.float64))
     return power
 
 
