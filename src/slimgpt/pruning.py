@@ -155,7 +155,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
     --------
     >>> import slimgpt
     >>> slimgpt.plan("smollm2-135m", ratio=0.5).params_after  # doctest: +SKIP
-    81435456
+    81430848
     """
     config = PruneConfig.create(**options)
     return _plan(load_config(find_model(model)), config)
