@@ -215,8 +215,8 @@ def eliminate_units(
             least = int(errors_U.argmin())
             pivots_P = least * unit_size + columns_S
             order.append(int(rest.columns_K[pivots_P[0]]) // unit_size)
-            errors.append(errors_U[least])
             root_PK, half_PO = rest.factorize(pivots_P)
+            errors.append(half_PO.square().sum())  # also where `errors_U` is approximate
             root_UPS, cross_UPS = (
                 rows_PK.view(unit_size, -1, unit_size).transpose(0, 1)
                 for rows_PK in (root_PK, rest.cross(root_PK, half_PO))
@@ -315,8 +315,8 @@ def eliminate_channel_groups(
         errors_K = _squares(rest.weight_KO) / inverse_K
         pivots_P = errors_K.argsort(stable=True)[: min(group, num_remove - len(order))]
         order += rest.columns_K[pivots_P].tolist()
-        errors += errors_K[pivots_P]
         root_PK, half_PO = rest.factorize(pivots_P)
+        errors += half_PO.square().sum(dim=1)
         left_K = rest.remove(pivots_P, root_PK, half_PO)
         inverse_K = (inverse_K - root_PK.square().sum(dim=0))[left_K]
     return rest.elimination(order, errors)
@@ -332,7 +332,7 @@ def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512) -
     power = 0.0
     for start in range(0, len(hessian_II), panel_size):
         end = start + panel_size
-        hessian_PI = hessian_II[start:end, start:].float()
+        hessian_PI = hessian_II[start:end, start:].to(torch.float32, copy=True)
         hessian_PI[:, :panel_size] /= 2
         product_PO = hessian_PI @ weight_IO[start:]
         power += 2 * float(product_PO.mul_(weight_IO[start:end]).sum(dtype=torch.float64))
