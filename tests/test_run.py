@@ -256,6 +256,33 @@ def test_a_mapped_stream_without_room(
     slimgpt.prune(model, output, **options)
 
 
+def test_a_mapped_stream_without_room_leaves_nothing(
+    interrupted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model, output = interrupted
+    before = set(os.listdir(output / STATE_DIR))
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(RunStateError, match="No space left on device"):
+        slimgpt.prune(model, output, **OPTIONS | {"activation_memory": 0})
+    assert set(os.listdir(output / STATE_DIR)) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "samples-0.safetensors", "block-00001.safetensors"]
+)
+def test_a_damaged_file_is_named(name: str, interrupted: tuple[str, Path]) -> None:
+    model, output = interrupted
+    file = output / STATE_DIR / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(RunStateError, match=f"{name} of the interrupted run is damaged") as raised:
+        slimgpt.prune(model, output, **OPTIONS)
+    assert "--restart" in str(raised.value.hint)
+    slimgpt.prune(model, output, restart=True, **OPTIONS)
+
+
 def test_heads_that_are_tied_by_the_config_only(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

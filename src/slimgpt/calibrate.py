@@ -314,15 +314,15 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None
         return torch.empty(shape, dtype=dtype)
     size = math.prod(shape)
     descriptor, name = tempfile.mkstemp(dir=directory)
-    with os.fdopen(descriptor, "wb") as file:
-        # A hole in a mapped file would crash the process where the disk is full.
-        num_bytes = size * dtype.itemsize
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, num_bytes)
-        else:
-            for start in range(0, num_bytes, CHUNK):
-                file.write(bytes(min(CHUNK, num_bytes - start)))
     try:
+        with os.fdopen(descriptor, "wb") as file:
+            # A hole in a mapped file would crash the process where the disk is full.
+            num_bytes = size * dtype.itemsize
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            else:
+                for start in range(0, num_bytes, CHUNK):
+                    file.write(bytes(min(CHUNK, num_bytes - start)))
         return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
     finally:
         os.unlink(name)

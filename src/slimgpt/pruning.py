@@ -54,6 +54,7 @@ from slimgpt.run import (
     Run,
     describe_file,
     open_run,
+    reading,
     replacing,
     versions,
     writing,
@@ -158,6 +159,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
     81430848
     """
     config = PruneConfig.create(**options)
+    check_inputs(config)
     return _plan(load_config(find_model(model)), config)
 
 
@@ -301,7 +303,8 @@ def _samples(
                 drawn = calibration_tokens(name, *draw, text_field=config.text_field)
             with writing(run.output), replacing(file) as temporary:
                 temporary.write_bytes(save({"tokens": drawn}))
-        samples.append(read_tensor(file, "tokens"))
+        with reading(file):
+            samples.append(read_tensor(file, "tokens"))
     return torch.cat(samples)
 
 

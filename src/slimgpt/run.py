@@ -116,7 +116,8 @@ class Run:
         if not manifest.exists():
             with writing(self.output):
                 write_atomically(manifest, json.dumps(now, indent=1) + "\n")
-        before = json.loads(manifest.read_text(encoding="utf-8"))
+        with reading(manifest):
+            before = json.loads(manifest.read_text(encoding="utf-8"))
         differences = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in before | now
@@ -261,6 +262,24 @@ def _occupied(output: Path) -> RunStateError:
         f"the output directory {output} exists and is not empty",
         hint="choose another --output, or remove it first",
     )
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Name a file of an interrupted run that turns out to be damaged.
+
+    Raises
+    ------
+    RunStateError
+        If its content is not what was written.
+    """
+    try:
+        yield
+    except (SafetensorError, ValueError, LookupError) as err:
+        raise RunStateError(
+            f"{file} of the interrupted run is damaged: {err}",
+            hint="--restart throws the interrupted run away and begins anew",
+        ) from err
 
 
 @contextmanager

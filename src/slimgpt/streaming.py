@@ -109,7 +109,9 @@ class StreamedModel:
         return tensors
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        moved = {name: t.to(self.device, non_blocking=True) for name, t in tensors.items()}
+        # Only memory that is pinned may be let go before it has been copied.
+        pinned = self.device.type == "cuda"
+        moved = {name: t.to(self.device, non_blocking=pinned) for name, t in tensors.items()}
         module.load_state_dict(moved, strict=False, assign=True)
 
     def _release(self, module: nn.Module) -> None:

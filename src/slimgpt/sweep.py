@@ -16,7 +16,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main, own_part
 from slimgpt.families import Block
 from slimgpt.footprint import Footprint
-from slimgpt.run import Run, Stage, peak_memory, replacing, writing
+from slimgpt.run import Run, Stage, peak_memory, reading, replacing, writing
 from slimgpt.schedule import BlockWidths
 from slimgpt.streaming import StreamedModel
 from slimgpt.weights import read_metadata, read_tensor, write_file
@@ -78,7 +78,8 @@ def sweep(
 
 def read_plan(file: Path) -> BlockPlan:
     """What was decided for the block in a file that a sweep has saved."""
-    return BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+    with reading(file):
+        return BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
 
 
 def _save_block(run: Run, file: Path, block: Block, plan: BlockPlan, seconds: float) -> None:
