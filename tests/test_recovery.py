@@ -343,7 +343,7 @@ def test_mistakes(
     pruning_report["base_model"] = Path(pruning_report["base_model"]).name
     (local / "pruning_report.json").write_text(json.dumps(pruning_report))
     monkeypatch.chdir(tiny_checkpoint("llama").parent)
-    with pytest.raises(ConfigError, match="where its base model is"):
+    with pytest.raises(ConfigError, match="where on the hub its base model is"):
         run(local, output, data, method="distill")
     with pytest.raises(ConfigError, match="no multiple of micro_batch_size=3"):
         run(slim, output, data, micro_batch_size=3)

@@ -51,6 +51,13 @@ def squared_error(block: Block, stream: Stream, target: Tensor) -> float:
     return float((output - target).square().sum())
 
 
+def test_gradients_may_be_off_around_it() -> None:
+    block, stream = first_block("llama")
+    dense = cut(block)
+    with torch.no_grad():
+        assert refit(block.ffn, dense, stream, 0.5, 1, 0) < 1
+
+
 @pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("variant", ["llama", "llama-biases"])
 @settings(derandomize=True, deadline=None, database=None, max_examples=5)

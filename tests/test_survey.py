@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from slimgpt.costs import costs_of_changes
 from slimgpt.errors import ConfigError, NumericalError
 from slimgpt.families import bind
 from slimgpt.model import build_skeleton, find_model
-from slimgpt.schedule import BlockWidths
+from slimgpt.schedule import BlockWidths, move_units
 from slimgpt.shrink import unit_columns
 from slimgpt.streaming import StreamedModel
 from slimgpt.weights import open_weights
@@ -155,3 +156,19 @@ def test_where_widths_are_given_nothing_is_measured(options: dict) -> None:
     assert PruneConfig.create(**options).widths == "scheduled"
     with pytest.raises(ConfigError, match="measured"):
         PruneConfig.create(widths="measured", **options)
+
+
+def test_what_seems_to_cost_less_than_nothing_is_not_free(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prices = []
+
+    def move(*args: Any) -> list[BlockWidths]:
+        prices.extend(args[3])
+        return move_units(*args)
+
+    monkeypatch.setattr(survey, "move_units", move)
+    monkeypatch.setattr(survey, "costs_of_changes", lambda _, plans, *__: [-0.01, 0.1] * len(plans))
+    slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
+    assert min(prices) >= 0
+    assert max(prices[::2]) > 0

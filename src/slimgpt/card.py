@@ -123,7 +123,7 @@ def write_card(directory: Path) -> None:
         **{key: report[key] for key in ("target_ratio", "block_ratio", "total_ratio")},
         **{key: calibration[key] for key in ("data", "nsamples", "seqlen")},
         seed=config["seed"],
-        layer_ratios=_layer_ratios(config, report["layer_ratios"]),
+        layer_ratios=_layer_ratios(config, report["layer_ratios"], report["is_measured"]),
         rest=_REST if is_ours else _REST_OF_OTHERS.format(**config),
         method=_METHOD.format(**config) if is_ours else config["method"],
         hub_base=f"base_model: {base}\n" if "/" in base else "",
@@ -142,10 +142,12 @@ def write_card(directory: Path) -> None:
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def _layer_ratios(config: dict[str, Any], ratios: Sequence[float]) -> str:
+def _layer_ratios(config: dict[str, Any], ratios: Sequence[float], is_measured: bool) -> str:
     if given := config["layer_ratios"]:
         percents = ", ".join(f"{ratio:.1%}" for ratio in ratios[: len(given)])
         return f"given: {percents} of the first blocks; the others are whole"
+    if is_measured:
+        return f"measured, {min(ratios):.1%} to {max(ratios):.1%}"
     return (
         f"{config['schedule']}, {ratios[0]:.1%} in the first block to {ratios[-1]:.1%} in the last"
     )

@@ -397,7 +397,7 @@ class ExportConfig(_Options):
     """Options of ``slimgpt export``."""
 
     to: Literal["gguf"] = Field("gguf", description="Format to write; gguf is llama.cpp's.")
-    type: Literal["f32", "f16", "bf16", "q8_0"] = Field(
+    type: Annotated[Literal["f32", "f16", "bf16", "q8_0"], _Underscored] = Field(
         "f16", description="Type of the matrices in the file."
     )
 

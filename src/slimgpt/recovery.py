@@ -368,7 +368,7 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
             name = base
     if name is None:
         raise ConfigError(
-            f"{source.name} has no pruning report that says where its base model is",
+            f"{source.name} has no pruning report that says where on the hub its base model is",
             hint="name the model to distil from as --teacher",
         )
     teacher = find_model(name)

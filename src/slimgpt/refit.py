@@ -24,6 +24,7 @@ WARM_UP = 8  # steps
 BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients has no meaning
 
 
+@torch.enable_grad()
 def refit(
     ffn: Sublayer, dense: Sublayer, stream: Stream, correction: float, epochs: int, seed: int
 ) -> float:

@@ -16,7 +16,7 @@ from slimgpt.costs import costs_of_changes
 from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import NumericalError
 from slimgpt.footprint import Footprint
-from slimgpt.run import WIDTHS_FILE, Run, write_atomically, writing
+from slimgpt.run import WIDTHS_FILE, Run, reading, write_atomically, writing
 from slimgpt.schedule import BlockShape, BlockWidths, move_units
 from slimgpt.streaming import StreamedModel
 from slimgpt.sweep import read_plan, sweep
@@ -95,7 +95,8 @@ def measured_widths(
                 write_atomically(file, json.dumps([asdict(width) for width in moved]))
                 for index in range(len(moved)):
                     run.block_file(index, "survey").unlink()
-    values = from_main(is_main() and json.loads(file.read_text(encoding="utf-8")))
+    with reading(file):
+        values = from_main(is_main() and json.loads(file.read_text(encoding="utf-8")))
     return [BlockWidths(**value) for value in values]
 
 
@@ -120,7 +121,7 @@ def _moved(
             hint="use --dtype float32 or bfloat16, or --widths scheduled",
         )
     # A cost near or below zero is noise, and no reason to remove all.
-    least = [sum(costs[kind::2]) / len(shapes) / 10 for kind in (0, 1)] * len(shapes)
+    least = [sum(map(abs, costs[kind::2])) / len(shapes) / 10 for kind in (0, 1)] * len(shapes)
     prices = [
         max(cost, floor) / plan.error if plan.error else 0.0
         for cost, floor, plan in zip(costs, least, plans, strict=True)
