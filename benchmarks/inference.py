@@ -44,7 +44,8 @@ def smollm2_pairs(model: str, ratios: list[float], work: Path) -> Iterator[tuple
     for ratio in ratios:
         output = work / f"{Path(model).name}-{ratio:.0%}"
         if not (output / "config.json").exists():  # otherwise an interrupted run goes on
-            slimgpt.prune(model, output, ratio=ratio, calibration="pydocs", nsamples=8, seqlen=256)
+            options = {"preset": "exact", "calibration": "pydocs", "nsamples": 8, "seqlen": 256}
+            slimgpt.prune(model, output, ratio=ratio, **options)
         yield f"SmolLM2-135M, {ratio:.0%}", str(output), model
 
 

@@ -36,7 +36,7 @@ BLANK_LINE = "\n\n"
 PYDOCS = "pydocs"
 PYDOCS_CALIBRATION = 0.8
 FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-LOCAL_HINT = "local alternatives: pydocs, self, or a file ending in " + ", ".join(FILE_SUFFIXES)
+LOCAL_HINT = "local alternatives: pydocs, or a file ending in " + ", ".join(FILE_SUFFIXES)
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,11 @@ def _flag(name: str, field: FieldInfo) -> Any:
     """Annotation of the flag for a config field: its type, metavar, help and shown default."""
     types_ = [arg for arg in _union_args(field.annotation) if arg is not types.NoneType]
     kind = types_[0]
-    metavar, default = None, field.default
+    metavar, default, text = None, field.default, field.description
     if get_origin(kind) is Literal:
-        kind, metavar = str, "|".join(get_args(kind)).replace("_", "-")
+        # The names in the metavar would be cut on a narrow terminal, and other flags with them.
+        text = f"{text} One of {', '.join(get_args(kind)).replace('_', '-')}."
+        kind, metavar = str, "NAME"
         default = str(default).replace("_", "-")
     elif kind is ByteSize:
         kind, metavar, default = str, "BYTES", default.human_readable(decimal=True)
@@ -46,7 +48,7 @@ def _flag(name: str, field: FieldInfo) -> Any:
     flag = name.replace("_", "-")
     option = typer.Option(
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
-        help=field.description,
+        help=text,
         metavar=metavar,
         show_default=False if default is None or kind is bool else str(default),
     )

@@ -159,7 +159,6 @@ def plan(model: str, **options: Any) -> PrunePlan:
     81430848
     """
     config = PruneConfig.create(**options)
-    check_inputs(config)
     return _plan(load_config(find_model(model)), config)
 
 
