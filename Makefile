@@ -12,7 +12,7 @@ demo: $(VENV)/demo  ## prune SmolLM2-135M by 20 % and show what it costs
 	$(BIN)/python examples/demo.py .demo/smollm2-135m-20
 
 test: check  ## check the code and run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/test
 	$(BIN)/ruff check .
