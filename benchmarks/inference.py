@@ -1,8 +1,8 @@
 """Speed-up of pruned models over dense ones, next to the ideal given by the bytes removed.
 
-SmolLM2 is pruned with 8 windows of 256 tokens from the documentation of Python; the other options
-are the defaults. The model of about 1B parameters has the shape of a LLaMA and random weights, and
-its pruned form is of half the width in every layer: speed depends on the shape alone. Usage:
+SmolLM2 is pruned by the preset `exact`, with 8 windows of 256 tokens from Python's documentation.
+The model of about 1B parameters has the shape of a LLaMA and random weights, and its pruned form is
+of half the width in every layer: speed depends on the shape alone. Usage:
 
     python benchmarks/inference.py [--subjects smollm2,llama-1b] [--engines transformers,llamacpp]
         [--threads 2] [--repeats 5] [--profile] [--json FILE]

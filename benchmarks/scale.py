@@ -116,7 +116,7 @@ def main() -> None:
     table = Table("blocks", "model", *PHASES, "peak memory", "of the first", title=title)
     table.caption = "phases in seconds for each block"
     for row in rows:
-        seconds = (f"{row['phases'][phase] / row['blocks']:.2f}" for phase in PHASES)
+        seconds = (f"{row['phases'].get(phase, 0) / row['blocks']:.2f}" for phase in PHASES)
         growth = f"{row['peak'] / rows[0]['peak']:.3f}"
         table.add_row(str(row["blocks"]), gib(row["size"]), *seconds, gib(row["peak"]), growth)
     Console(width=100).print(table)

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,11 +157,12 @@ def test_llama_cpp_agrees(result: slimgpt.PruneResult, tmp_path: Path) -> None:
     check_agreement(file, AutoModelForCausalLM.from_pretrained(result.output), ids, num_tokens=8)
 
 
-def test_c4_file_calibrates(dense_directory: str, benchmark_texts: Path, tmp_path: Path) -> None:
+def test_c4_file_calibrates(
+    tiny_checkpoint: Callable[[str], Path], benchmark_texts: Path, tmp_path: Path
+) -> None:
     text = str(benchmark_texts / "c4" / "train_1000.jsonl")
-    done = slimgpt.prune(
-        dense_directory, tmp_path / "slim", calibration=text, nsamples=2, seqlen=64
-    )
+    model = str(tiny_checkpoint("llama"))
+    done = slimgpt.prune(model, tmp_path / "slim", calibration=text, nsamples=2, seqlen=64)
     assert done.report["calibration"]["data"] == "train_1000.jsonl"
 
 

@@ -219,7 +219,11 @@ def run_tasks(
     no_commit = _replaced(evaluator, "get_git_commit_hash", lambda: None)
     with _no_code_from_the_hub(), no_commit, _counting_truncations() as truncations:
         results = simple_evaluate(
-            lm, tasks=list(found.tasks.values()), limit=limit, log_samples=False
+            lm,
+            tasks=list(found.tasks.values()),
+            task_manager=_manager(),
+            limit=limit,
+            log_samples=False,
         )
     if truncations:
         log.warning(
