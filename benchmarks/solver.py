@@ -12,7 +12,8 @@ paper
 one by one
     The least unit, a rank-one (or rank-S) update of H⁻¹ and W, and again.
 
-The error is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with the damped H that all of them minimise. Usage:
+The error is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with the damped H that all of them minimise, of the columns
+that were chosen, after least squares in float64. Usage:
 
     python benchmarks/solver.py [--quick] [--shapes llama-down …] [--repeats 3] [--json FILE]
 
