@@ -3,9 +3,10 @@
 The floor is one forward of the dense blocks over the calibration tokens, the Gram products of the
 inputs of all output projections as plain matrix multiplications in float32 (a run computes one half
 of each, in bfloat16 where that loses nothing), and one Cholesky decomposition and inverse for each
-in float64; the forward is in the precision of the weights, or in bfloat16 where a run has it so. Runs and floors take turns. A run that corrects the residual stream needs a second
-forward, of the dense model, and the refit learns from the tokens once more; a run without both is
-measured beside it. The survey for the widths, a small run of its own, is a phase of its own.
+in float64; the forward is in the precision of the weights, or in bfloat16 where a run has it so.
+Runs and floors take turns. A run that corrects the residual stream needs a second forward, of the
+dense model, and the refit learns from the tokens once more; a run without both is measured beside
+it. The survey for the widths, a small run of its own, is a phase of its own.
 Usage:
 
     python benchmarks/end_to_end.py --calibration c4.jsonl [--ratio 0.5] [--repeats 3] [--json FILE]
