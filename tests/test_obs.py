@@ -327,9 +327,11 @@ def test_elimination_is_nested(seed, num_in, panel_size, data):
 def test_units_are_eliminated_greedily(method, seed, num_units, unit_size, data):
     weight, hessian, _ = problem(seed, num_units * unit_size)
     num_remove = data.draw(st.integers(1, num_units))
-    order, _ = greedy(weight, hessian, [1] * num_remove, unit_size, method)
+    order, scores = greedy(weight, hessian, [1] * num_remove, unit_size, method)
     actual = obs.eliminate_units(undamped(weight, hessian), num_remove, unit_size, method)
     assert actual.order.tolist() == order
+    if method == "exact":
+        close(actual.errors, scores)
 
 
 @fixed
@@ -355,12 +357,13 @@ def test_channel_groups(seed, num_in, smallest, more, data):
     ],
 )
 def test_channel_groups_shrink(num_remove, smallest, largest, first_batches):
-    weight, hessian, _ = problem(0, num_remove + 10, 3)
+    weight, hessian, inverse = problem(0, num_remove + 10, 3)
     batches = documented_batches(num_remove, smallest, largest)
     assert batches[: len(first_batches)] == first_batches
     order, _ = greedy(weight, hessian, batches)
     actual = obs.eliminate_channel_groups(undamped(weight, hessian), num_remove, smallest, largest)
     assert actual.order.tolist() == order
+    close(actual.errors.sum(), obs_error(weight, inverse, torch.tensor(order)), 1e-6)
 
 
 @fixed

@@ -240,13 +240,14 @@ def test_a_disk_that_was_enough_at_the_start_is_enough_for_the_rest(
     slimgpt.prune(model, output, **OPTIONS)
 
 
+def no_space(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_mapped_stream_without_room(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", fail)
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
     options = OPTIONS | {"activation_memory": 0}
     model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     with pytest.raises(RunStateError, match="No space left on device"):
@@ -259,12 +260,9 @@ def test_a_mapped_stream_without_room(
 def test_a_mapped_stream_without_room_leaves_nothing(
     interrupted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     model, output = interrupted
     before = set(os.listdir(output / STATE_DIR))
-    monkeypatch.setattr(os, "posix_fallocate", fail)
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
     with pytest.raises(RunStateError, match="No space left on device"):
         slimgpt.prune(model, output, **OPTIONS | {"activation_memory": 0})
     assert set(os.listdir(output / STATE_DIR)) == before

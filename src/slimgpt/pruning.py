@@ -322,7 +322,8 @@ def _scores(
         scores = GLOBAL_SCORES[config.method](model, samples, planned.widths, config.seed)
         with writing(run.output), replacing(file) as temporary:
             temporary.write_bytes(save({f"{i:05d}": s for i, s in enumerate(scores)}))
-    return [read_tensor(file, name) for name in sorted(tensor_names(file))]
+    with reading(file):
+        return [read_tensor(file, name) for name in sorted(tensor_names(file))]
 
 
 def _footprint(
