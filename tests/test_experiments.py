@@ -194,7 +194,14 @@ def test_a_changed_model_counts_as_changed(
     for _ in range(2):
         slimgpt.run_recipe(file, tmp_path / "out")
     assert calls == {"prune": 1, "evaluate": 1}
-    os.utime(model / "model.safetensors", (0, 0))
+    weights = model / "model.safetensors"
+    os.utime(weights, (0, 0))
+    slimgpt.run_recipe(file, tmp_path / "out")
+    assert calls == {"prune": 1, "evaluate": 1}
+    content = bytearray(weights.read_bytes())
+    content[-4:] = bytes(4)
+    weights.write_bytes(content)
+    os.utime(weights, (0, 0))
     slimgpt.run_recipe(file, tmp_path / "out")
     assert calls == {"prune": 2, "evaluate": 2}
 

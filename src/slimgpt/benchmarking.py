@@ -29,6 +29,7 @@ from slimgpt.config import BenchConfig
 from slimgpt.engines import Timing
 from slimgpt.errors import ConfigError, EngineError, MissingDependencyError
 from slimgpt.families import blocks_of
+from slimgpt.files import replacing, writing
 from slimgpt.model import (
     LOAD_ERRORS,
     Source,
@@ -40,7 +41,6 @@ from slimgpt.model import (
     load_config,
     stored_dtype,
 )
-from slimgpt.run import replacing, writing
 from slimgpt.weights import weight_files
 
 log = logging.getLogger(__name__)

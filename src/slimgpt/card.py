@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slimgpt.errors import ConfigError
-from slimgpt.run import write_atomically
+from slimgpt.files import read_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +87,6 @@ After pruning, trained for {steps} steps of {batch_size} examples on {data}: met
 learning rate {learning_rate:g}, {seqlen} tokens per example. Perplexity on {held_out}, windows of
 {seqlen} tokens: {before:.2f} before and {after:.2f} after. Curves: `{recovery_file}`.
 """
-
-
-def read_json(file: Path) -> Any:
-    """Read a report or results.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise ConfigError(
-            f"cannot read {file}: {err}", hint="the file is broken: write it again, or remove it"
-        ) from None
 
 
 def write_card(directory: Path) -> None:
@@ -190,7 +173,7 @@ def keep_results(
         return
     file = directory / name
     try:
-        kept = read_json(file) if file.is_file() else []
+        kept = read_json(file, list) if file.is_file() else []
         by_protocol = {protocol(result): result for result in [*kept, *map(asdict, results)]}
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
@@ -213,7 +196,7 @@ def _update_card(directory: Path) -> None:
         before, found_start, rest = new.partition(start)
         _, found_end, after = rest.partition(end)
         if found_start and found_end and (directory / file).is_file():
-            results = read_json(directory / file)
+            results = read_json(directory / file, list)
             new = f"{before}{start}\n{make_table(results)}\n{end}{after}"
     if new != card:
         write_atomically(directory / CARD_FILE, new)

@@ -23,7 +23,7 @@ import torch
 from torch.distributed import is_torchelastic_launched
 
 from slimgpt.benchmarking import bench
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE, read_json
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE
 from slimgpt.config import (
     VERBS,
     EvalConfig,
@@ -42,21 +42,12 @@ from slimgpt.errors import (
     SlimGPTError,
 )
 from slimgpt.evaluation import evaluate
+from slimgpt.files import describe_file, read_json, replacing, write_atomically, writing
 from slimgpt.model import find_model
 from slimgpt.pruning import check_inputs, plan, prune
 from slimgpt.recovery import check_packages, recover
 from slimgpt.rendering import SHOWN, describe, draw, to_markdown
-from slimgpt.run import (
-    Run,
-    describe_file,
-    locked,
-    machine,
-    replacing,
-    reset_peak_memory,
-    versions,
-    write_atomically,
-    writing,
-)
+from slimgpt.run import Run, locked, machine, reset_peak_memory, versions
 from slimgpt.tasks import check_tasks
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from slimgpt.config import ExportConfig
 from slimgpt.errors import MissingDependencyError, RunStateError
+from slimgpt.files import replacing, write_atomically, writing
 from slimgpt.model import Source, find_model, load_config, load_generation_config
-from slimgpt.run import replacing, write_atomically, writing
 
 log = logging.getLogger(__name__)
 

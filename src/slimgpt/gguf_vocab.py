@@ -12,8 +12,9 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField, SpecialVoca
 from gguf.constants import Keys
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from slimgpt.card import REPORT_FILE, read_json
+from slimgpt.card import REPORT_FILE
 from slimgpt.errors import ExportError, MissingDependencyError
+from slimgpt.files import read_json
 from slimgpt.model import SMOLLM2_ALIAS, Source, find_file, find_model, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from slimgpt.card import REPORT_FILE, read_json
+from slimgpt.card import REPORT_FILE
 from slimgpt.families import bind, decoder_of
+from slimgpt.files import read_json
 from slimgpt.model import build_skeleton, find_file, find_model, load_config
 
 

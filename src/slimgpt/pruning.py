@@ -36,6 +36,7 @@ from slimgpt.data import (
 from slimgpt.distributed import from_main, is_main, own_part, process_group
 from slimgpt.errors import MissingDependencyError
 from slimgpt.families import attention_share, bind, with_biases
+from slimgpt.files import describe_file, reading, replacing, writing
 from slimgpt.footprint import Footprint, estimate, refit_bytes, solver_bytes
 from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
 from slimgpt.model import (
@@ -48,17 +49,7 @@ from slimgpt.model import (
     load_tokenizer,
     usable_seqlen,
 )
-from slimgpt.run import (
-    GENERATED_FILE,
-    SCORES_FILE,
-    Run,
-    describe_file,
-    open_run,
-    reading,
-    replacing,
-    versions,
-    writing,
-)
+from slimgpt.run import GENERATED_FILE, SCORES_FILE, Run, open_run, versions
 from slimgpt.schedule import (
     BlockShape,
     BlockWidths,

@@ -38,7 +38,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE, read_json, write_card
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
 from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data import (
     IGNORED,
@@ -50,6 +50,7 @@ from slimgpt.data import (
 from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError, NumericalError
 from slimgpt.families import family_of
+from slimgpt.files import describe_file, read_json, writing
 from slimgpt.model import (
     SMOLLM2_ALIAS,
     Source,
@@ -62,7 +63,7 @@ from slimgpt.model import (
     load_tokenizer,
     usable_seqlen,
 )
-from slimgpt.run import Run, describe_file, open_run, peak_memory, versions, writing
+from slimgpt.run import Run, open_run, peak_memory, versions
 from slimgpt.weights import open_weights, weight_files
 
 log = logging.getLogger(__name__)

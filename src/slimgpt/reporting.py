@@ -15,13 +15,12 @@ from slimgpt.card import (
     REPORT_FILE,
     SPEED_FILE,
     TASKS_FILE,
-    read_json,
 )
 from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig
 from slimgpt.data import short_name
 from slimgpt.errors import ConfigError, MissingDependencyError
+from slimgpt.files import read_json, write_atomically, writing
 from slimgpt.model import Source, check_same_vocabulary, find_model, load_model, load_tokenizer
-from slimgpt.run import write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +78,9 @@ def report(output: str | Path, **options: Any) -> Path:
     try:
         page = _render(
             pruning=pruning,
-            perplexity=_read(directory / PERPLEXITY_FILE) or [],
-            tasks=_read(directory / TASKS_FILE) or [],
-            speeds=_read(directory / SPEED_FILE) or [],
+            perplexity=_read(directory / PERPLEXITY_FILE, list) or [],
+            tasks=_read(directory / TASKS_FILE, list) or [],
+            speeds=_read(directory / SPEED_FILE, list) or [],
             recovery=_read(directory / RECOVERY_FILE),
             samples=samples,
             config=config,
@@ -97,9 +96,9 @@ def report(output: str | Path, **options: Any) -> Path:
     return file
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, kind: type = dict) -> Any:
     """Content of a JSON file, or None if there is none."""
-    return read_json(file) if file.is_file() else None
+    return read_json(file, kind) if file.is_file() else None
 
 
 def _continuations(directory: Path, against: str, config: ReportConfig) -> list[dict[str, str]]:

@@ -10,7 +10,6 @@ is complete.
 import ctypes
 import gc
 import json
-import os
 import platform
 import re
 import shutil
@@ -18,15 +17,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from slimgpt.errors import OtherRunError, RunStateError
+from slimgpt.files import reading, sync, write_atomically, writing
 
 STATE_DIR = ".slimgpt"
 LAST_FILE = "config.json"
@@ -144,9 +142,9 @@ class Run:
             draft.mkdir()
             yield draft
             for path in (*draft.rglob("*"), draft):
-                _sync(path)
+                sync(path)
             draft.rename(self.state / _RESULT)
-            _sync(self.state)
+            sync(self.state)
 
     def publish(self) -> None:
         """Move the finished product to its place.
@@ -169,9 +167,9 @@ class Run:
                     write_atomically(moved, json.dumps([path.name for path in paths]) + "\n")
                 for path in paths[:-1]:
                     path.rename(self.output / path.name)
-                _sync(self.output)
+                sync(self.output)
                 (result / LAST_FILE).rename(self.output / LAST_FILE)
-                _sync(self.output)
+                sync(self.output)
 
     def _forget(self) -> None:
         """Remove the state, but for the lock; an unfinished product first, the manifest last."""
@@ -264,75 +262,6 @@ def _occupied(output: Path) -> RunStateError:
     )
 
 
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Name a file of an interrupted run that turns out to be damaged.
-
-    Raises
-    ------
-    RunStateError
-        If its content is not what was written.
-    """
-    try:
-        yield
-    except (SafetensorError, ValueError, LookupError) as err:
-        raise RunStateError(
-            f"{file} of the interrupted run is damaged: {err}",
-            hint="--restart throws the interrupted run away and begins anew",
-        ) from err
-
-
-@contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn a failure of the file system into an error that says what could not be written.
-
-    Raises
-    ------
-    RunStateError
-        In place of an ``OSError``, or the error that safetensors makes of one.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as err:
-        raise RunStateError(
-            f"cannot write to {output}: {err}",
-            hint="free some space or correct the permissions, then give the same command again; "
-            "or choose another --output",
-        ) from err
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Write a file under a temporary name, and give it its own when it is safely on disk.
-
-    Yields
-    ------
-    Path
-        The temporary name. If the block raises, `file` is as it was.
-    """
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, file)
-        _sync(file.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    with replacing(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def describe_file(file: Path) -> str:
-    """Size and time of change of a file, which tell a changed one."""
-    stat = file.stat()
-    return f"{stat.st_size} bytes of {datetime.fromtimestamp(stat.st_mtime, UTC)}"
-
-
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python, of the packages that every result depends on, and of these."""
     packages = ("slimgpt", "torch", "transformers", "safetensors", *packages)
@@ -377,14 +306,3 @@ def machine() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file, or the names in a directory, to disk."""
-    if path.is_dir() and sys.platform == "win32":  # has no such thing
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,8 +15,9 @@ from slimgpt.config import PruneConfig
 from slimgpt.costs import costs_of_changes
 from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import NumericalError
+from slimgpt.files import reading, write_atomically, writing
 from slimgpt.footprint import Footprint
-from slimgpt.run import WIDTHS_FILE, Run, reading, write_atomically, writing
+from slimgpt.run import WIDTHS_FILE, Run
 from slimgpt.schedule import BlockShape, BlockWidths, move_units
 from slimgpt.streaming import StreamedModel
 from slimgpt.sweep import read_plan, sweep

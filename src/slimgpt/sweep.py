@@ -15,8 +15,9 @@ from slimgpt.calibrate import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main, own_part
 from slimgpt.families import Block
+from slimgpt.files import reading, replacing, writing
 from slimgpt.footprint import Footprint
-from slimgpt.run import Run, Stage, peak_memory, reading, replacing, writing
+from slimgpt.run import Run, Stage, peak_memory
 from slimgpt.schedule import BlockWidths
 from slimgpt.streaming import StreamedModel
 from slimgpt.weights import read_metadata, read_tensor, write_file

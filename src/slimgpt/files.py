@@ -1,0 +1,138 @@
+"""Files that outlive a crash: read and checked, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from slimgpt.errors import ConfigError, RunStateError
+
+
+def read_json(file: Path, kind: type = dict) -> Any:
+    """Read a JSON file whose top level is of a given kind.
+
+    Parameters
+    ----------
+    file : Path
+        The file.
+    kind : type
+        ``dict`` or ``list``.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is not JSON, or is JSON of another kind.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise _broken(file, str(err)) from None
+    if not isinstance(values, kind):
+        raise _broken(file, f"its top level is a {type(values).__name__}, not a {kind.__name__}")
+    return values
+
+
+def _broken(file: Path, problem: str) -> ConfigError:
+    return ConfigError(
+        f"cannot read {file}: {problem}", hint="the file is broken: write it again, or remove it"
+    )
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Name a file of an interrupted run that turns out to be damaged.
+
+    Raises
+    ------
+    RunStateError
+        If its content is not what was written.
+    """
+    try:
+        yield
+    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as err:
+        raise RunStateError(
+            f"{file} of the interrupted run is damaged: {err}",
+            hint="--restart throws the interrupted run away and begins anew",
+        ) from err
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turn a failure of the file system into an error that says what could not be written.
+
+    Raises
+    ------
+    RunStateError
+        In place of an ``OSError``, or the error that safetensors makes of one.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as err:
+        raise RunStateError(
+            f"cannot write to {output}: {err}",
+            hint="free some space or correct the permissions, then give the same command again; "
+            "or choose another --output",
+        ) from err
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Write a file under a temporary name, and give it its own when it is safely on disk.
+
+    The temporary name cannot be guessed and is new, so that no link in a foreign directory leads
+    elsewhere; a link that has the file's own name is replaced, not followed.
+
+    Yields
+    ------
+    Path
+        The temporary name. If the block raises, `file` is as it was.
+    """
+    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, file)
+        sync(file.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def describe_file(file: Path) -> str:
+    """Size and SHA-256 of a file, which depend on its content alone."""
+    stat = file.stat()
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    return f"{stat.st_size} bytes, sha256 {_sha256(file, stat.st_size, times, stat.st_ino)}"
+
+
+@lru_cache(maxsize=4096)
+def _sha256(file: Path, *_: Any) -> str:
+    """Hash of a file; what else is given tells one state of it from another."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a directory, to disk."""
+    if path.is_dir() and sys.platform == "win32":  # has no such thing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
