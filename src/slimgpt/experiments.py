@@ -429,7 +429,7 @@ class _Work:
 
     def _made(self, verb: str, make: Callable[..., Any]) -> str:
         output = self._model(verb)
-        if not Run(output).is_published:
+        if not Run(output).is_complete:
             try:
                 make(output=output)
             except OtherRunError as err:  # of files or a device that have changed since

@@ -57,7 +57,7 @@ def reading(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as err:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as err:
         raise RunStateError(
             f"{file} of the interrupted run is damaged: {err}",
             hint="--restart throws the interrupted run away and begins anew",
@@ -75,7 +75,7 @@ def writing(output: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as err:
+    except (OSError, SafetensorError, UnicodeEncodeError) as err:
         raise RunStateError(
             f"cannot write to {output}: {err}",
             hint="free some space or correct the permissions, then give the same command again; "
