@@ -386,6 +386,8 @@ def open_run(output: Path) -> Iterator[Run]:
     """
     run = Run(output)
     with writing(output):
+        if "\0" in str(output):
+            raise OSError("a path cannot have a null character")
         if output.exists() and not output.is_dir():
             raise RunStateError(
                 f"the output {output} exists and is not a directory",
