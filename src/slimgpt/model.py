@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -186,9 +187,10 @@ def load_config(source: Source) -> PreTrainedConfig:
     Raises
     ------
     ConfigError
-        If it cannot be read, or the hub cannot be reached.
+        If it cannot be read, its values are wrong, or the hub cannot be reached.
     UnsupportedModelError
-        If the model is of no supported family, or quantised.
+        If the model is of no supported family, quantised or an adapter, asks for code from
+        elsewhere, or is a directory whose weights have another number of blocks.
     """
     if not source.gguf_file:
         if source.directory is None and find_file(source, ADAPTER_CONFIG_NAME):
@@ -205,6 +207,9 @@ def load_config(source: Source) -> PreTrainedConfig:
             family_of(found[1])
         raise cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
+    if source.directory:
+        with suppress(ConfigError):  # files that cannot be read may not be needed
+            read_stored(source, config)
     return config
 
 
