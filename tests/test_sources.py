@@ -511,6 +511,7 @@ WRONG = [
     ("quantization_config", "fp8"),
     ("transformers_weights", "../other.safetensors"),
     ("configuration_files", ["config.4.0.0.json"]),
+    ("num_labels", 2**31),
     ("to_dict", 5),
     ("attribute_map", {"hidden_size": "vocab_size"}),
 ]

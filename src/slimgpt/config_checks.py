@@ -90,6 +90,7 @@ class _ModelConfig(_Checked):
     bos_token_id: _TokenIds = None
     eos_token_id: _TokenIds = None
     pad_token_id: int | None = None
+    num_labels: Annotated[int, Field(ge=0, le=2**16)] | None = None  # are listed one by one
     per_layer_config: dict[str, dict[str, _Width]] | None = None
     attn_implementation: str | None = None
     experts_implementation: str | None = None
