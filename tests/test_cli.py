@@ -204,7 +204,7 @@ def make_gpt2(directory: Path) -> None:
         (remove_config, "has no config.json", "model directory"),
         (remove_weights, "has no *.safetensors file", ""),
         (quantise, "is quantised", "prune the original model"),
-        (break_config, "cannot load the config", "files are whole"),
+        (break_config, "hidden_size='wide'", "correct config.json"),
         (remove_tokenizer, "cannot load the tokenizer", "files are whole"),
         (make_gpt2, "models of type 'gpt2' are not supported", "llama, mistral, qwen2, qwen3"),
     ],

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from slimgpt.card import REPORT_FILE
 from slimgpt.errors import ExportError, MissingDependencyError
 from slimgpt.files import read_json
-from slimgpt.model import SMOLLM2_ALIAS, Source, find_file, find_model, load_tokenizer
+from slimgpt.model import SMOLLM2_ALIAS, Source, embedded_model, find_file, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def _original_gguf(source: Source) -> Path | None:
         if read_json(report)["base_model"] != SMOLLM2_ALIAS:
             return None
         try:
-            source = find_model(SMOLLM2_ALIAS)
+            source = embedded_model()
         except MissingDependencyError:
             return None
     return Path(source.location) / str(source.gguf_file)

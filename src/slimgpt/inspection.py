@@ -65,12 +65,12 @@ class ModelSummary:
     pruning: PruningCost | None
 
 
-def inspect(model: str) -> ModelSummary:
+def inspect(model: str | Path) -> ModelSummary:
     """Summarise a dense or pruned model.
 
     Parameters
     ----------
-    model : str
+    model : str or Path
         A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
 
     Raises
@@ -104,7 +104,7 @@ def inspect(model: str) -> ModelSummary:
     params["norm"] = total - sum(params.values())
     params["total"] = total
     cost = _pruning_cost(find_file(source, REPORT_FILE))
-    return ModelSummary(model, config.model_type, head_dim, tuple(blocks), params, cost)
+    return ModelSummary(source.name, config.model_type, head_dim, tuple(blocks), params, cost)
 
 
 def _pruning_cost(report: Path | None) -> PruningCost | None:

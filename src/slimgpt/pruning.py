@@ -56,6 +56,7 @@ from slimgpt.schedule import (
     plan_widths,
     removed_params,
 )
+from slimgpt.stored import read_tensor
 from slimgpt.streaming import StreamedModel
 from slimgpt.survey import measured_widths, probe_bytes, samples_needed
 from slimgpt.sweep import sweep
@@ -63,7 +64,6 @@ from slimgpt.weights import (
     Weights,
     open_weights,
     read_metadata,
-    read_tensor,
     saved_tensors,
     tensor_names,
 )

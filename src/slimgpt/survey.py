@@ -18,9 +18,9 @@ from slimgpt.errors import NumericalError
 from slimgpt.footprint import Footprint
 from slimgpt.run import WIDTHS_FILE, Run
 from slimgpt.schedule import BlockShape, BlockWidths, move_units
+from slimgpt.stored import read_tensor
 from slimgpt.streaming import StreamedModel
 from slimgpt.sweep import read_plan, sweep
-from slimgpt.weights import read_tensor
 
 log = logging.getLogger(__name__)
 

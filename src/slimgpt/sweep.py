@@ -19,8 +19,9 @@ from slimgpt.files import reading, writing
 from slimgpt.footprint import Footprint
 from slimgpt.run import Run, Stage, peak_memory
 from slimgpt.schedule import BlockWidths
+from slimgpt.stored import read_tensor
 from slimgpt.streaming import StreamedModel
-from slimgpt.weights import read_metadata, read_tensor, write_file
+from slimgpt.weights import read_metadata, write_file
 
 log = logging.getLogger(__name__)
 
