@@ -56,7 +56,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
 # Each is a way to the tokens; the arguments ask for more text than a small file has.
 USES: dict[str, Callable[[str, PreTrainedTokenizerFast], Any]] = {
     "calibration": lambda name, tokenizer: calibration_tokens(name, tokenizer, 2, 16),
-    "evaluation": lambda name, tokenizer: evaluation_tokens(name, tokenizer),
+    "evaluation": evaluation_tokens,
     "training": lambda name, tokenizer: training_examples(name, tokenizer, 16),
 }
 
@@ -174,7 +174,11 @@ def test_names_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_bad_names(
-    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    message: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
@@ -184,7 +188,7 @@ def test_bad_names(
         check_dataset(name, "calibration")
     assert caught.value.hint
     with pytest.raises(SlimGPTError):
-        evaluation_tokens(name, None)  # type: ignore[arg-type]
+        evaluation_tokens(name, tokenizer)
 
 
 DEEP = "[" * 100_000
@@ -222,8 +226,9 @@ BAD_FILES: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"instruction": "x", "output": ["x"]}', "line 1: 'output' is a list"),
     ("a.jsonl", '{"instruction": "x", "input": 3, "output": "x"}', "line 1: 'input' is a number"),
     ("a.jsonl", '{"instruction": "\\udc00", "output": "x"}', "'instruction' is half of a surrog"),
-    ("a.jsonl", '{"messages": "x", "text": 1}', "line 1: 'text' is a number|not one|tokens, 0"),
-    ("a.jsonl", '{"messages": {"a": 1}}', "line 1: 'messages' is an object"),
+    ("a.jsonl", '{"messages": "x", "text": 1}', "line 1: 'text' is a number, not a string"),
+    ("a.jsonl", '{"messages": "x"}', "line 1: 'messages' is a string, not a list of turns"),
+    ("a.jsonl", '{"messages": {"a": 1}}', "line 1: 'messages' is an object, not a list of turns"),
     ("a.jsonl", '{"messages": [3]}', r"line 1: 'messages\[1\]' is a number, not an object"),
     ("a.jsonl", '{"messages": [{"role": "user"}]}', r"messages\[1\] has no 'content'"),
     ("a.jsonl", '{"messages": [{"content": "x"}]}', r"messages\[1\] has no 'from'"),
@@ -300,11 +305,12 @@ def test_any_json_is_documents_or_an_error(
         files = [write(tmp_path / "a.json", json.dumps(values))]
     for file in files:
         for use in USES.values():
+            error = None
             try:
                 use(file, chat_tokenizer)
             except DataError as err:
-                assert err.hint
-                assert file in str(err)
+                error = err
+            assert error is None or (error.hint and file in str(error))
 
 
 def test_null_texts_are_counted(
@@ -387,6 +393,7 @@ def test_a_rendered_bos_is_not_doubled(chat_tokenizer: PreTrainedTokenizerFast) 
 def sentence_tokenizer() -> PreTrainedTokenizerFast:
     """Like Llama 2's: merges over the whole text, a space in front, and a BOS token."""
     from pydoc_data.topics import topics
+
     from tokenizers.processors import TemplateProcessing
 
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -440,18 +447,18 @@ def test_small_files_are_drawn_as_ever(tokenizer: PreTrainedTokenizerFast, tmp_p
         assert torch.equal(drawn, windows[order[:10]])
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz"])
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl.gz"])
 def test_of_a_large_file_a_part_is_in_memory(
     suffix: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pydoc_data.topics import topics
 
     monkeypatch.setattr("slimgpt.data.SHUFFLED_CHARACTERS", 2**22)
-    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 2**18)
-    text = "\n\n".join(topics[key] for key in sorted(topics))[:400_000]
-    content = text * 100
+    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 2**16)
+    text = "\n\n".join(topics[key] for key in sorted(topics))[:50_000]
+    content = text * 800
     if "json" in suffix:
-        content = (json.dumps({"text": text}) + "\n") * 100
+        content = (json.dumps({"text": text}) + "\n") * 800
     packed = content.encode()
     file = write(
         tmp_path / f"a{suffix}", gzip.compress(packed, 1) if suffix.endswith(".gz") else packed
@@ -485,7 +492,7 @@ def test_records_without_text_end(
     monkeypatch.setattr(documents, "MAX_WITHOUT_TEXT", 100)
     for value in ("null", '""'):
         file = write(tmp_path / "a.jsonl", f'{{"text": {value}}}\n' * 200)
-        with pytest.raises(DataError, match="100 records up to .* have no text"):
+        with pytest.raises(DataError, match=r"100 records up to .* have no text"):
             calibration_tokens(file, tokenizer, 1, 16)
 
 
@@ -502,7 +509,7 @@ def test_parquet_bombs(
     assert evaluation_tokens(file, tokenizer, 64).shape == (64,)
     assert pyarrow.default_memory_pool().max_memory() < 3 * records.MAX_ROW_GROUP
     monkeypatch.setattr(records, "MAX_ROW_GROUP", 2**10)
-    with pytest.raises(DataError, match="row group 0 of .*GiB"):
+    with pytest.raises(DataError, match=r"row group 0 of .*GiB"):
         evaluation_tokens(file, tokenizer, 64)
 
 
@@ -547,7 +554,7 @@ def test_numbers_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_tokens_beyond_the_embeddings() -> None:
     check_token_ids(torch.tensor([[3, 9]]), 10, "pydocs")
     check_token_ids(torch.empty(0, dtype=torch.long), 10, "pydocs")
-    with pytest.raises(DataError, match="token 10 of pydocs, but .* embeddings for 10 tokens"):
+    with pytest.raises(DataError, match=r"token 10 of pydocs, but .* embeddings for 10 tokens"):
         check_token_ids(torch.tensor([[3, 10]]), 10, "pydocs")
 
 

@@ -150,10 +150,11 @@ def _document(where: str, record: Any, text_field: str | None) -> Document | Non
             hint='a record is as {"text": "…"}',
         )
     names = (text_field,) if text_field else (TEXT, *CHAT)
+    chats = () if text_field else CHAT
     present = [name for name in names if name in record]
     for name in present:
         value = record[name]
-        if isinstance(value, str):
+        if isinstance(value, str) and name not in chats:
             return Document(where, _checked(value, where, name))
         if isinstance(value, list | tuple):
             return Document(where, messages=_messages(value, where, name)) if value else None
@@ -167,7 +168,8 @@ def _document(where: str, record: Any, text_field: str | None) -> Document | Non
         )
     wrong = next((name for name in present if record[name] is not None), None)
     if wrong:
-        raise _wrong_type(where, wrong, record[wrong])
+        wanted = "a list of turns" if wrong in chats else "a string"
+        raise _wrong_type(where, wrong, record[wrong], wanted)
     return None
 
 
