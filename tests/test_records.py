@@ -455,6 +455,7 @@ def test_of_a_large_file_a_part_is_in_memory(
 
     monkeypatch.setattr("slimgpt.data.SHUFFLED_CHARACTERS", 2**22)
     monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 2**16)
+    monkeypatch.setattr(tokens, "PIECE", 2**14)
     text = "\n\n".join(topics[key] for key in sorted(topics))[:50_000]
     content = text * 800
     if "json" in suffix:

@@ -46,8 +46,9 @@ def render(
             f"{where} is a chat, and the tokenizer has no chat template",
             hint="take the tokenizer of a chat model, or data with a field 'text'",
         )
+    apply: Any = tokenizer.apply_chat_template
     try:
-        return tokenizer.apply_chat_template(list(messages), **{"tokenize": False} | options)
+        return apply(list(messages), **{"tokenize": False} | options)
     except ImportError as err:
         raise MissingDependencyError("jinja2", "a chat template", "pip install jinja2") from err
     except Exception as err:  # the template is a program of the model's, and raises what it likes

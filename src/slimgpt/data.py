@@ -49,6 +49,9 @@ PYDOCS = "pydocs"
 PYDOCS_CALIBRATION = 0.8
 MAX_TOKENS = 2**28  # of a text or of all samples: 2 GiB
 SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # in memory at once
+# Memory to read and tokenise local files or the hub, at most: the texts that are shuffled, at 4
+# bytes a character, a record of the largest size while it is parsed, and a piece in the tokenizer.
+READING_BYTES = 2**29
 LOCAL_HINT = "local alternatives: pydocs, or a file ending in " + ", ".join(FILE_SUFFIXES)
 
 
