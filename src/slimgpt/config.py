@@ -292,8 +292,8 @@ class EvalConfig(_ModelOptions):
 
     data: Annotated[tuple[str, ...], _Listed] = Field(
         ("wikitext2",),
-        description="Texts for perplexity: data sets, local files or directories, comma-separated. With tasks "
-        "and without texts, only the tasks are run.",
+        description="Texts for perplexity: data sets, local files or directories, comma-separated. "
+        "With tasks and without texts, only the tasks are run.",
     )
     seqlen: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _Listed] = Field(
         (2048,), min_length=1, description="Window lengths in tokens, comma-separated."
