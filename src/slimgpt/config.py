@@ -129,8 +129,8 @@ class _ModelOptions(_RuntimeOptions):
 
     text_field: str | None = Field(
         None,
-        description="Field with the text in local data files. Default: text, or for instructions "
-        "the fields of Alpaca.",
+        description="Field with the text or chat in local data files. Default: text, messages, "
+        "conversations, or for instructions the fields of Alpaca.",
     )
 
 
@@ -173,7 +173,8 @@ class PruneConfig(_ModelOptions):
         ("c4", "self"),
         min_length=1,
         description="Texts, comma-separated, that give equal numbers of samples: data sets, local "
-        ".txt/.jsonl/.json/.parquet files, and self, what the model itself writes.",
+        ".txt/.jsonl/.json/.parquet files (the first three also as .gz or .zst) or directories of "
+        "them, and self, what the model itself writes.",
     )
     nsamples: int = Field(128, ge=1, description="Number of calibration samples.")
     seqlen: int = Field(2048, ge=2, description="Tokens of each calibration sample.")
@@ -291,8 +292,8 @@ class EvalConfig(_ModelOptions):
 
     data: Annotated[tuple[str, ...], _Listed] = Field(
         ("wikitext2",),
-        description="Texts for perplexity: data sets or local files, comma-separated. With tasks "
-        "and without texts, only the tasks are run.",
+        description="Texts for perplexity: data sets, local files or directories, comma-separated. "
+        "With tasks and without texts, only the tasks are run.",
     )
     seqlen: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _Listed] = Field(
         (2048,), min_length=1, description="Window lengths in tokens, comma-separated."
@@ -343,7 +344,10 @@ class RecoverConfig(_ModelOptions):
     method: RecoverMethod = Field(
         "lora", description="What is trained: adapters, all weights, or adapters with a teacher."
     )
-    data: str = Field("alpaca", description="Data set or local file: instructions or plain text.")
+    data: str = Field(
+        "alpaca",
+        description="Data set, local file or directory: instructions, chats or plain text.",
+    )
     max_examples: int | None = Field(None, ge=1, description="Use only the first examples.")
     seqlen: int = Field(256, ge=2, description="Tokens of an example; the rest is cut off.")
     rank: int = Field(8, ge=1, description="Rank of the adapters.")
