@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    GetPydanticSchema,
     TypeAdapter,
     ValidationError,
     create_model,
@@ -69,21 +70,22 @@ class _Calibration(_Read):
 
 
 def _options(config: type[BaseModel], *needed: str) -> Any:
-    """What a report says of the options: those that this version knows, some of them needed."""
+    """Schema of the options in a report: those that this version knows, some of them needed."""
     fields: dict[str, Any] = {
         name: (field.annotation, ... if name in needed else None)
         for name, field in config.model_fields.items()
     }
-    return create_model(
+    model = create_model(
         config.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
     )
+    return GetPydanticSchema(lambda _, handler: handler(model))
 
 
 class PruningReport(_Read):
     """What ``pruning_report.json`` holds."""
 
     base_model: str
-    config: _options(PruneConfig, "method", "uniform")
+    config: Annotated[Any, _options(PruneConfig, "method", "uniform")]
     dtype: str
     device: str
     calibration: _Calibration
@@ -117,7 +119,9 @@ class RecoveryReport(_Read):
 
     model: str
     teacher: str | None
-    config: _options(RecoverConfig, "method", "batch_size", "learning_rate", "seqlen")
+    config: Annotated[
+        Any, _options(RecoverConfig, "method", "batch_size", "learning_rate", "seqlen")
+    ]
     data: str
     held_out: str
     steps: Count

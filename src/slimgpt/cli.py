@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -65,7 +65,8 @@ stderr = _Stderr(stderr=True, highlight=False, markup=False)
 log = logging.getLogger("slimgpt")
 
 LONGEST_MESSAGE = 500  # characters of what is wrong with the command line
-_UsageError = typer.BadParameter.__mro__[1]  # of click, or of typer's own copy of it
+# Of click, or of typer's own copy of it.
+_UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 Model = Annotated[
     str,

@@ -172,7 +172,7 @@ class _Options(BaseModel):
         if problem["type"] == "missing":
             return f"{name} is missing"
         if problem["type"] == "extra_forbidden":
-            return f"unknown option {name!r}: {did_you_mean(name, list(cls.model_fields))}"
+            return f"unknown option {_shown(name)}: {did_you_mean(name, list(cls.model_fields))}"
         if problem["type"] == "literal_error" and len(problem["loc"]) == 1:
             known = [str(arg) for arg in get_args(cls.model_fields[name].annotation)]
             return (

@@ -88,7 +88,7 @@ class MissingDependencyError(SlimGPTError):
         )
 
 
-def resource_error(err: BaseException) -> ResourceError | None:
+def resource_error(err: BaseException) -> SlimGPTError | None:
     """Tell what the machine refuses from a fault of the program.
 
     Parameters
@@ -98,7 +98,7 @@ def resource_error(err: BaseException) -> ResourceError | None:
 
     Returns
     -------
-    ResourceError or None
+    SlimGPTError or None
         An error for the user; None if the cause is another one.
     """
     text = " ".join(str(err).split())
@@ -115,6 +115,8 @@ def resource_error(err: BaseException) -> ResourceError | None:
             f"no space left: {text[:300]}",
             hint="free some space on the disk, then give the same command again",
         )
+    if getattr(err, "errno", None) == errno.ENAMETOOLONG:
+        return ConfigError(f"a name is too long: {text[:300]}", hint="give a shorter one")
     if isinstance(err, OSError):
         return ResourceError(
             f"a file cannot be read or written: {text[:300]}",
