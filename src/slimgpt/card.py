@@ -135,7 +135,7 @@ _CARD = """---
 {front_matter}---
 # {base_name}, pruned by {percent:g} %
 
-A smaller dense model, made from {base_code} by structured pruning with
+A smaller dense model, made from {base_name} by structured pruning with
 SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and
 {rest}.
 
@@ -261,7 +261,6 @@ def write_card(directory: Path) -> None:
         front_matter=_front_matter(base),
         percent=round(100 * report["target_ratio"], 4),
         base_name=report["base_model"],
-        base_code=_code(base),
         version=report["versions"]["slimgpt"],
         trust="" if uniform else ", trust_remote_code=True",
         why="" if uniform else _WHY,
@@ -290,11 +289,6 @@ def _front_matter(base: str) -> str:
 def _plain(text: str) -> str:
     """Text on one line, without characters that cannot be printed."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _code(text: str) -> str:
-    """A name as code in Markdown."""
-    return f"`{_plain(text).replace('`', chr(39))}`"
 
 
 def _escaped(value: Any) -> Any:
