@@ -423,10 +423,9 @@ def test_a_cell_without_memory_fails_alone(
 
     monkeypatch.setattr(experiments, "evaluate", evaluate)
     result = slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
-    assert result.errors == ["out of memory"] * 2
+    assert [error.partition(";")[0] for error in result.errors] == ["out of memory"] * 2
 
 
-@given(st.dictionaries(names, numbers, max_size=3), st.booleans())
 @pytest.mark.parametrize(
     ("err", "message"),
     [
@@ -476,6 +475,7 @@ def test_labels_stay_in_their_cells() -> None:
     assert "| a \\| b |" in text
 
 
+@given(st.dictionaries(names, numbers, max_size=3), st.booleans())
 def test_a_grid_is_the_product_of_its_dimensions(
     grid: dict[str, list[int]], with_dense: bool
 ) -> None:

@@ -107,7 +107,7 @@ def resource_error(err: BaseException) -> SlimGPTError | None:
         isinstance(err, RuntimeError | OSError) and any(words in text for words in _NO_MEMORY)
     ):
         return ResourceError(
-            f"out of memory: {text[:300]}",
+            f"out of memory: {text[:300]}" if text else "out of memory",
             hint="use fewer or shorter samples, smaller batches, a smaller --dtype, or the CPU",
         )
     if getattr(err, "errno", None) in _FULL or any(words in text for words in _NO_SPACE):
