@@ -356,7 +356,7 @@ def test_every_key_of_a_report_is_checked(
         (OSError(28, "No space left on device"), "no space left", 1),
         (RuntimeError("file write failed: No space left on device"), "no space left", 1),
         (OSError(36, "File name too long", "x"), "a name is too long", 2),
-        (PermissionError(13, "Permission denied", "x"), "cannot be read or written", 1),
+        (PermissionError(13, "Permission denied", "x"), "a file cannot be read or written", 1),
     ],
 )
 def test_what_the_machine_refuses_is_no_fault_of_ours(
@@ -380,11 +380,11 @@ def test_what_the_machine_refuses_is_no_fault_of_ours(
     [
         ("2>&-", 0, ""),
         ("2>/dev/full", 0, ""),
-        (">&-", 0, "loading"),
+        (">&-", 0, "block 4/4"),
         (">&- 2>&- <&-", 0, ""),
         (">/dev/full", 1, "cannot be written to standard output: No space left"),
         ("--json >/dev/full", 1, "cannot be written to standard output: No space left"),
-        ("--json | true", 1, "loading"),
+        ("--json | true", 1, "block 4/4"),
         ("2>&1 >/dev/null | true", 0, ""),
     ],
 )
