@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from slimgpt.card import REPORT_FILE
+from slimgpt.card import REPORT_FILE, PruningReport, read_report
 from slimgpt.families import bind, decoder_of
-from slimgpt.files import read_json
 from slimgpt.model import build_skeleton, find_file, find_model, load_config
 
 
@@ -110,7 +109,7 @@ def inspect(model: str | Path) -> ModelSummary:
 def _pruning_cost(report: Path | None) -> PruningCost | None:
     if report is None:
         return None
-    values = read_json(report)
+    values = read_report(report, PruningReport)
     return PruningCost(values["seconds"], values["peak_memory_bytes"])
 
 
