@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 from conftest import Run
@@ -219,6 +221,21 @@ def test_llama_cpp_is_reached_past_a_proxy_and_its_errors_are_told(
     assert engine.generate([[5, 6, 7]], 4).rest > 0
     with pytest.raises(EngineError, match="exceeds the available context size"):
         engine.generate([[5] * 1000], 4)
+
+
+def test_llama_cpp_answers_only_who_has_its_key(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    file = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "model.gguf").output
+    config = BenchConfig.create(prompt_length=(8,), new_tokens=4, threads=1)
+    engines_of_two_runs = [engines.LlamaCpp(str(file), config) for _ in range(2)]
+    assert len({engine._key for engine in engines_of_two_runs}) == 2
+    url = f"{engines_of_two_runs[0]._server.listening_address}/completion"
+    body = json.dumps({"prompt": [5, 6, 7], "n_predict": 1}).encode()
+    for headers in ({}, {"Authorization": f"Bearer {engines_of_two_runs[1]._key}"}):
+        with pytest.raises(HTTPError, match="401"):
+            build_opener(ProxyHandler({})).open(Request(url, body, headers))
+    assert engines_of_two_runs[0].generate([[5, 6, 7]], 4).rest > 0
 
 
 class FakeVllm(ModuleType):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,21 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from slimgpt import modeling_slimgpt
+from slimgpt.errors import ConfigError
 from slimgpt.families import PRUNED_PREFIX, config_widths, family_of
+from slimgpt.files import read_json
+from slimgpt.model import (
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILES,
+    Source,
+    find_file,
+    load_tokenizer,
+)
 from slimgpt.registry import pruned_classes
 from slimgpt.schedule import BlockWidths
 from slimgpt.weights import write_file
@@ -84,6 +95,77 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
             pruned_config(config, [kept], uniform=True)
             accepted.append(count)
     return accepted
+
+
+def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the tokenizer of a checkpoint beside a model that was made from it.
+
+    The source's own files are copied, because tools read more from them than what
+    ``save_pretrained`` writes. Where they would load as another tokenizer, as with a model type
+    that the auto class does not know, and for a GGUF file, the tokenizer is saved instead.
+
+    Parameters
+    ----------
+    source : Source
+        Of the tokenizer.
+    tokenizer : PreTrainedTokenizerBase
+        As it was loaded.
+    directory : Path
+        Has the model's ``config.json`` already.
+    """
+    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    for name, file in files.items():
+        shutil.copyfile(file, directory / name)
+    if not files or not _loads_as(directory, tokenizer):
+        for name in files.keys() - {SENTENCEPIECE_FILE}:
+            (directory / name).unlink()
+        tokenizer.save_pretrained(directory)
+    _use_older_names(directory / "tokenizer_config.json")
+
+
+def _loads_as(directory: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    with contextlib.suppress(ConfigError):
+        loaded = load_tokenizer(Source(str(directory), str(directory)))
+        return _describe_tokenizer(loaded) == _describe_tokenizer(tokenizer)
+    return False
+
+
+def _describe_tokenizer(tokenizer: Any) -> list[Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else tokenizer.get_vocab()
+    return [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
+
+
+def _use_older_names(file: Path) -> None:
+    """Call a class and a list by the names that transformers 4 knows, and newer versions too."""
+    if not file.is_file():
+        return
+    values = old = read_json(file)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values = values | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(values.get("extra_special_tokens"), list):
+        values = dict(values)
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values != old:
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def add_older_rope_keys(directory: Path) -> None:
+    """State the rotary embeddings in ``config.json`` as transformers 4 reads them too.
+
+    Parameters
+    ----------
+    directory : Path
+        Has a ``config.json`` with ``rope_parameters``.
+    """
+    file = directory / "config.json"
+    values = read_json(file)
+    rope = dict(values.get("rope_parameters") or {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            values[key] = rope.pop(key)
+    values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_shards(

