@@ -27,12 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import (
-    GENERATION_CONFIG_NAME,
-    is_protobuf_available,
-    is_sentencepiece_available,
-)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from slimgpt.config import did_you_mean
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
