@@ -22,7 +22,6 @@ from slimgpt.data import (
     MAX_TOKENS,
     calibration_tokens,
     check_dataset,
-    check_token_ids,
     dataset_files,
     describe_dataset,
     evaluation_tokens,
@@ -550,13 +549,6 @@ def test_numbers_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
             calibration_tokens("pydocs", tokenizer, nsamples, seqlen)
     whole = evaluation_tokens("pydocs", tokenizer)
     assert torch.equal(evaluation_tokens("pydocs", tokenizer, max_tokens=10**30), whole)
-
-
-def test_tokens_beyond_the_embeddings() -> None:
-    check_token_ids(torch.tensor([[3, 9]]), 10, "pydocs")
-    check_token_ids(torch.empty(0, dtype=torch.long), 10, "pydocs")
-    with pytest.raises(DataError, match=r"token 10 of pydocs, but .* embeddings for 10 tokens"):
-        check_token_ids(torch.tensor([[3, 10]]), 10, "pydocs")
 
 
 def test_models_that_write_no_text(tokenizer: PreTrainedTokenizerFast) -> None:

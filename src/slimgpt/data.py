@@ -312,31 +312,6 @@ def _joined(
         yield _text(document, tokenizer)
 
 
-def check_token_ids(tokens: Tensor, vocab_size: int, name: str) -> None:
-    """Check that a model has an embedding for each token.
-
-    Parameters
-    ----------
-    tokens : Tensor
-        int64, of any shape.
-    vocab_size : int
-        Number of embeddings.
-    name : str
-        The data set.
-
-    Raises
-    ------
-    DataError
-        If there is a token beyond the embeddings.
-    """
-    if tokens.numel() and (highest := int(tokens.max())) >= vocab_size:
-        raise DataError(
-            f"the tokenizer makes token {highest} of {name}, but the model has embeddings for "
-            f"{vocab_size} tokens",
-            hint="the tokenizer is not the model's: use the files that were published with it",
-        )
-
-
 def _tokens_needed(nsamples: int, seqlen: int) -> int:
     if nsamples * seqlen > MAX_TOKENS:
         raise DataError(
@@ -385,7 +360,6 @@ def sample_from_model(
             "the tokenizer has neither BOS nor EOS, so the model cannot start a text",
             hint="name texts for --calibration, without self",
         )
-    check_token_ids(torch.tensor(first), model.config.vocab_size, "the start of a text")
     needed, length = _tokens_needed(nsamples, seqlen), min(TEXT_LENGTH, seqlen)
     prompts = torch.tensor([[first]] * -(-needed // length))
     generate: Any = model.generate

@@ -124,6 +124,8 @@ def _read(file: Path, *_: int) -> GGUFContent:
     if content.arch in _TENSORS:
         _check_names(content)
         _check_numbers(content)
+    if content.arch == "llama":
+        _check_biases(content)
     return content
 
 
@@ -140,6 +142,19 @@ def _check_names(content: GGUFContent) -> None:
             hint="the model would be computed without them: use the checkpoint that the file was "
             "made from",
         )
+
+
+def _check_biases(content: GGUFContent) -> None:
+    """Refuse a model of LLaMA's graph with biases in some of the projections of a sublayer."""
+    found = {name.split(".")[2] for name in content.shapes if name.endswith(".bias")}
+    for prefix in ("attn", "ffn"):
+        wanted = {name for name in _LINEARS.split("|") if name.startswith(prefix)}
+        if 0 < len(found & wanted) < len(wanted):
+            raise UnsupportedModelError(
+                f"{content.file.name} has biases of {', '.join(sorted(found & wanted))} alone, "
+                f"where models of type {content.arch!r} have those of {prefix} all or none",
+                hint="use the checkpoint that the file was made from",
+            )
 
 
 def _check_numbers(content: GGUFContent) -> None:

@@ -309,9 +309,20 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return _as_in_the_file(tokenizer, content) if content else tokenizer
 
 
+def tokenizer_files(source: Source) -> dict[str, Path]:
+    """Find the files that a tokenizer is made of, by name; none for a GGUF file.
+
+    Raises
+    ------
+    ConfigError
+        If the hub cannot be reached.
+    """
+    return {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+
+
 def _check_tokenizer_files(source: Source) -> None:
     """Say which file or package is at fault where a tokenizer does not load."""
-    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    files = tokenizer_files(source)
     for name, file in files.items():
         if name.endswith(".json"):
             read_json(file)

@@ -33,9 +33,12 @@ from slimgpt.checkpoint import (
 )
 from slimgpt.config import PruneConfig
 from slimgpt.data import (
+    PYDOCS,
+    READING_BYTES,
     SELF,
     calibration_tokens,
     check_dataset,
+    dataset_files,
     describe_dataset,
     sample_from_model,
 )
@@ -53,6 +56,7 @@ from slimgpt.model import (
     load_generation_config,
     load_model,
     load_tokenizer,
+    tokenizer_files,
     usable_seqlen,
 )
 from slimgpt.run import GENERATED_FILE, SCORES_FILE, Run, computation, open_run, versions
@@ -362,6 +366,8 @@ def _footprint(
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
     if planned.is_measured:
         whole = max(whole, probe_bytes(skeleton, config.nsamples, seqlen))
+    if not {SELF, PYDOCS}.issuperset(config.calibration):
+        whole = max(whole, READING_BYTES)
     if SELF in config.calibration:
         whole = max(whole, planned.params_before * size)
     if config.method in NEEDS_GRADIENTS:
@@ -386,13 +392,14 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the result depends on."""
     configs = {"model config": model_config, "generation config": generation_config}
-    files = [path for path in map(Path, config.calibration) if path.is_file()]
+    files = [file for name in config.calibration for file in dataset_files(name)]
+    files += tokenizer_files(weights.source).values()
     return {
         "model": weights.source.title,
         **{name: sha256(c.to_json_string().encode()).hexdigest() for name, c in configs.items()},
         **{file.name: describe_file(file) for file in weights.files},
         **config.model_dump(exclude={"activation_memory"}),
-        **{f"calibration file {path}": describe_file(path) for path in files},
+        **{f"file {path}": describe_file(path) for path in files},
         "device": device.type,
         "products": str(fast_dtype(device, weights.dtype)),
         **computation(),

@@ -39,7 +39,7 @@ from transformers.integrations.integration_utils import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE, PruningReport, read_report, write_card
 from slimgpt.checkpoint import add_older_rope_keys, write_tokenizer
 from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data import (
@@ -52,7 +52,7 @@ from slimgpt.data import (
 from slimgpt.distributed import TIME_LIMIT, from_main, is_main, training_together
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError, NumericalError
 from slimgpt.families import family_of
-from slimgpt.files import describe_file, read_json, reading, write_atomically, writing
+from slimgpt.files import describe_file, reading, write_atomically, writing
 from slimgpt.model import (
     SMOLLM2_ALIAS,
     Source,
@@ -63,6 +63,7 @@ from slimgpt.model import (
     load_config,
     load_model,
     load_tokenizer,
+    tokenizer_files,
     usable_seqlen,
 )
 from slimgpt.run import CHECKSUMS_FILE, Run, computation, open_run, peak_memory, versions
@@ -177,7 +178,7 @@ def _identity(
         **{
             f"{role}'s {file.name}": describe_file(file)
             for role, model in models.items()
-            for file in weight_files(model)
+            for file in (*weight_files(model), *tokenizer_files(model).values())
         },
         **config.model_dump(mode="json", exclude={"teacher", "report_to"}),
         "examples_sha256": _sha256(examples),
@@ -383,7 +384,7 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     """The model to distil from, which must have the vocabulary of the one that is trained."""
     name, report = config.teacher, find_file(source, REPORT_FILE)
     if name is None and report:
-        base = read_json(report)["base_model"]
+        base = read_report(report, PruningReport)["base_model"]
         if "/" in base or base == SMOLLM2_ALIAS:  # else the folder of a local model
             name = base
     if name is None:
