@@ -24,17 +24,6 @@ from slimgpt.evaluation import EvalResult
 
 SOURCE = Path(slimgpt.__file__).parent
 # Modules in which errors may still have no hint.
-PENDING = {
-    "data.py",
-    "engines.py",
-    "gguf.py",
-    "gguf_vocab.py",
-    "model.py",
-    "recovery.py",
-    "run.py",
-    "schedule.py",
-    "tasks.py",
-}
 
 LONG = "x" * 5000
 MANY = "9" * 400
@@ -298,7 +287,7 @@ def _raised(file: Path) -> Iterator[tuple[int, bool]]:
 @pytest.mark.parametrize("file", sorted(SOURCE.glob("*.py")), ids=lambda file: file.name)
 def test_every_error_has_a_hint(file: Path) -> None:
     lacking = [line for line, has_hint in _raised(file) if not has_hint]
-    assert not lacking or file.name in PENDING, lacking
+    assert not lacking, lacking
 
 
 ANY_JSON = st.recursive(

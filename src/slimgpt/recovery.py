@@ -469,7 +469,8 @@ def _training_arguments(
     if config.batch_size % at_once:
         raise ConfigError(
             f"batch_size={config.batch_size} is no multiple of {at_once}: "
-            f"micro_batch_size={config.micro_batch_size} in {num_processes} processes"
+            f"micro_batch_size={config.micro_batch_size} in {num_processes} processes",
+            hint=f"choose a --batch-size that {at_once} divides, or other --micro-batch-size",
         )
     arguments = TrainingArguments(
         output_dir=str(Run(output).state),
