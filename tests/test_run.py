@@ -785,3 +785,16 @@ def test_impossible_names_of_the_output(
 ) -> None:
     with pytest.raises(RunStateError, match="cannot write to"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / name, **OPTIONS)
+
+
+def test_a_restart_does_not_take_a_published_product(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with open_run(output) as run:
+        run.identify({}, restart=False)
+        with run.product() as directory:
+            (directory / "config.json").write_text("{}")
+        run.publish()
+        with pytest.raises(RunStateError, match="exists and is not empty"):
+            run.identify({}, restart=True)
+    assert (output / "config.json").read_text() == "{}"
+    assert not (output / STATE_DIR).exists()

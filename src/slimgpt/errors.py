@@ -52,6 +52,10 @@ class OtherRunError(RunStateError):
     """The output directory holds an interrupted run with other options or inputs."""
 
 
+class DamagedRunError(RunStateError):
+    """A file of an interrupted run is not what was written."""
+
+
 class ExportError(SlimGPTError):
     """The other format cannot hold the model, or its engine would compute something else."""
 

@@ -44,6 +44,7 @@ from slimgpt.config import (
 from slimgpt.data import check_dataset, describe_dataset
 from slimgpt.errors import (
     ConfigError,
+    DamagedRunError,
     MissingDependencyError,
     OtherRunError,
     RunStateError,
@@ -481,7 +482,7 @@ class _Work:
         if not Run(output).is_complete:
             try:
                 make(output=output)
-            except OtherRunError as err:  # of files or a device that have changed since
+            except (OtherRunError, DamagedRunError) as err:  # files or the device have changed
                 log.warning("%s: it is begun anew", err)
                 make(output=output, restart=True)
         return str(output)

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from slimgpt.errors import OtherRunError, RunStateError
+from slimgpt.errors import DamagedRunError, OtherRunError, RunStateError
 from slimgpt.files import describe_file, reading, replacing, sync, write_atomically, writing
 
 STATE_DIR = ".slimgpt"
@@ -200,9 +200,11 @@ class Run:
         """
         now = json.loads(json.dumps(identity))
         if restart:
-            with suppress(RunStateError):  # a damaged one is thrown away as well
-                if self._is_published(Manifest.read(self._manifest)):
-                    raise _occupied(self.output)
+            is_published = False
+            with suppress(DamagedRunError):  # which is thrown away as well
+                is_published = self._is_published(Manifest.read(self._manifest))
+            if is_published:
+                raise _occupied(self.output)
             self._forget()
         elif not (self.has_begun or self.is_written):
             self._forget()
@@ -333,7 +335,7 @@ class Run:
             return True
         try:
             manifest = Manifest.read(self._manifest)
-        except RunStateError:
+        except DamagedRunError:
             return False
         return self._is_published(manifest) or not (self.has_begun or self._is_written(manifest))
 
@@ -355,7 +357,7 @@ class Run:
 
     def _forget(self) -> None:
         """Remove the state, but for the lock; an unfinished product first, the manifest last."""
-        with suppress(RunStateError, FileNotFoundError):
+        with suppress(DamagedRunError):
             manifest = Manifest.read(self._manifest)
             if not self._is_published(manifest):
                 self._withdraw(manifest)
