@@ -287,5 +287,5 @@ def test_a_damaged_file_on_the_command_line(command: str, tmp_path: Path, run: R
     file.write_text("<html>not found</html>")
     code, _, err = run(command, file, *ARGUMENTS[command], *output(command, tmp_path))
     assert code == 2
-    assert f"error: cannot read {file}: GGUF magic invalid" in err
+    assert f"error: cannot load {file}: GGUF magic invalid" in err
     assert "hint: the file is damaged or is no GGUF file" in err

@@ -455,9 +455,7 @@ class RecoverConfig(_ModelOptions):
         16, ge=1, le=COUNT, description="Scale of the adapters, divided by the rank."
     )
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout in front of the adapters.")
-    learning_rate: float = Field(
-        1e-4, gt=0, le=100, description="Its peak; it falls as a cosine to 0."
-    )
+    learning_rate: float = Field(1e-4, gt=0, description="Its peak; it falls as a cosine to 0.")
     warmup_steps: int = Field(10, ge=0, le=COUNT, description="Steps until the peak.")
     epochs: float = Field(1, gt=0, le=10**6, description="Passes over the data.")
     max_steps: int | None = Field(

@@ -130,7 +130,7 @@ def _read(file: Path, *_: int) -> GGUFContent:
 
 
 def _broken(file: Path, err: Exception) -> ConfigError:
-    return ConfigError(f"cannot read {file}: {' '.join(str(err).split())[:200]}", hint=_BROKEN)
+    return ConfigError(f"cannot load {file}: {' '.join(str(err).split())[:200]}", hint=_BROKEN)
 
 
 def _check_names(content: GGUFContent) -> None:

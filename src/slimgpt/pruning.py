@@ -392,14 +392,16 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the result depends on."""
     configs = {"model config": model_config, "generation config": generation_config}
-    files = [file for name in config.calibration for file in dataset_files(name)]
-    files += tokenizer_files(weights.source).values()
+    files = {
+        "calibration file": [f for name in config.calibration for f in dataset_files(name)],
+        "tokenizer file": tokenizer_files(weights.source).values(),
+    }
     return {
         "model": weights.source.title,
         **{name: sha256(c.to_json_string().encode()).hexdigest() for name, c in configs.items()},
         **{file.name: describe_file(file) for file in weights.files},
         **config.model_dump(exclude={"activation_memory"}),
-        **{f"file {path}": describe_file(path) for path in files},
+        **{f"{kind} {f}": describe_file(f) for kind, found in files.items() for f in found},
         "device": device.type,
         "products": str(fast_dtype(device, weights.dtype)),
         **computation(),
