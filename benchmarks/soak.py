@@ -1,12 +1,16 @@
-"""Kill runs at random times until they are through, and compare what they leave with a whole run.
+"""Kill runs at random times and flip bytes in their state, and compare what they leave in the end.
 
-Usage:
+Each of ``prune``, ``recover`` and ``run`` is killed until it is through. After some kills one byte
+of a file in the state is flipped: the next run has to end with an error that names the file, or
+not to need it. The byte is put back then. What a run leaves must equal what an uninterrupted one
+leaves. Usage:
 
     python benchmarks/soak.py [--model smollm2-135m] [--kills 50] [--seed 0]
 """
 
 import argparse
 import filecmp
+import json
 import random
 import subprocess
 import sys
@@ -14,51 +18,106 @@ import tempfile
 import time
 from pathlib import Path
 
-from slimgpt.card import REPORT_FILE
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE
+from slimgpt.run import STATE_DIR
+
+CALIBRATION = ("--calibration=pydocs", "--nsamples=8", "--seqlen=128", "--ratio=0.5")
+TRAINING = (
+    "--data=pydocs", "--eval-data=pydocs", "--eval-tokens=512", "--seqlen=64", "--max-steps=6",
+    "--max-examples=32", "--batch-size=4", "--eval-steps=3", "--save-steps=1",
+)  # fmt: skip
+RECIPE = """title: Soak
+reproduces: nothing
+model: {model}
+prune: {{calibration: [pydocs], nsamples: 8, seqlen: 128}}
+evaluate: {{data: [pydocs], seqlen: [128], max_tokens: 1024}}
+grid: {{ratio: [0.3, 0.5]}}
+table: [parameters, perplexity]
+"""
+HAS_TIMES = {REPORT_FILE, RECOVERY_FILE, "soak.json"}
+
+
+def flip(output: Path, draw: random.Random) -> tuple[Path, bytes] | None:
+    """Flip a byte of a file in a state; give the file, and what it was."""
+    files = sorted(
+        path
+        for state in output.rglob(STATE_DIR)
+        for path in state.rglob("*")
+        if path.is_file() and path.stat().st_size
+    )
+    if not files:
+        return None
+    file = draw.choice(files)
+    before = file.read_bytes()
+    place = draw.randrange(len(before))
+    changed = bytes([before[place] ^ (1 << draw.randrange(8))])
+    file.write_bytes(before[:place] + changed + before[place + 1 :])
+    return file, before
+
+
+def run_until_through(command: list[str], output: Path, length: float, draw: random.Random) -> int:
+    """Kill a command at random times, and run it again, until it is through; count the kills."""
+    kills, flipped = 0, None
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, errors = process.communicate(timeout=draw.uniform(0, 1.5 * length))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            if flipped is None and draw.random() < 0.3:
+                flipped = flip(output, draw)
+            continue
+        if process.returncode == 0:
+            return kills
+        text = errors.decode(errors="replace")
+        if flipped is None or flipped[0].name.removesuffix(".sha256") not in text:
+            raise SystemExit(f"failed after {kills} kills, flipped {flipped}: {text[-2000:]}")
+        flipped[0].write_bytes(flipped[1])
+        flipped = None
+
+
+def files_of(output: Path) -> set[str]:
+    """What a run leaves, but for what has times in it."""
+    names = {path.name for path in output.iterdir() if path.is_file()} - HAS_TIMES
+    return {name for name in names if not name.startswith(".")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        recipe, pruned = place / "soak.yaml", place / "prune-whole"
+        recipe.write_text(RECIPE.format(model=json.dumps(args.model)))
+        verbs = {
+            "prune": [args.model, *CALIBRATION],
+            "recover": [str(pruned), *TRAINING],
+            "run": [str(recipe)],
+        }
+        for verb, words in verbs.items():
 
-    with tempfile.TemporaryDirectory() as directory:
-        whole = Path(directory, "whole")
+            def command(output: Path, verb: str = verb, words: list[str] = words) -> list[str]:
+                return [sys.executable, "-m", "slimgpt", verb, *words, "--output", str(output)]
 
-        def command(output: Path) -> list[str]:
-            flags = ["--calibration=pydocs", "--nsamples=8", "--seqlen=128", "--ratio=0.5"]
-            program = [sys.executable, "-m", "slimgpt", "prune", args.model]
-            return [*program, "--output", str(output), *flags]
-
-        start = time.monotonic()
-        subprocess.run(command(whole), check=True, capture_output=True)
-        length = time.monotonic() - start
-        kills = runs = 0
-        while kills < args.kills:
-            runs += 1
-            output = Path(directory, str(runs))
-            while (
-                not (output / "config.json").exists()
-                or (output / ".slimgpt/manifest.json").exists()
-            ):
-                process = subprocess.Popen(
-                    command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
-                try:
-                    if process.wait(draw.uniform(0, length)):
-                        raise SystemExit(f"run {runs} failed after {kills} kills")
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    kills += 1
-            names = {path.name for path in whole.iterdir()} - {REPORT_FILE}  # that has times
-            same, *others = filecmp.cmpfiles(whole, output, names, shallow=False)
-            if len(same) != len(names):
-                raise SystemExit(f"run {runs} differs after {kills} kills: {others}")
-            print(f"{kills} kills, {runs} runs through, all the same", flush=True)
+            whole, start = place / f"{verb}-whole", time.monotonic()
+            subprocess.run(command(whole), check=True, capture_output=True)
+            length = time.monotonic() - start
+            kills = runs = 0
+            while kills < args.kills:
+                runs += 1
+                output = place / f"{verb}-{runs}"
+                kills += run_until_through(command(output), output, length, draw)
+                names = files_of(whole)
+                same, *others = filecmp.cmpfiles(whole, output, names, shallow=False)
+                if files_of(output) != names or len(same) != len(names):
+                    raise SystemExit(f"{verb} {runs} differs after {kills} kills: {others}")
+                print(f"{verb}: {kills} kills, {runs} runs through, all the same", flush=True)
 
 
 if __name__ == "__main__":

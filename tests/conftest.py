@@ -3,7 +3,7 @@
 import copy
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,10 +112,32 @@ def tiny_checkpoint(
     return write
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums do not depend on how many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """No products in bfloat16, whatever the CPU has."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
+@torch.no_grad()
+def assert_greedy(model: PreTrainedModel, tokens_NT: Tensor, num_new: int) -> None:
+    """Each of the last tokens is the likeliest after those before it, up to rounding.
+
+    Generation with a cache or padding has products of other shapes. A logit is a sum of as many
+    float32 products as the model is wide, and two of them are compared.
+    """
+    logits_NTV = model(tokens_NT[:, :-1], use_cache=False).logits[:, -num_new:]
+    chosen_NT = logits_NTV.gather(2, tokens_NT[:, -num_new:, None]).squeeze(2)
+    rounding = torch.finfo(torch.float32).eps * model.config.hidden_size * logits_NTV.abs().max()
+    assert (logits_NTV.amax(dim=2) - chosen_NT <= 2 * rounding).all()
 
 
 @pytest.fixture

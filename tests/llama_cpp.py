@@ -80,14 +80,17 @@ class LlamaCpp:
 def check_agreement(
     file: Path, model: Any, ids: list[int], num_tokens: int = 4, tolerance: float = 1e-3
 ) -> None:
-    """Greedy ids are those of PyTorch, and the 20 largest log-probabilities of every step."""
+    """The 20 largest log-probabilities of every greedy step are those of PyTorch.
+
+    So the engine's choice is PyTorch's, unless two tokens are as good as that.
+    """
     engine = LlamaCpp(file)
     generated = engine.generate(ids, num_tokens)
     assert len(generated) == num_tokens
     for step, token in enumerate(generated):
         prefix = ids + generated[:step]
         expected = model(torch.tensor([prefix])).logits[0, -1].float().log_softmax(-1)
-        assert token == int(expected.argmax())
+        assert expected.max() - expected[token] < 2 * tolerance
         top, log_probs = engine.top_log_probs(prefix, 20)
         assert len(top) == 20
         assert (log_probs - expected[top]).abs().max() < tolerance

@@ -22,6 +22,7 @@ from slimgpt import benchmarking, engines
 from slimgpt.config import BenchConfig
 from slimgpt.engines import Timing
 from slimgpt.errors import ConfigError, EngineError
+from slimgpt.footprint import size
 from slimgpt.model import find_model
 
 Checkpoint = Callable[[str], Path]
@@ -191,7 +192,7 @@ def test_process_ends_if_its_model_does_not_load(pruned: Path, tmp_path: Path) -
     broken = tmp_path / "broken"
     shutil.copytree(pruned, broken)
     (broken / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(ConfigError, match="cannot load the weights"):
+    with pytest.raises(ConfigError, match=r"cannot load the file model\.safetensors"):
         slimgpt.bench(str(broken), prompt_length=(8,))
     assert not multiprocessing.active_children()
 
@@ -205,7 +206,8 @@ def test_process_that_dies_is_named(pruned: Path) -> None:
         with pytest.raises(
             EngineError, match="the process that ran mine in transformers ended"
         ) as error:
-            worker.cost()
+            worker.generate([[1]])
+        assert worker.cost().peak_memory_bytes is None
     assert "__main__" in str(error.value.hint)
 
 
@@ -321,4 +323,31 @@ def test_time_and_memory_of_pruning(run: Run, pruned: Path) -> None:
     assert cost["seconds"] == report["seconds"]
     assert cost["peak_memory_bytes"] == report["peak_memory_bytes"]
     _, out, _ = run("inspect", pruned)
-    assert f"{report['peak_memory_bytes'] / 2**30:.2f} GiB" in out
+    assert size(report["peak_memory_bytes"]) in out
+
+
+def test_what_was_measured_outlives_a_failure(
+    run: Run, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmarking._measure
+
+    def fail_at_two(workers: Any, config: Any, batch_size: int, *lengths: int) -> Any:
+        if batch_size == 2:
+            raise EngineError("too large", hint="use a smaller one")
+        return measure(workers, config, batch_size, *lengths)
+
+    monkeypatch.setattr(benchmarking, "_measure", fail_at_two)
+    slim = shutil.copytree(pruned, tmp_path / "slim", ignore=shutil.ignore_patterns("eval"))
+    lengths = ("--prompt-length", "8", "--new-tokens", "2", "--repeats", "1", "--warmup", "0")
+    code, out, err = run("bench", slim, *lengths, "--batch-size", "1,2")
+    assert code == 1
+    assert "error: too large" in err
+    assert "tok/s" in out
+    (kept,) = json.loads((slim / "eval" / "speed.json").read_text())
+    assert [setting["batch_size"] for setting in kept["settings"]] == [1]
+    (tmp_path / "plot.svg").mkdir()
+    code, out, err = run("bench", slim, *lengths, "--plot", tmp_path / "plot.svg", "--json")
+    assert code == 2
+    assert "cannot write to" in err
+    assert json.loads(out)["settings"]
+    assert len(json.loads((slim / "eval" / "speed.json").read_text())) == 1

@@ -17,6 +17,8 @@ from transformers import GPT2Config
 import slimgpt
 from slimgpt import data, evaluation, model
 from slimgpt.config import PRESETS, EvalConfig, PruneConfig, RecoverConfig, ReportConfig
+from slimgpt.errors import NumericalError
+from slimgpt.locks import writing_alone
 
 PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
 
@@ -204,7 +206,7 @@ def make_gpt2(directory: Path) -> None:
         (remove_config, "has no config.json", "model directory"),
         (remove_weights, "has no *.safetensors file", ""),
         (quantise, "is quantised", "prune the original model"),
-        (break_config, "cannot load the config", "files are whole"),
+        (break_config, "hidden_size='wide'", "correct config.json"),
         (remove_tokenizer, "cannot load the tokenizer", "files are whole"),
         (make_gpt2, "models of type 'gpt2' are not supported", "llama, mistral, qwen2, qwen3"),
     ],
@@ -502,16 +504,124 @@ def test_evaluations_are_kept_and_an_edited_card_stays(
     assert str(tmp_path.parent) not in str(kept)
     assert all(f"{result['perplexity']:.2f}" in card.read_text() for result in kept)
     assert card.read_text().endswith("\nMine.\n")
-    (output / "eval" / "perplexity.json").write_text('[{"data": "of another version"}]')
-    code, out, err = run("eval", output, *a)
-    assert code == 0
-    assert f"{kept[0]['perplexity']:.3f}" in out
-    assert "the results are not kept" in err
-    (output / "eval" / "perplexity.json").unlink()
     card.write_bytes(b"caf\xe9")
     code, _, err = run("eval", output, *a)
     assert code == 0
-    assert "the results are not kept" in err
+    assert "which cannot be read" in err
+    assert len(json.loads((output / "eval" / "perplexity.json").read_text())) == 3
+
+
+@pytest.fixture
+def slim(slim_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    return shutil.copytree(
+        slim_checkpoint("llama"), tmp_path / "slim", ignore=shutil.ignore_patterns("eval")
+    )
+
+
+EVALUATION = ("--data", "pydocs", "--max-tokens", "64", "--seqlen")
+
+
+@pytest.mark.parametrize("content", ["{}", "[", "[3]", '[{"data": "of another version"}]', ""])
+def test_results_of_another_form_are_set_aside(content: str, run: Run, slim: Path) -> None:
+    file = slim / "eval" / "perplexity.json"
+    file.parent.mkdir()
+    for number in (1, 2):
+        file.write_text(content)
+        code, out, err = run("eval", slim, *EVALUATION, "16")
+        assert code == 0
+        assert "warning: " in err
+        assert f"it is now perplexity.json.bad-{number}" in err
+        assert (slim / "eval" / f"perplexity.json.bad-{number}").read_text() == content
+        (kept,) = json.loads(file.read_text())
+        assert f"{kept['perplexity']:.3f}" in out
+
+
+def test_what_was_measured_outlives_a_failure(
+    run: Run, slim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = evaluation.mean_losses
+
+    def fail_at_32(live: object, base: object, windows: torch.Tensor) -> object:
+        if windows.shape[1] == 32:
+            raise NumericalError("the outputs are not finite", hint="none")
+        return measure(live, base, windows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "mean_losses", fail_at_32)
+    code, out, err = run("eval", slim, *EVALUATION, "16,32", "--json")
+    assert code == 1
+    assert "error: the outputs are not finite" in err
+    measured = json.loads(out)["perplexity"]
+    assert [result["seqlen"] for result in measured] == [16]
+    assert json.loads((slim / "eval" / "perplexity.json").read_text()) == measured
+    with pytest.raises(NumericalError) as error:
+        slimgpt.evaluate(str(slim), data="pydocs", max_tokens=64, seqlen=(16, 32))
+    assert len(vars(error.value)["measured"].perplexity) == 1
+
+
+def test_perplexity_beyond_all_numbers(
+    run: Run, slim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = evaluation.Losses(800.0, 0.0, 0.0, None)
+    monkeypatch.setattr(evaluation, "mean_losses", lambda *args: losses)
+    code, _, err = run("eval", slim, *EVALUATION, "16")
+    assert code == 1
+    assert "the mean loss is 800 nats per token" in err
+
+
+def test_results_are_not_written_where_a_link_leads(run: Run, slim: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (slim / "eval").symlink_to(foreign)
+    code, out, err = run("eval", slim, *EVALUATION, "16")
+    assert code == 0
+    assert "is a link that leads elsewhere" in err
+    assert "pydocs" in out
+    assert not list(foreign.iterdir())
+    (slim / "eval").unlink()
+    mine = tmp_path / "mine.md"
+    shutil.move(slim / "README.md", mine)
+    before = mine.read_text()
+    (slim / "README.md").symlink_to(mine)
+    assert run("eval", slim, *EVALUATION, "16")[0] == 0
+    assert mine.read_text() == before
+    assert not (slim / "README.md").is_symlink()
+
+
+def test_two_evaluations_keep_the_results_of_both(slim: Path) -> None:
+    code = (
+        "import sys; from slimgpt import card; from slimgpt.evaluation import EvalResult\n"
+        "from pathlib import Path\n"
+        "for n in range(20):\n"
+        "    r = EvalResult('m', None, 'float32', sys.argv[2], sys.argv[2], n + 2, 1, 1., None,\n"
+        "                   None, None)\n"
+        "    card.keep_results(Path(sys.argv[1]), card.PERPLEXITY_FILE, [r],\n"
+        "                      lambda r: (r['data'], r['seqlen']))\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(slim), name]) for name in ("a", "b")
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(json.loads((slim / "eval" / "perplexity.json").read_text())) == 40
+    assert not list(slim.glob(".*"))
+
+
+def test_two_exports_to_one_file(run: Run, slim: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with writing_alone(file):
+        code, out, err = run("export", slim, "--output", file)
+    assert code == 2
+    assert f"another process is writing {file}" in err
+    assert not out
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "Modelfile").symlink_to(tmp_path / "none")
+    assert run("export", slim, "--output", file)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "Modelfile", "mine.txt", "model.gguf", "slim",
+    ]  # fmt: skip
+    assert not (tmp_path / "none").exists()
+    file.unlink()
+    file.symlink_to(tmp_path / "none")
+    assert run("export", slim, "--output", file)[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from slimgpt.data import (
     _Draw,
     calibration_tokens,
     evaluation_tokens,
-    instruction_prompt,
     sample_from_model,
     training_examples,
 )
+from slimgpt.documents import instruction_prompt
 from slimgpt.errors import DataError
 
 
@@ -136,10 +136,10 @@ def test_a_named_field_is_not_replaced_by_another(
     ("content", "suffix", "message"),
     [
         ("\n", ".txt", "has 0 tokens, 0 samples of 32, but 4 samples need 128 tokens"),
-        ('{"body": "x"}', ".jsonl", "record 0 has no text field 'text'; it has: body"),
-        ('{"text": "x"}\n{"text": 3}', ".jsonl", "record 1 has no text field"),
+        ('{"body": "x"}', ".jsonl", "line 1 has no text field 'text'; it has: body"),
+        ('{"text": "x"}\n{"text": 3}', ".jsonl", "line 2: 'text' is a number, not a string"),
         ("{broken", ".jsonl", "cannot read"),
-        ('{"text": "x"}', ".json", "is not a JSON list"),
+        ('[{"text": "x"}', ".json", "',' or ']' expected"),
         ("no parquet", ".parquet", "cannot read"),
     ],
 )

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import slimgpt
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as those that `torchrun` starts
+
 OPTIONS = {"calibration": "pydocs", "nsamples": 16, "seqlen": 32, "ratio": 0.4}
 
 
@@ -53,6 +55,7 @@ def test_ranks_agree_with_one_process(
             assert one[kind]["keep"] == many[kind]["keep"]
     expected = load_file(tmp_path / "alone" / "model.safetensors")
     for name, tensor in load_file(output / "model.safetensors").items():
+        # Float64 sums of the float32 products of each batch lose next to nothing in any order.
         assert (tensor - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
 
 

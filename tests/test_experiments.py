@@ -423,7 +423,56 @@ def test_a_cell_without_memory_fails_alone(
 
     monkeypatch.setattr(experiments, "evaluate", evaluate)
     result = slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
-    assert result.errors == ["out of memory"] * 2
+    assert [error.partition(";")[0] for error in result.errors] == ["out of memory"] * 2
+
+
+@pytest.mark.parametrize(
+    ("err", "message"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (OSError(28, "No space left on device"), "no space left"),
+        (PermissionError(13, "Permission denied"), "cannot be read or written"),
+        (ZeroDivisionError("surprise"), "internal error: ZeroDivisionError: surprise"),
+    ],
+)
+def test_whatever_ends_a_cell_does_not_end_the_recipe(
+    err: Exception, message: str, recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = experiments.prune
+
+    def fail_once(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(experiments, "prune", prune)
+        raise err
+
+    monkeypatch.setattr(experiments, "prune", fail_once)
+    result = slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
+    (error,) = result.errors
+    assert message in error
+    assert "evaluate" in result.report["cells"][1]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"machine": 3}'])
+def test_a_broken_step_is_done_again(
+    content: str, recipe: Edit, calls: Counter[str], tmp_path: Path
+) -> None:
+    file = recipe(grid={"ratio": [0.3]})
+    first = slimgpt.run_recipe(file, tmp_path / "out")
+    for step in (tmp_path / "out" / "steps").iterdir():
+        step.write_text(content)
+    second = slimgpt.run_recipe(file, tmp_path / "out")
+    assert not second.errors
+    results = [result.report["cells"][0]["evaluate"]["perplexity"] for result in (first, second)]
+    assert results[0] == results[1]
+    assert calls["evaluate"] == 2
+
+
+def test_labels_stay_in_their_cells() -> None:
+    row = {"labels": {"v": "a\n| b"}, "model": "m", "error": None}
+    values = ANY | {"grid": {"v": {"a\n| b": {}}}, "title": "one\ntwo"}
+    config = RecipeConfig.create(**values).model_dump(mode="json")
+    text = to_markdown({"recipe": config, "cells": [row], "is_small": False}, "x.svg")
+    assert "# one two\n" in text
+    assert "| a \\| b |" in text
 
 
 @given(st.dictionaries(names, numbers, max_size=3), st.booleans())

@@ -361,8 +361,8 @@ def test_tokenizer_entries_are_copied_from_the_embedded_model(
     slimgpt.prune(str(base), directory, ratio=0.2, **PRUNE_OPTIONS)
     report = directory / "pruning_report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"base_model": SMOLLM2_ALIAS}))
-    embedded = {SMOLLM2_ALIAS: find_model(str(base))}
-    monkeypatch.setattr("slimgpt.gguf_vocab.find_model", embedded.__getitem__)
+    embedded = find_model(str(base))
+    monkeypatch.setattr("slimgpt.gguf_vocab.embedded_model", lambda: embedded)
     monkeypatch.delattr("slimgpt.gguf_vocab._convert")
     entries, wanted = (
         {name: value for name, value in fields(file).items() if name.startswith("tokenizer.")}
@@ -393,7 +393,7 @@ def test_modelfile_for_ollama(tiny_checkpoint: Checkpoint, tmp_path: Path) -> No
     slimgpt.export(str(directory), type="f32")
     assert modelfile.read_text() == "FROM mine\n"
     generation.write_text("{")
-    with pytest.raises(ConfigError, match="cannot load the generation config"):
+    with pytest.raises(ConfigError, match=r"cannot read .*generation_config.json"):
         slimgpt.export(str(directory), type="bf16")
     assert not (directory / "tiny-bf16.gguf").exists()
 

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import VARIANTS
+from conftest import VARIANTS, assert_greedy
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
@@ -81,7 +81,9 @@ def test_static_cache_generates_what_the_dynamic_one_does(
         "eos_token_id": None,
     }
     static = model.generate(prompt, cache_implementation="static", **options)
-    assert torch.equal(static, model.generate(prompt, **options))
+    for tokens_NT in (static, model.generate(prompt, **options)):
+        assert torch.equal(tokens_NT[:, :12], prompt)
+        assert_greedy(model, tokens_NT, num_new=12)
 
 
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")

@@ -9,17 +9,11 @@ from torch import Tensor
 from slimgpt import obs
 from slimgpt.errors import NumericalError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 fixed = settings(derandomize=True, deadline=None, database=None, max_examples=20)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(2, 14)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layer(seed: int, num_in: int, num_out: int = 5, num_tokens: int = 0) -> tuple[Tensor, Tensor]:
@@ -138,6 +132,16 @@ def close(actual: Tensor | float, expected: Tensor | float, rtol: float = 1e-7) 
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     actual = torch.as_tensor(actual, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * scale)
+
+
+def rounding(hessian: Tensor) -> float:
+    """Bound of the relative error of solutions in float64, in columns of E x² = 1.
+
+    The error of Cholesky factors grows with the condition of H after such a scaling.
+    """
+    scale = hessian.diagonal().rsqrt()
+    condition = float(torch.linalg.cond(hessian * scale * scale[:, None]))
+    return torch.finfo(torch.float64).eps * len(hessian) * condition
 
 
 # Compensation and error
@@ -309,6 +313,7 @@ def test_errors_of_units_add_up(method, seed, num_units, unit_size):
 def test_elimination_is_nested(seed, num_in, panel_size, data):
     weight, hessian, _ = problem(seed, num_in)
     fewer = data.draw(st.integers(0, num_in))
+    scale, rtol = hessian.diagonal().sqrt(), rounding(hessian)
     for eliminate, option in ((obs.eliminate_channels, panel_size), (obs.eliminate_units, 1)):
         full = eliminate(undamped(weight, hessian), num_in, option)
         part = eliminate(undamped(weight, hessian), fewer, option)
@@ -317,8 +322,11 @@ def test_elimination_is_nested(seed, num_in, panel_size, data):
         further = eliminate(undamped(weight, hessian), fewer, option, num_further=num_in - fewer)
         close(further.errors, full.errors)
         assert further.order.tolist() == part.order.tolist()
-        assert torch.equal(further.weight_OK, part.weight_OK)
-        assert further.error == part.error
+        assert further.kept_K.tolist() == part.kept_K.tolist()
+        # The same products of other places in memory, so kernels may round otherwise.
+        scale_K = scale[part.kept_K]
+        close(further.weight_OK * scale_K, part.weight_OK * scale_K, rtol)
+        close(further.error, part.error, rtol)
 
 
 @pytest.mark.parametrize("method", ["exact", "diagonal"])

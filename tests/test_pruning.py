@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VARIANTS, make_tiny_model, prune_blocks
+from conftest import VARIANTS, assert_greedy, make_tiny_model, prune_blocks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -143,6 +143,7 @@ def test_sums_of_bfloat16_numbers_lose_no_more_than_float32() -> None:
     torch.testing.assert_close(activations.hessian_II, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_second_block_is_calibrated_on_the_pruned_first() -> None:
     dense, model, plans = pruned("llama")
     first_only = copy.deepcopy(dense)
@@ -293,15 +294,18 @@ def test_generation_with_cache_padding_and_every_attention(
     prompt = sample_tokens(1, 12)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
     mask = torch.ones_like(prompt)
-    expected = model.generate(prompt, attention_mask=mask, use_cache=False, **options)
-    cached = model.generate(prompt, attention_mask=mask, **options)
-    assert torch.equal(cached, expected)
+    for use_cache in (False, True):
+        answer = model.generate(prompt, attention_mask=mask, use_cache=use_cache, **options)
+        assert torch.equal(answer[:, :12], prompt)
+        assert_greedy(model, answer, num_new=8)
     padded = torch.cat([torch.ones(1, 5, dtype=torch.long), prompt], dim=1)
     batch = torch.cat([padded, sample_tokens(1, 17)])
     batch_mask = torch.ones_like(batch)
     batch_mask[0, :5] = 0
     left_padded = model.generate(batch, attention_mask=batch_mask, **options)
-    assert torch.equal(left_padded[0, 5:], expected[0])
+    assert torch.equal(left_padded[:, :17], batch)
+    assert_greedy(model, left_padded[:1, 5:], num_new=8)
+    assert_greedy(model, left_padded[1:], num_new=8)
     sdpa = model(prompt).logits
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(prompt).logits, sdpa, rtol=0, atol=1e-5)

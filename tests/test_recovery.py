@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from slimgpt import recovery
 from slimgpt.config import RecoverConfig
 from slimgpt.data import IGNORED
 from slimgpt.errors import ConfigError, MissingDependencyError, NumericalError, RunStateError
-from slimgpt.run import STATE_DIR
+from slimgpt.run import CHECKSUMS_FILE, STATE_DIR
 
 pytest.importorskip("peft")
 
@@ -213,6 +212,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert (state / "checkpoint-4").is_dir()
     shutil.copytree(state / "checkpoint-4", state / "checkpoint-6")  # killed while it was written
     (state / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1')
+    (state / "checkpoint-6" / CHECKSUMS_FILE).unlink()
     (state / "runs").mkdir()  # of TensorBoard
     (state / "runs" / "events").write_text("curves")
     resumed = run(slim, tmp_path / "out", data, **options)
@@ -271,11 +271,37 @@ def test_other_options_do_not_resume(
     shorter.write_text(json.dumps(json.loads(Path(data).read_text())[:12]), encoding="utf-8")
     with pytest.raises(RunStateError, match="examples_sha256"):
         run(slim, tmp_path / "out", str(shorter))
-    os.utime(slim / "model.safetensors", (0, 0))
+    weights_file = slim / "model.safetensors"
+    content = weights_file.read_bytes()
+    weights_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(RunStateError, match=r"model's model\.safetensors was"):
         run(slim, tmp_path / "out", data)
+    weights_file.write_bytes(content)
+    config_file = slim / "config.json"
+    config = config_file.read_text()
+    config_file.write_text(json.dumps(json.loads(config) | {"rms_norm_eps": 0.5}))
+    with pytest.raises(RunStateError, match="model config was"):
+        run(slim, tmp_path / "out", data)
+    config_file.write_text(config)
     report = run(slim, tmp_path / "out", data, rank=2, restart=True)
     assert [step for step, _ in report["train_loss"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_named(
+    name: str, slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, step=3)
+        with pytest.raises(InterruptedError_):
+            run(slim, tmp_path / "out", data)
+    (checkpoint,) = (tmp_path / "out" / STATE_DIR).glob("checkpoint-*")
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(RunStateError, match=f"{name} of the interrupted run is damaged"):
+        run(slim, tmp_path / "out", data)
+    (checkpoint / name).write_bytes(content)
+    run(slim, tmp_path / "out", data)
 
 
 def test_loss_of_the_distiller(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 import matplotlib
 import pytest
+import yaml
 from conftest import Run
 
 import slimgpt
 from slimgpt import reporting
 from slimgpt.benchmarking import BenchResult, Cost, Setting, Speed, Spread
+from slimgpt.card import write_card
 from slimgpt.config import PruneConfig, RecoverConfig
-from slimgpt.errors import ConfigError, MissingDependencyError
+from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError
 from slimgpt.evaluation import TaskResult
 
 Checkpoint = Callable[[str], Path]
@@ -146,6 +148,7 @@ def test_nothing_in_the_data_is_markup(slim: Path) -> None:
     attack = '"><script>alert(1)</script>$x_1$'
     edit(slim / "pruning_report.json", lambda report: report.update(base_model=attack))
     result = {
+        "model": "slim", "data_sha256": "0",
         "base": attack, "dtype": "float32", "data": "text", "seqlen": 8, "tokens": 7,
         "perplexity": 9.0, "base_perplexity": None, "kl_divergence": None,
         "layer_errors": [0.1] * 4,
@@ -160,6 +163,37 @@ def test_nothing_in_the_data_is_markup(slim: Path) -> None:
     assert "<script" not in page
     legend = "&lt;script&gt;alert(1)&lt;/script&gt;$x_1$ in float32"
     assert page.count(legend) == 2  # in two widths
+
+
+def test_nothing_in_a_name_is_markup_in_the_card(slim: Path) -> None:
+    attack = "a\nbase_model: [x]\n# b | `c` <img src=x> <!-- end of tasks --> [l](u)"
+    edit(slim / "pruning_report.json", lambda report: report.update(base_model=attack))
+    write_card(slim)
+    card = (slim / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["slimgpt", "pruned"],
+    }  # fmt: skip
+    assert "<img" not in card
+    assert card.count("\n# ") == 1
+    assert card.count("<!-- end of tasks -->") == 1
+    assert "# a base_model: \\[x\\] # b \\| \\`c\\` &lt;img src=x&gt;" in card
+    edit(slim / "pruning_report.json", lambda report: report.update(base_model="owner/yes"))
+    write_card(slim)
+    card = (slim / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/yes"
+
+
+def test_links_lead_nowhere(slim: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    (slim / "report.html").symlink_to(tmp_path / "mine.txt")
+    slimgpt.report(slim)
+    assert not (slim / "report.html").is_symlink()
+    (slim / ".report.html.lock").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(RunStateError, match="is a link"):
+        slimgpt.report(slim)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_same_inputs_give_the_same_bytes(measured: Path) -> None:
@@ -230,7 +264,7 @@ def old_perplexity(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("breakage", "arguments", "message", "hint"),
     [
-        (old_perplexity, (), "not as this version writes them", "measure again"),
+        (old_perplexity, (), "not as this version writes it", "measure again"),
         (remove_report, (), "has no pruning_report.json", "`slimgpt prune` or `slimgpt recover`"),
         (cut_report, (), "cannot read", "the file is broken"),
         (cut_speeds, (), "speed.json", "the file is broken"),

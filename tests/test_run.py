@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import slimgpt
 from slimgpt import blocks, calibrate, costs, pruning, sweep, weights
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
-from slimgpt.run import STATE_DIR, Stage, open_run
+from slimgpt.files import describe_file
+from slimgpt.run import STATE_DIR, Manifest, Stage, open_run
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
 KILLS = 20
@@ -284,7 +287,6 @@ def test_a_damaged_file_is_named(name: str, interrupted: tuple[str, Path]) -> No
 def test_heads_that_are_tied_by_the_config_only(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    import shutil
 
     source = tmp_path / "tied"
     shutil.copytree(tiny_checkpoint("llama-tied"), source)
@@ -311,13 +313,17 @@ def test_heads_that_are_tied_by_the_config_only(
 def test_a_changed_model_is_named(interrupted: tuple[str, Path]) -> None:
     model, output = interrupted
     file = Path(model) / "model.safetensors"
-    before = file.stat()
-    os.utime(file, (0, 0))
+    before, content = file.stat(), file.read_bytes()
+    changed = bytearray(content)
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     try:
-        with pytest.raises(RunStateError, match=r"model.safetensors was '\d+ bytes of 2"):
+        with pytest.raises(RunStateError, match=r"model.safetensors was '\d+ bytes, sha256 "):
             slimgpt.prune(model, output, **OPTIONS)
     finally:
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        file.write_bytes(content)
+    slimgpt.prune(model, output, **OPTIONS)  # touched since, but the same
 
 
 def test_less_activation_memory_may_be_used_after_an_interruption(
@@ -538,11 +544,11 @@ def test_what_cannot_fit_is_refused_with_numbers(
     model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     real = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=1000))
-    with pytest.raises(ConfigError, match=r"needs about 0.0 GiB of memory, and 0.0 GiB are free"):
+    with pytest.raises(ConfigError, match=r"needs about .* of memory, and 1.0 KiB are free"):
         slimgpt.prune(model, output, **OPTIONS)
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ConfigError, match=r"of disk, and 0.0 GiB are free"):
+    with pytest.raises(ConfigError, match=r"of disk, and 1.0 KiB are free"):
         slimgpt.prune(model, output, **OPTIONS)
     assert not output.exists()
 
@@ -560,7 +566,8 @@ def test_restart_removes_what_was_published_and_nothing_else(
 
     with open_run(output) as run:
         run.identify({}, restart=False)
-        run.block_file(0).touch()
+        with run.saving(run.block_file(0)):
+            pass
         with run.product() as directory:
             (directory / "runs").mkdir()
             (directory / "runs" / "events").touch()
@@ -594,7 +601,7 @@ def test_a_run_that_had_not_begun_gives_way_and_leaves_other_files(
 ) -> None:
     output = tmp_path / "slim"
     (output / STATE_DIR).mkdir(parents=True)  # as a kill before the first block leaves it
-    (output / STATE_DIR / "manifest.json").write_text('{"ratio": 0.1}')
+    Manifest({"ratio": 0.1}).write(output / STATE_DIR / "manifest.json")
     (output / "notes.txt").touch()
     with pytest.raises(ConfigError, match="no data file"):
         slimgpt.prune(str(tiny_checkpoint("llama")), output, calibration="none.txt")
@@ -640,3 +647,154 @@ def test_calibration_files_of_one_name_are_told_apart(
     files[0].write_text("four five six seven " * 400)
     with pytest.raises(RunStateError, match="calibration file"):
         slimgpt.prune(model, output, **options)
+
+
+@pytest.mark.parametrize("name", ["block-00001.safetensors", "samples-0.safetensors"])
+@pytest.mark.parametrize("place", [-1, -400])
+def test_flipped_bits_are_noticed(name: str, place: int, interrupted: tuple[str, Path]) -> None:
+    model, output = interrupted
+    file = output / STATE_DIR / name
+    content = bytearray(file.read_bytes())
+    before = file.stat()
+    content[place] ^= 0x40
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(RunStateError, match=f"{name} of the interrupted run is damaged"):
+        slimgpt.prune(model, output, **OPTIONS)
+
+
+@pytest.mark.parametrize("place", range(0, 2000, 97))
+def test_flipped_bits_of_the_manifest_are_noticed(place: int, tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    Manifest({"ratio": 0.5, "text": "x" * 1900}, {"config.json": "2 bytes"}).write(file)
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunStateError, match="is damaged"):
+        Manifest.read(file)
+
+
+@pytest.mark.parametrize("name", ["../victim", "/etc/victim", "a/../../victim", ""])
+def test_a_manifest_names_no_files_elsewhere(name: str, tmp_path: Path) -> None:
+    victim, output = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("mine")
+    with open_run(output) as run:
+        run.identify({}, restart=False)
+        with run.saving(run.block_file(0)):
+            pass
+    name = name.replace("/etc/victim", str(victim))
+    Manifest({}, {name: describe_file(victim)}).write(output / STATE_DIR / "manifest.json")
+    for restart in (False, True):
+        with open_run(output) as run, suppress(RunStateError):
+            run.identify({}, restart=restart)
+        assert victim.read_text() == "mine"
+
+
+def test_a_link_does_not_lead_the_withdrawal_elsewhere(tmp_path: Path) -> None:
+    victim, output = tmp_path / "elsewhere" / "events", tmp_path / "out"
+    victim.parent.mkdir()
+    victim.write_text("mine")
+    with open_run(output) as run:
+        run.identify({}, restart=False)
+        with run.saving(run.block_file(0)):
+            pass
+    product = {"runs/events": describe_file(victim)}
+    Manifest({}, product).write(output / STATE_DIR / "manifest.json")
+    (output / "runs").symlink_to(victim.parent)
+    with open_run(output) as run:
+        run.identify({}, restart=True)
+    assert victim.read_text() == "mine"
+
+
+def test_a_foreign_config_is_not_a_product(interrupted: tuple[str, Path]) -> None:
+    model, output = interrupted
+    shutil.copy(Path(model) / "config.json", output)
+    before = sorted((output / STATE_DIR).iterdir())
+    with pytest.raises(RunStateError, match=r"other files of these names: config\.json"):
+        slimgpt.prune(model, output, **OPTIONS)
+    assert sorted((output / STATE_DIR).iterdir()) == before
+    (output / "config.json").unlink()
+    slimgpt.prune(model, output, **OPTIONS)
+
+
+def make_foreign(kind: str, output: Path, elsewhere: Path) -> None:
+    state = output / STATE_DIR
+    output.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "notes.txt").write_text("mine")
+    if kind == "link":
+        state.symlink_to(elsewhere)
+    elif kind == "file":
+        state.write_text("mine")
+    else:
+        state.mkdir()
+        (state / "notes.txt").write_text("mine")
+        if kind == "other manifest":
+            (state / "manifest.json").write_text('{"name": "of another program"}')
+        if kind == "link inside":
+            Manifest({}).write(state / "manifest.json")
+            (state / "block-00000.safetensors").symlink_to(elsewhere / "notes.txt")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kind", ["link", "file", "directory", "other manifest", "link inside"])
+def test_a_foreign_state_is_refused_and_untouched(
+    kind: str, restart: bool, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    make_foreign(kind, output, elsewhere)
+    before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
+    with pytest.raises(RunStateError, match="not the state of an interrupted run"):
+        slimgpt.prune(str(tiny_checkpoint("llama")), output, restart=restart, **OPTIONS)
+    assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_a_lost_manifest_is_noticed(interrupted: tuple[str, Path]) -> None:
+    model, output = interrupted
+    (output / STATE_DIR / "manifest.json").unlink()
+    with pytest.raises(RunStateError, match=r"has no manifest\.json"):
+        slimgpt.prune(model, output, **OPTIONS)
+    assert (output / STATE_DIR / "block-00001.safetensors").exists()
+
+
+def test_a_damaged_product_is_not_published(tmp_path: Path) -> None:
+    with open_run(tmp_path / "out") as run:
+        run.identify({}, restart=False)
+        with run.product() as directory:
+            (directory / "config.json").write_text("{}")
+        (run.state / "result" / "config.json").write_text("[]")
+        with pytest.raises(RunStateError, match=r"config\.json is not what was written"):
+            run.publish()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_other_threads_are_named_with_what_goes_on(
+    interrupted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, output = interrupted
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    with pytest.raises(RunStateError, match=f"threads was {threads} and is") as raised:
+        slimgpt.prune(model, output, **OPTIONS)
+    assert f"set OMP_NUM_THREADS={threads} to go on" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud83d"])
+def test_impossible_names_of_the_output(
+    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RunStateError, match="cannot write to"):
+        slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / name, **OPTIONS)
+
+
+def test_a_restart_does_not_take_a_published_product(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with open_run(output) as run:
+        run.identify({}, restart=False)
+        with run.product() as directory:
+            (directory / "config.json").write_text("{}")
+        run.publish()
+        with pytest.raises(RunStateError, match="exists and is not empty"):
+            run.identify({}, restart=True)
+    assert (output / "config.json").read_text() == "{}"
+    assert not (output / STATE_DIR).exists()

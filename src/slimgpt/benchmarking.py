@@ -213,7 +213,9 @@ def bench(model: str, **options: Any) -> BenchResult:
     Raises
     ------
     SlimGPTError
-        If an option or a model is wrong, or the engine is not installed or fails.
+        If an option or a model is wrong, or the engine is not installed or fails. What ends a
+        measurement, this or another exception, has what was measured before as its attribute
+        ``measured``.
 
     Examples
     --------
@@ -248,12 +250,33 @@ def bench(model: str, **options: Any) -> BenchResult:
             stack.callback(workers[-1].unload)
             workers[-1].load()
         vocab_size = min(subject.vocab_size for subject in subjects)
-        settings = tuple(
-            _measure(workers, config, batch_size, prompt_length, vocab_size)
-            for batch_size, prompt_length in product(config.batch_size, config.prompt_length)
-        )
+        settings: list[Setting] = []
+        failure: BaseException | None = None
+        try:
+            for lengths in product(config.batch_size, config.prompt_length):
+                settings.append(_measure(workers, config, *lengths, vocab_size))
+        except BaseException as err:
+            if not settings:
+                raise
+            failure = err
         costs = tuple(worker.cost() for worker in workers)
-    result = BenchResult(
+    result = _result(config, settings, costs)
+    keep_results(sources[0].directory, SPEED_FILE, [result], _protocol)
+    try:
+        if failure:
+            raise failure
+        if config.plot:
+            _plot(result, Path(config.plot))
+    except BaseException as err:
+        vars(err)["measured"] = result
+        raise
+    return result
+
+
+def _result(
+    config: BenchConfig, settings: Sequence[Setting], costs: tuple[Cost, ...]
+) -> BenchResult:
+    return BenchResult(
         engine=config.engine,
         device=config.device,
         versions=_versions(config.engine),
@@ -261,14 +284,10 @@ def bench(model: str, **options: Any) -> BenchResult:
         new_tokens=config.new_tokens,
         repeats=config.repeats,
         costs=costs,
-        settings=settings,
+        settings=tuple(settings),
         ideal_prefill=costs[1].block_bytes / costs[0].block_bytes if config.against else None,
         ideal_decode=costs[1].step_bytes / costs[0].step_bytes if config.against else None,
     )
-    keep_results(sources[0].directory, SPEED_FILE, [result], _protocol)
-    if config.plot:
-        _plot(result, Path(config.plot))
-    return result
 
 
 def _versions(engine: str) -> dict[str, str]:
@@ -307,14 +326,16 @@ class _Worker:
         return self._run(engines.generate, prompts, self._config.new_tokens)
 
     def cost(self) -> Cost:
-        subject = self._subject
+        subject, peak = self._subject, None
+        with suppress(EngineError):  # of a process that has ended after it was measured
+            peak = self._run(engines.peak)
         return Cost(
             name=subject.name,
             dtype=subject.dtype,
             disk_bytes=subject.disk_bytes,
             step_bytes=subject.block_bytes + subject.head_bytes,
             block_bytes=subject.block_bytes,
-            peak_memory_bytes=self._run(engines.peak),
+            peak_memory_bytes=peak,
         )
 
     def _run(self, function: Any, *arguments: Any) -> Any:
@@ -330,7 +351,10 @@ class _Worker:
 
 def _check_environment(config: BenchConfig) -> None:
     if config.engine == "vllm" and (config.threads or config.device != "auto"):
-        raise ConfigError("--engine vllm takes no --threads and no --device: it chooses itself")
+        raise ConfigError(
+            "--engine vllm takes no --threads and no --device: it chooses itself",
+            hint="leave them out",
+        )
     for package in _PACKAGES[config.engine]:
         if find_spec(package) is None:
             command = f"pip install 'slimgpt[{config.engine}]'"
@@ -338,7 +362,10 @@ def _check_environment(config: BenchConfig) -> None:
     if config.plot and find_spec("matplotlib") is None:
         raise MissingDependencyError("matplotlib", "--plot", "pip install 'slimgpt[report]'")
     if config.plot and not Path(config.plot).parent.is_dir():
-        raise ConfigError(f"the directory of --plot {config.plot} does not exist")
+        raise ConfigError(
+            f"the directory of --plot {config.plot} does not exist",
+            hint="make it, or choose another one",
+        )
 
 
 def _runs_as_it_is(source: Source, config: BenchConfig) -> bool:
@@ -370,7 +397,10 @@ def _prepare(source: Source, config: BenchConfig, converted: Path) -> _Subject:
     if config.engine == "llamacpp":
         return _prepare_gguf(source, config, converted)
     if config.engine == "vllm" and source.gguf_file:
-        raise ConfigError(f"{source.name} is a GGUF file, which --engine vllm does not run here")
+        raise ConfigError(
+            f"{source.name} is a GGUF file, which --engine vllm does not run here",
+            hint="name the checkpoint that it was made from, or use --engine llamacpp",
+        )
     model_config = load_config(source)
     skeleton: Any = build_skeleton(model_config)
     size = getattr(torch, config.dtype).itemsize

@@ -2,12 +2,30 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from slimgpt.files import read_json, write_atomically
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from slimgpt.config import PruneConfig, RecoverConfig
+from slimgpt.errors import ConfigError, SlimGPTError
+from slimgpt.files import write_atomically
+from slimgpt.locks import writing_alone
 
 log = logging.getLogger(__name__)
 
@@ -18,14 +36,106 @@ SPEED_FILE = "eval/speed.json"
 RECOVERY_FILE = "recovery_report.json"
 CARD_FILE = "README.md"
 
+SECONDS_FOR_OTHERS = 30.0  # for another process that keeps its results
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Read(BaseModel):
+    """What is read of a report; there may be more in it."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Widths(_Read):
+    num_groups: Count
+    num_channels: Count
+
+
+class _Sublayer(_Read):
+    keep: list[Count]
+    relative_error: float
+
+
+class _Block(_Read):
+    block: Count
+    attention: _Sublayer
+    ffn: _Sublayer
+
+
+class _Calibration(_Read):
+    data: str
+    nsamples: Count
+    seqlen: Count
+
+
+def _options(config: type[BaseModel], *needed: str) -> Any:
+    """Schema of the options in a report: those that this version knows, some of them needed."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, ... if name in needed else None)
+        for name, field in config.model_fields.items()
+    }
+    model = create_model(
+        config.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+    )
+    return GetPydanticSchema(lambda _, handler: handler(model))
+
+
+class PruningReport(_Read):
+    """What ``pruning_report.json`` holds."""
+
+    base_model: str
+    config: Annotated[Any, _options(PruneConfig, "method", "uniform")]
+    dtype: str
+    device: str
+    calibration: _Calibration
+    shapes: list[_Widths]
+    widths: list[_Widths]
+    layer_ratios: list[FiniteFloat]
+    target_ratio: FiniteFloat
+    block_ratio: FiniteFloat
+    total_ratio: FiniteFloat
+    params_before: Count
+    params_after: Count
+    is_measured: bool
+    blocks: list[_Block] = Field(min_length=1)
+    seconds: dict[str, FiniteFloat]
+    peak_memory_bytes: Count | None
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("blocks", "shapes", "widths", "layer_ratios")
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"different numbers of layers: {lengths}")
+        return self
+
+
+class RecoveryReport(_Read):
+    """What ``recovery_report.json`` holds."""
+
+    model: str
+    teacher: str | None
+    config: Annotated[
+        Any, _options(RecoverConfig, "method", "batch_size", "learning_rate", "seqlen")
+    ]
+    data: str
+    held_out: str
+    steps: Count
+    seconds: FiniteFloat
+    peak_memory_bytes: Count | None
+    train_loss: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
+    held_out_perplexity: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
+
+
 _CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [slimgpt, pruned]
-{hub_base}---
+{front_matter}---
 # {base_name}, pruned by {percent:g} %
 
-A smaller dense model, made from `{base_name}` by structured pruning with
+A smaller dense model, made from {base_name} by structured pruning with
 SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and
 {rest}.
 
@@ -89,6 +199,44 @@ learning rate {learning_rate:g}, {seqlen} tokens per example. Perplexity on {hel
 """
 
 
+def read_typed(file: Path, kind: Any) -> Any:
+    """Read a JSON file that SlimGPT has written into values of a given type.
+
+    Parameters
+    ----------
+    file : Path
+        The file.
+    kind : type
+        What pydantic can make of JSON: a model, a dataclass, a list of one of these.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or is of another form; names the key.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(file.read_bytes())
+    except OSError as err:
+        raise ConfigError(f"cannot read {file}: {err}", hint="check its permissions") from None
+    except ValidationError as err:
+        problem = err.errors(include_url=False)[0]
+        if problem["type"] == "json_invalid":
+            raise ConfigError(
+                f"cannot read {file}: {problem['msg']}",
+                hint="the file is broken: write it again, or remove it",
+            ) from None
+        key = ".".join(map(str, problem["loc"]))
+        raise ConfigError(
+            f"{file} is not as this version writes it: {key or 'all of it'}: {problem['msg']}",
+            hint="remove the file; if it holds results, measure again",
+        ) from None
+
+
+def read_report(file: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """Read a report as JSON values of the right types; raises what `read_typed` does."""
+    return read_typed(file, kind).model_dump(mode="json", exclude_unset=True)
+
+
 def write_card(directory: Path) -> None:
     """Write ``README.md`` from ``pruning_report.json`` and, if there is one, the recovery report.
 
@@ -97,9 +245,10 @@ def write_card(directory: Path) -> None:
     directory : Path
         Of a pruned model.
     """
-    report = read_json(directory / REPORT_FILE)
+    raw = read_report(directory / REPORT_FILE, PruningReport)
+    report, base = _escaped(raw), raw["base_model"]
     config, calibration = report["config"], report["calibration"]
-    uniform, base = config["uniform"], report["base_model"]
+    uniform = config["uniform"]
     is_ours = config["method"] == "slimgpt"
     card = _CARD.format(
         **{key: report[key] for key in ("params_before", "params_after")},
@@ -109,9 +258,9 @@ def write_card(directory: Path) -> None:
         layer_ratios=_layer_ratios(config, report["layer_ratios"], report["is_measured"]),
         rest=_REST if is_ours else _REST_OF_OTHERS.format(**config),
         method=_METHOD.format(**config) if is_ours else config["method"],
-        hub_base=f"base_model: {base}\n" if "/" in base else "",
+        front_matter=_front_matter(base),
         percent=round(100 * report["target_ratio"], 4),
-        base_name=base,
+        base_name=report["base_model"],
         version=report["versions"]["slimgpt"],
         trust="" if uniform else ", trust_remote_code=True",
         why="" if uniform else _WHY,
@@ -122,7 +271,35 @@ def write_card(directory: Path) -> None:
         end_of_tasks=_TASKS[1],
         report_file=REPORT_FILE,
     )
-    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+    write_atomically(directory / CARD_FILE, card)
+
+
+def _front_matter(base: str) -> str:
+    """Metadata for the hub, with the base model if that is there."""
+    values: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["slimgpt", "pruned"],
+    }
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        values["base_model"] = base
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _plain(text: str) -> str:
+    """Text on one line, without characters that cannot be printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _escaped(value: Any) -> Any:
+    """JSON values, in whose texts nothing is markup for Markdown or HTML."""
+    if isinstance(value, str):
+        for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+            value = value.replace(character, entity)
+        return re.sub(r"([\\`*\[\]|~$])", r"\\\1", _plain(value))
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _layer_ratios(config: dict[str, Any], ratios: Sequence[float], is_measured: bool) -> str:
@@ -139,7 +316,7 @@ def _layer_ratios(config: dict[str, Any], ratios: Sequence[float], is_measured: 
 def _recovery(file: Path) -> str:
     if not file.is_file():
         return ""
-    report = read_json(file)
+    report = _escaped(read_report(file, RecoveryReport))
     config, curve = report["config"], report["held_out_perplexity"]
     return _RECOVERY.format(
         **{key: report[key] for key in ("steps", "data", "held_out")},
@@ -173,33 +350,53 @@ def keep_results(
         return
     file = directory / name
     try:
-        kept = read_json(file, list) if file.is_file() else []
-        by_protocol = {protocol(result): result for result in [*kept, *map(asdict, results)]}
+        if file.parent.is_symlink():
+            raise OSError(f"{file.parent} is a link that leads elsewhere")
         file.parent.mkdir(exist_ok=True)
-        write_atomically(file, json.dumps(list(by_protocol.values()), indent=1) + "\n")
-        _update_card(directory)
-    except (OSError, ValueError, KeyError) as err:  # results of another version may lack a key
-        log.warning("the results are not kept in %s: %r", directory, err)
+        with writing_alone(file.parent, SECONDS_FOR_OTHERS):
+            kept = [*_kept(file, type(results[0])), *results]
+            by_protocol = {protocol(result): result for result in map(asdict, kept)}
+            values = list(by_protocol.values())
+            write_atomically(file, json.dumps(values, indent=1) + "\n")
+            _update_card(directory, name, values)
+    except (OSError, SlimGPTError) as err:
+        log.warning("the results are not kept in %s: %s", directory, err)
 
 
-def _update_card(directory: Path) -> None:
-    """Replace the results in ``README.md``, if it has sections for them, and nothing else."""
-    if not (directory / CARD_FILE).is_file():
+def _kept(file: Path, kind: type) -> list[Any]:
+    """The results in a file; one that is of another form is set aside."""
+    if not file.exists():
+        return []
+    try:
+        return read_typed(file, list[kind])
+    except ConfigError as err:
+        names = (file.with_name(f"{file.name}.bad-{number}") for number in count(1))
+        aside = next(name for name in names if not name.exists())
+        file.rename(aside)
+        log.warning("%s; it is now %s", err, aside.name)
+        return []
+
+
+def _update_card(directory: Path, name: str, results: list[dict[str, Any]]) -> None:
+    """Replace results in ``README.md``, if it has a section for them, and nothing else."""
+    file = directory / CARD_FILE
+    sections = {
+        PERPLEXITY_FILE: (*_PERPLEXITY, _perplexity_table),
+        TASKS_FILE: (*_TASKS, _tasks_table),
+    }
+    if name not in sections or not file.is_file():
         return
-    card = (directory / CARD_FILE).read_text(encoding="utf-8")
-    new = card
-    sections = (
-        (_PERPLEXITY, PERPLEXITY_FILE, _perplexity_table),
-        (_TASKS, TASKS_FILE, _tasks_table),
-    )
-    for (start, end), file, make_table in sections:
-        before, found_start, rest = new.partition(start)
-        _, found_end, after = rest.partition(end)
-        if found_start and found_end and (directory / file).is_file():
-            results = read_json(directory / file, list)
-            new = f"{before}{start}\n{make_table(results)}\n{end}{after}"
-    if new != card:
-        write_atomically(directory / CARD_FILE, new)
+    start, end, make_table = sections[name]
+    try:
+        card = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        log.warning("the results are not in %s, which cannot be read: %s", file, err)
+        return
+    before, found_start, rest = card.partition(start)
+    _, found_end, after = rest.partition(end)
+    if found_start and found_end:
+        table = make_table(_escaped(results))
+        write_atomically(file, f"{before}{start}\n{table}\n{end}{after}")
 
 
 def _perplexity_table(results: list[dict[str, Any]]) -> str:

@@ -24,10 +24,9 @@ from slimgpt.families import PRUNED_PREFIX, config_widths, family_of
 from slimgpt.files import read_json
 from slimgpt.model import (
     SENTENCEPIECE_FILE,
-    TOKENIZER_FILES,
     Source,
-    find_file,
     load_tokenizer,
+    tokenizer_files,
 )
 from slimgpt.registry import pruned_classes
 from slimgpt.schedule import BlockWidths
@@ -113,7 +112,7 @@ def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, director
     directory : Path
         Has the model's ``config.json`` already.
     """
-    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    files = tokenizer_files(source)
     for name, file in files.items():
         shutil.copyfile(file, directory / name)
     if not files or not _loads_as(directory, tokenizer):

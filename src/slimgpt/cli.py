@@ -9,11 +9,11 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -27,10 +27,12 @@ from slimgpt.config import (
     PruneConfig,
     RecoverConfig,
     ReportConfig,
+    check_text,
     load_recipe,
 )
-from slimgpt.errors import ConfigError, SlimGPTError
+from slimgpt.errors import ConfigError, ResourceError, SlimGPTError, resource_error
 from slimgpt.flags import options_of
+from slimgpt.footprint import size
 
 if TYPE_CHECKING:
     from slimgpt.benchmarking import Spread
@@ -41,9 +43,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Structured pruning of large language models: smaller dense checkpoints that load.",
 )
+
+
+class _Stderr(Console):
+    """Standard error, which may be closed or full: the run goes on without it."""
+
+    def tell(self, text: str, style: str | None = None) -> None:
+        """Print a line."""
+        try:
+            self.print(text, style=style, soft_wrap=True)
+        except OSError:
+            _give_up(2)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller; Rich would end the process."""
+        raise BrokenPipeError
+
+
 stdout = Console(highlight=False, markup=False)
-stderr = Console(stderr=True, highlight=False, markup=False)
+stderr = _Stderr(stderr=True, highlight=False, markup=False)
 log = logging.getLogger("slimgpt")
+
+LONGEST_MESSAGE = 500  # characters of what is wrong with the command line
+# Of click, or of typer's own copy of it.
+_UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 Model = Annotated[
     str,
@@ -57,6 +80,7 @@ Recipe = Annotated[
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -64,8 +88,10 @@ def root(
     if debug:
         log.setLevel(logging.DEBUG)
     if version:
-        stdout.print(slimgpt.__version__)
+        _print(slimgpt.__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise ConfigError("a command is missing", hint="`slimgpt --help` lists the commands")
 
 
 @app.command()
@@ -101,21 +127,26 @@ def prune(
         return
     _emit(result.plan, _ratio_lines(result.plan), as_json)
     seconds = sum(result.report["seconds"].values())
-    peak = (result.report["peak_memory_bytes"] or 0) / 2**30
-    stdout.print(f"{seconds:.0f} s, peak memory {peak:.1f} GiB")
-    stdout.print(f"the pruned model is in {result.output}", soft_wrap=True)
+    peak = size(result.report["peak_memory_bytes"] or 0)
+    _print(f"{seconds:.0f} s, peak memory {peak}", f"the pruned model is in {result.output}")
 
 
 @app.command("eval")
 @options_of(EvalConfig)
 def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
     """Measure the perplexity of MODEL, dense or pruned, and run benchmark tasks on it."""
-    results = slimgpt.evaluate(model, **_given(recipe, options))
-    tables = (
-        *(_perplexity_table(results.perplexity) if results.perplexity else ()),
-        *(_tasks_table(results.tasks) if results.tasks else ()),
-    )
-    _emit(results, tables, as_json)
+
+    def show(results: slimgpt.Evaluation) -> None:
+        tables = (
+            *(_perplexity_table(results.perplexity) if results.perplexity else ()),
+            *(_tasks_table(results.tasks) if results.tasks else ()),
+        )
+        if tables:
+            _emit(results, tables, as_json)
+
+    with _showing_what_was_measured(show):
+        results = slimgpt.evaluate(model, **_given(recipe, options))
+    show(results)
 
 
 @app.command()
@@ -173,8 +204,13 @@ def export(
 @options_of(BenchConfig)
 def bench(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
     """Measure how fast MODEL runs in an engine, next to its base."""
-    result = slimgpt.bench(model, **_given(recipe, options))
-    _emit(result, _bench_tables(result), as_json)
+
+    def show(result: slimgpt.BenchResult) -> None:
+        _emit(result, _bench_tables(result), as_json)
+
+    with _showing_what_was_measured(show):
+        result = slimgpt.bench(model, **_given(recipe, options))
+    show(result)
 
 
 @app.command()
@@ -209,8 +245,7 @@ def run_recipe(
     if as_json:
         _emit(result.report, (), as_json=True)
     else:
-        stdout.print(result.markdown, soft_wrap=True)
-        stdout.print(f"the results are in {result.output}", soft_wrap=True)
+        _print(result.markdown, f"the results are in {result.output}")
     if result.errors:
         raise SlimGPTError(
             f"{len(result.errors)} of {len(result.report['cells'])} cells failed: "
@@ -221,6 +256,7 @@ def run_recipe(
 
 def main() -> None:
     """Run the command line; turn errors into one line, a hint and an exit code."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # consoles that cannot show every character
@@ -238,28 +274,96 @@ def main() -> None:
     log.propagate = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end jobs with it
     try:
-        app()
-    except SlimGPTError as err:
-        if log.isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
-        stderr.print(f"error: {err}", style="red", soft_wrap=True)
-        if err.hint:
-            stderr.print(f"\nhint: {err.hint}", soft_wrap=True)
-        sys.exit(err.exit_code)
-    except Exception as err:
-        if log.isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
-        if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
-            message = f"out of memory: {err}"
-            hint = "use fewer or shorter samples, smaller batches, a smaller --dtype, or the CPU"
-        else:
-            message = f"internal error: {type(err).__name__}: {err}"
-            hint = "this is a fault of slimgpt; `slimgpt --debug …` shows where"
-        stderr.print(f"error: {message}", style="red", soft_wrap=True)
-        stderr.print(f"\nhint: {hint}", soft_wrap=True)
-        sys.exit(1)
+        code = _run()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                _give_up(number)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run a command; return its exit code."""
+    try:
+        _check_arguments(sys.argv[1:])
+        return app(standalone_mode=False) or 0
+    except _UsageError as err:
+        return _report_usage(err)
+    except BrokenPipeError:  # who reads has gone
+        return 1
+    except Exception as err:
+        if log.isEnabledFor(logging.DEBUG):
+            stderr.tell(traceback.format_exc())
+        known = err if isinstance(err, SlimGPTError) else resource_error(err)
+        _report(
+            known
+            or SlimGPTError(
+                f"internal error: {type(err).__name__}: {err}",
+                hint="this is a fault of slimgpt; `slimgpt --debug …` shows where",
+            )
+        )
+        return known.exit_code if known else 1
+
+
+def _report(err: SlimGPTError) -> None:
+    stderr.tell(f"error: {err}", style="red")
+    if err.hint:
+        stderr.tell(f"\nhint: {err.hint}")
+
+
+def _report_usage(err: Any) -> int:
+    """Report what is wrong with the command line as all other errors are reported."""
+    command = err.ctx.command_path if err.ctx else "slimgpt"
+    if message := err.format_message():  # none where the help was asked for
+        text = message[0].lower() + message[1:].rstrip(".")
+        _report(ConfigError(_cut(text), hint=f"`{command} --help` explains the options"))
+    return err.exit_code
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Check that all arguments can be names and be written."""
+    for argument in arguments:
+        try:
+            check_text(argument)
+        except ValueError as err:
+            raise ConfigError(
+                f"the argument {_cut(repr(argument))} cannot be used: {err}",
+                hint="give another name to the file; names are UTF-8",
+            ) from None
+
+
+def _open_standard_streams() -> None:
+    """Open closed streams to nowhere, so that no file of ours gets their numbers and their text."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def _give_up(number: int) -> None:
+    """Lead a standard stream that cannot be written to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+@contextmanager
+def _showing_what_was_measured(show: Callable[[Any], None]) -> Iterator[None]:
+    """Before an error, show what was measured until then."""
+    try:
+        yield
+    except BaseException as err:
+        if measured := getattr(err, "measured", None):
+            show(measured)
+        raise
 
 
 @contextmanager
@@ -271,7 +375,7 @@ def _resumable() -> Iterator[None]:
         arguments = [argument for argument in sys.argv[1:] if argument != "--restart"]
         launcher = "torchrun … -m slimgpt" if "TORCHELASTIC_RUN_ID" in os.environ else "slimgpt"
         command = f"{launcher} {shlex.join(arguments)}"
-        stderr.print(f"interrupted; this goes on with it:\n  {command}", soft_wrap=True)
+        stderr.tell(f"interrupted; this goes on with it:\n  {command}")
         raise typer.Exit(130) from None
 
 
@@ -279,7 +383,7 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         text = f"warning: {record.getMessage()}" if warning else record.getMessage()
-        stderr.print(text, style="yellow" if warning else None, soft_wrap=True)
+        stderr.tell(text, style="yellow" if warning else None)
 
 
 def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -297,10 +401,31 @@ def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 
 def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result, indent=1, default=asdict))
-        return
-    for renderable in renderables:
-        stdout.print(renderable)
+        _print(json.dumps(result, indent=1, default=asdict))
+    else:
+        _print(*renderables)
+
+
+def _print(*renderables: Any) -> None:
+    """Print results.
+
+    Raises
+    ------
+    ResourceError
+        If standard output cannot be written.
+    """
+    try:
+        for renderable in renderables:
+            stdout.print(renderable, soft_wrap=isinstance(renderable, str))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        _give_up(1)
+        raise ResourceError(
+            f"the results cannot be written to standard output: {err.strerror}",
+            hint="what the command has written to files is complete",
+        ) from None
 
 
 def _perplexity_table(results: "Sequence[slimgpt.EvalResult]") -> tuple[Any, ...]:
@@ -364,7 +489,7 @@ def _pruning_table(summary: "slimgpt.ModelSummary") -> tuple[Any, ...]:
         return ()
     table = Table(*cost.seconds, "all", "peak memory", title="pruning took, in seconds")
     seconds = [*cost.seconds.values(), sum(cost.seconds.values())]
-    peak = "" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**30:.2f} GiB"
+    peak = "" if cost.peak_memory_bytes is None else size(cost.peak_memory_bytes)
     table.add_row(*(f"{value:.1f}" for value in seconds), peak)
     return (table,)
 

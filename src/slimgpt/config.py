@@ -4,19 +4,21 @@ The fields are the single source of the options: the command line makes its flag
 their defaults from them, recipes (YAML) and the Python API use the same names.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -64,8 +66,54 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _is_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
+        raise ValueError("no device; use auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+def _is_plot(value: str | None) -> str | None:
+    if value is not None and Path(value).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError("the name of a plot ends in .png, .svg or .pdf")
+    return value
+
+
 _Underscored = BeforeValidator(_underscored)
 _Listed = BeforeValidator(_listed)
+
+# Bounds that no sensible value reaches, so that a slip fails here and not in a library.
+COUNT, LENGTH, BATCH = 10**9, 10**7, 2**16  # of anything; of a text in tokens; of sequences
+MAX_SEED = 2**32 - 1  # NumPy's
+BYTES = 2**60
+
+# A recipe is short: larger files, and mappings nested more deeply, are something else.
+RECIPE_BYTES, RECIPE_DEPTH, RECIPE_CELLS = 10**6, 32, 4096
+_SHOWN = 80  # characters of a wrong value in its message
+
+
+def check_text(text: str) -> None:
+    """Check that a text can be a name, and be written as UTF-8.
+
+    Raises
+    ------
+    ValueError
+        If it has a NUL, or bytes that are not UTF-8 (which Python decodes as lone surrogates).
+    """
+    if "\0" in text:
+        raise ValueError("a NUL character is in it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("it is not valid UTF-8")
+
+
+def _check_texts(value: Any) -> None:
+    """Check all texts in a value."""
+    if isinstance(value, str | Path):
+        check_text(str(value))
+    elif isinstance(value, Mapping):
+        _check_texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_texts(item)
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -83,7 +131,19 @@ def _widths_are_given(values: Mapping[str, Any]) -> bool:
 class _Options(BaseModel):
     """Frozen options; all problems of one set of values are reported together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    verb: ClassVar[str]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, value in values.items():
+            try:
+                _check_texts(value)
+            except ValueError as err:
+                raise ValueError(f"{name}={_shown(value)}: {err}") from None
+        return values
 
     @classmethod
     def create(cls, **values: Any) -> Self:
@@ -97,7 +157,14 @@ class _Options(BaseModel):
         try:
             return cls(**values)
         except ValidationError as err:
-            raise ConfigError("; ".join(map(cls._explain, err.errors()))) from None
+            raise ConfigError(
+                "; ".join(map(cls._explain, err.errors())), hint=cls._hint()
+            ) from None
+
+    @classmethod
+    def _hint(cls) -> str:
+        """Where the options are explained."""
+        return f"`slimgpt {cls.verb} --help` explains the options and shows their defaults"
 
     @classmethod
     def _explain(cls, problem: Mapping[str, Any]) -> str:
@@ -105,12 +172,23 @@ class _Options(BaseModel):
         if problem["type"] == "missing":
             return f"{name} is missing"
         if problem["type"] == "extra_forbidden":
-            return f"unknown option {name!r}: {did_you_mean(name, list(cls.model_fields))}"
+            return f"unknown option {_shown(name)}: {did_you_mean(name, list(cls.model_fields))}"
         if problem["type"] == "literal_error" and len(problem["loc"]) == 1:
             known = [str(arg) for arg in get_args(cls.model_fields[name].annotation)]
-            return f"{name}={problem['input']!r}: {did_you_mean(str(problem['input']), known)}"
+            return (
+                f"{name}={_shown(problem['input'])}: {did_you_mean(str(problem['input']), known)}"
+            )
         message = problem["msg"].removeprefix("Value error, ")
-        return f"{name}={problem['input']!r}: {message}" if name else message
+        return f"{name}={_shown(problem['input'])}: {message}" if name else message
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, cut to what a message can hold."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int with too many digits to print
+        return "(a very large number)"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 class _RuntimeOptions(_Options):
@@ -119,8 +197,8 @@ class _RuntimeOptions(_Options):
     dtype: Annotated[DType, _Underscored] = Field(
         "auto", description="Precision of the weights; auto keeps that of the checkpoint."
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N, mps."
+    device: Annotated[str, AfterValidator(_is_device)] = Field(
+        "auto", description="auto, cpu, cuda, cuda:N, mps."
     )
 
 
@@ -129,13 +207,15 @@ class _ModelOptions(_RuntimeOptions):
 
     text_field: str | None = Field(
         None,
-        description="Field with the text in local data files. Default: text, or for instructions "
-        "the fields of Alpaca.",
+        description="Field with the text or chat in local data files. Default: text, messages, "
+        "conversations, or for instructions the fields of Alpaca.",
     )
 
 
 class PruneConfig(_ModelOptions):
     """Options of ``slimgpt prune``."""
+
+    verb = "prune"
 
     ratio: float = Field(0.2, ge=0, lt=1, description="Fraction of the block parameters to remove.")
     method: Annotated[Method, _Underscored] = Field(
@@ -173,11 +253,12 @@ class PruneConfig(_ModelOptions):
         ("c4", "self"),
         min_length=1,
         description="Texts, comma-separated, that give equal numbers of samples: data sets, local "
-        ".txt/.jsonl/.json/.parquet files, and self, what the model itself writes.",
+        ".txt/.jsonl/.json/.parquet files (the first three also as .gz or .zst) or directories of "
+        "them, and self, what the model itself writes.",
     )
-    nsamples: int = Field(128, ge=1, description="Number of calibration samples.")
-    seqlen: int = Field(2048, ge=2, description="Tokens of each calibration sample.")
-    seed: int = Field(0, ge=0, description="Seed for the choice of the samples.")
+    nsamples: int = Field(128, ge=1, le=LENGTH, description="Number of calibration samples.")
+    seqlen: int = Field(2048, ge=2, le=LENGTH, description="Tokens of each calibration sample.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed for the choice of the samples.")
     damping: float = Field(
         0.01, gt=0, le=0.1, description="Damping of the Hessian, relative to its diagonal."
     )
@@ -187,8 +268,8 @@ class PruneConfig(_ModelOptions):
     channel_selection: Annotated[ChannelSelection, _Underscored] = Field(
         "greedy", description="FFN channels one at a time, or in the paper's shrinking batches."
     )
-    min_group_size: int = Field(64, ge=1, description="Smallest batch of dynamic-group.")
-    max_group_size: int = Field(1024, ge=1, description="Largest batch of dynamic-group.")
+    min_group_size: int = Field(64, ge=1, le=COUNT, description="Smallest batch of dynamic-group.")
+    max_group_size: int = Field(1024, ge=1, le=COUNT, description="Largest batch of dynamic-group.")
     head_error: Annotated[HeadError, _Underscored] = Field(
         "exact", description="Error of a head: exact, or the paper's diagonal approximation."
     )
@@ -202,10 +283,11 @@ class PruneConfig(_ModelOptions):
     refit_epochs: int = Field(
         1,
         ge=0,
+        le=BATCH,
         description="How often all weights of a pruned FFN see the calibration tokens after the "
         "compensation, to follow the output that it should have; the paper's 0 leaves this out.",
     )
-    multiple_of: int = Field(8, ge=1, description="FFN widths are multiples of this.")
+    multiple_of: int = Field(8, ge=1, le=COUNT, description="FFN widths are multiples of this.")
     uniform: bool = Field(
         False, description="Same width in every layer: a checkpoint of the stock class."
     )
@@ -216,11 +298,15 @@ class PruneConfig(_ModelOptions):
     )
     activation_memory: ByteSize = Field(
         ByteSize(4 * 10**9),
+        le=BYTES,
         description="Memory for activations, e.g. 8GB. A residual stream beyond it is mapped to a "
         "file; sublayer activations beyond it are computed twice.",
     )
     max_shard_size: ByteSize = Field(
-        ByteSize(5 * 10**9), description="Size of the largest file of weights, e.g. 2GB."
+        ByteSize(5 * 10**9),
+        ge=1,
+        le=BYTES,
+        description="Size of the largest file of weights, e.g. 2GB.",
     )
 
     @model_validator(mode="before")
@@ -289,16 +375,18 @@ class PruneConfig(_ModelOptions):
 class EvalConfig(_ModelOptions):
     """Options of ``slimgpt eval``."""
 
+    verb = "eval"
+
     data: Annotated[tuple[str, ...], _Listed] = Field(
         ("wikitext2",),
-        description="Texts for perplexity: data sets or local files, comma-separated. With tasks "
-        "and without texts, only the tasks are run.",
+        description="Texts for perplexity: data sets, local files or directories, comma-separated. "
+        "With tasks and without texts, only the tasks are run.",
     )
-    seqlen: Annotated[tuple[Annotated[int, Field(ge=2)], ...], _Listed] = Field(
+    seqlen: Annotated[tuple[Annotated[int, Field(ge=2, le=LENGTH)], ...], _Listed] = Field(
         (2048,), min_length=1, description="Window lengths in tokens, comma-separated."
     )
     max_tokens: int | None = Field(
-        None, ge=2, description="Stop after this many tokens. Default: the whole split."
+        None, ge=2, le=10**12, description="Stop after this many tokens. Default: the whole split."
     )
     against: str | None = Field(
         None, description="Base model: its results and the KL divergence to it are added."
@@ -310,11 +398,18 @@ class EvalConfig(_ModelOptions):
     data_dir: Path | None = Field(
         None, description="Folder with the tasks' data (JSON, JSONL, Parquet), not the hub."
     )
-    limit: int | None = Field(None, ge=1, description="Only the first documents of each task.")
-    num_fewshot: int | None = Field(
-        None, ge=0, description="Solved examples in a prompt. Default: 5 for mmlu, else the task's."
+    limit: int | None = Field(
+        None, ge=1, le=COUNT, description="Only the first documents of each task."
     )
-    batch_size: int = Field(8, ge=1, description="Requests of a task in one forward pass.")
+    num_fewshot: int | None = Field(
+        None,
+        ge=0,
+        le=BATCH,
+        description="Solved examples in a prompt. Default: 5 for mmlu, else the task's.",
+    )
+    batch_size: int = Field(
+        8, ge=1, le=BATCH, description="Requests of a task in one forward pass."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -340,35 +435,61 @@ class EvalConfig(_ModelOptions):
 class RecoverConfig(_ModelOptions):
     """Options of ``slimgpt recover``; the defaults are the paper's settings."""
 
+    verb = "recover"
+
     method: RecoverMethod = Field(
         "lora", description="What is trained: adapters, all weights, or adapters with a teacher."
     )
-    data: str = Field("alpaca", description="Data set or local file: instructions or plain text.")
-    max_examples: int | None = Field(None, ge=1, description="Use only the first examples.")
-    seqlen: int = Field(256, ge=2, description="Tokens of an example; the rest is cut off.")
-    rank: int = Field(8, ge=1, description="Rank of the adapters.")
-    alpha: int = Field(16, ge=1, description="Scale of the adapters, divided by the rank.")
+    data: str = Field(
+        "alpaca",
+        description="Data set, local file or directory: instructions, chats or plain text.",
+    )
+    max_examples: int | None = Field(
+        None, ge=1, le=COUNT, description="Use only the first examples."
+    )
+    seqlen: int = Field(
+        256, ge=2, le=LENGTH, description="Tokens of an example; the rest is cut off."
+    )
+    rank: int = Field(8, ge=1, le=BATCH, description="Rank of the adapters.")
+    alpha: int = Field(
+        16, ge=1, le=COUNT, description="Scale of the adapters, divided by the rank."
+    )
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout in front of the adapters.")
-    learning_rate: float = Field(1e-4, gt=0, description="Its peak; it falls as a cosine to 0.")
-    warmup_steps: int = Field(10, ge=0, description="Steps until the peak.")
-    epochs: float = Field(1, gt=0, description="Passes over the data.")
-    max_steps: int | None = Field(None, ge=1, description="Train for this many steps instead.")
-    batch_size: int = Field(64, ge=1, description="Examples of a step, over all processes.")
-    micro_batch_size: int = Field(4, ge=1, description="Of these, at once in one process.")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=100, description="Its peak; it falls as a cosine to 0."
+    )
+    warmup_steps: int = Field(10, ge=0, le=COUNT, description="Steps until the peak.")
+    epochs: float = Field(1, gt=0, le=10**6, description="Passes over the data.")
+    max_steps: int | None = Field(
+        None, ge=1, le=COUNT, description="Train for this many steps instead."
+    )
+    batch_size: int = Field(
+        64, ge=1, le=COUNT, description="Examples of a step, over all processes."
+    )
+    micro_batch_size: int = Field(
+        4, ge=1, le=BATCH, description="Of these, at once in one process."
+    )
     teacher: str | None = Field(
         None, description="Model to distil from. Default: the base model of the pruning report."
     )
     kl_weight: float = Field(
-        1.0, ge=0, description="Weight of the KL divergence to the teacher beside the loss."
+        1.0,
+        ge=0,
+        le=10**6,
+        description="Weight of the KL divergence to the teacher beside the loss.",
     )
     eval_data: str = Field("wikitext2", description="Text for the held-out perplexity.")
-    eval_tokens: int = Field(16_384, ge=2, description="The first tokens of it.")
-    eval_steps: int = Field(20, ge=1, description="Steps between evaluations.")
-    save_steps: int = Field(20, ge=1, description="Steps between checkpoints to resume from.")
+    eval_tokens: int = Field(16_384, ge=2, le=COUNT, description="The first tokens of it.")
+    eval_steps: int = Field(20, ge=1, le=COUNT, description="Steps between evaluations.")
+    save_steps: int = Field(
+        20, ge=1, le=COUNT, description="Steps between checkpoints to resume from."
+    )
     report_to: Annotated[tuple[str, ...], _Listed] = Field(
         (), description="Trackers of transformers: tensorboard, wandb, mlflow, …"
     )
-    seed: int = Field(0, ge=0, description="Seed of the adapters, the dropout and the order.")
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="Seed of the adapters, the dropout and the order."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -396,6 +517,8 @@ class RecoverConfig(_ModelOptions):
 class ExportConfig(_Options):
     """Options of ``slimgpt export``."""
 
+    verb = "export"
+
     to: Literal["gguf"] = Field("gguf", description="Format to write; gguf is llama.cpp's.")
     type: Annotated[Literal["f32", "f16", "bf16", "q8_0"], _Underscored] = Field(
         "f16", description="Type of the matrices in the file."
@@ -405,29 +528,37 @@ class ExportConfig(_Options):
 class BenchConfig(_RuntimeOptions):
     """Options of ``slimgpt bench``."""
 
+    verb = "bench"
+
     engine: Literal["transformers", "llamacpp", "vllm"] = Field(
         "transformers", description="What runs the model; for llamacpp it is converted first."
     )
     against: str | None = Field(
         None, description="Base model: the two take turns, and ratios to it are added."
     )
-    batch_size: Annotated[tuple[PositiveInt, ...], _Listed] = Field(
+    batch_size: Annotated[tuple[Annotated[int, Field(ge=1, le=BATCH)], ...], _Listed] = Field(
         (1,), min_length=1, description="Numbers of sequences at once, comma-separated."
     )
-    prompt_length: Annotated[tuple[PositiveInt, ...], _Listed] = Field(
+    prompt_length: Annotated[tuple[Annotated[int, Field(ge=1, le=LENGTH)], ...], _Listed] = Field(
         (128, 512), min_length=1, description="Lengths of the prompts in tokens, comma-separated."
     )
-    new_tokens: int = Field(64, ge=2, description="Tokens to generate for each sequence.")
-    warmup: int = Field(1, ge=0, description="Rounds that do not count.")
-    repeats: int = Field(5, ge=1, description="Rounds that do.")
-    threads: int | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's.")
-    plot: str | None = Field(
-        None, pattern=r"\.(png|svg|pdf)$", description="File for a plot: .png, .svg or .pdf."
+    new_tokens: int = Field(
+        64, ge=2, le=LENGTH, description="Tokens to generate for each sequence."
+    )
+    warmup: int = Field(1, ge=0, le=COUNT, description="Rounds that do not count.")
+    repeats: int = Field(5, ge=1, le=COUNT, description="Rounds that do.")
+    threads: int | None = Field(
+        None, ge=1, le=2**12, description="CPU threads. Default: PyTorch's."
+    )
+    plot: Annotated[str | None, AfterValidator(_is_plot)] = Field(
+        None, description="File for a plot: .png, .svg or .pdf."
     )
 
 
 class ReportConfig(_RuntimeOptions):
     """Options of ``slimgpt report``; all of them concern the sample generations."""
+
+    verb = "report"
 
     against: str | None = Field(
         None, description="Base model: both models go on from a few prompts, side by side."
@@ -435,7 +566,7 @@ class ReportConfig(_RuntimeOptions):
     prompts: Path | None = Field(
         None, description="Text file with one prompt per line. Default: a few of SlimGPT's own."
     )
-    new_tokens: int = Field(40, ge=1, description="Tokens to generate for each prompt.")
+    new_tokens: int = Field(40, ge=1, le=LENGTH, description="Tokens to generate for each prompt.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -456,6 +587,8 @@ VERBS: dict[str, type[_Options]] = {
 class RecipeConfig(_Options):
     """A grid of runs of the verbs, and the table or figure made of their results."""
 
+    verb = "run"
+
     title: str = Field(description="What the table shows.")
     reproduces: str = Field(description="Table or figure of the paper.")
     note: str = Field("", description="What a reader has to know beside it.")
@@ -475,6 +608,8 @@ class RecipeConfig(_Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if math.prod(map(len, self.grid.values())) > RECIPE_CELLS:
+            raise ValueError(f"the grid has more than {RECIPE_CELLS} cells")
         if empty := [name for name, values in self.grid.items() if not values]:
             raise ValueError(f"the dimension {empty[0]!r} of the grid is empty")
         curves = [panel for panel in self.figure if panel in get_args(Curve)]
@@ -502,11 +637,48 @@ def load_recipe(path: Path) -> dict[str, Any]:
     ConfigError
         If the file is missing or is not such a mapping.
     """
+    hint = "a recipe is a short YAML file in UTF-8 with lines like `ratio: 0.3`"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        raise ConfigError(f"cannot read the recipe {path}: {err}") from None
+        if not path.is_file():
+            raise OSError("there is no such file")
+        if path.stat().st_size > RECIPE_BYTES:
+            raise ValueError(f"it has more than {RECIPE_BYTES:,} bytes")
+        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as err:
+        reason = " ".join(str(err).split())
+        raise ConfigError(f"cannot read the recipe {path}: {reason}", hint=hint) from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError(f"the recipe {path} is not a mapping of options to values")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+        raise ConfigError(f"the recipe {path} is not a mapping of options to values", hint=hint)
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain YAML: no references, which can stand for any amount of data, and no key twice."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="references (*name) are not read", problem_mark=self.peek_event().start_mark
+            )
+        self.depth += 1
+        if self.depth > RECIPE_DEPTH:
+            raise ValueError(f"it is nested more than {RECIPE_DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if wrong := [key for key in keys if not isinstance(key, str)]:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {wrong[0]!r} is no text", problem_mark=node.start_mark
+            )
+        if len(set(keys)) < len(keys):
+            double = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {double!r} stands there twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)

@@ -1,12 +1,12 @@
 """Text for calibration, evaluation and training, from data sets and local files to tokens."""
 
 import itertools
-import json
 import logging
+import os
 import platform
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +21,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from slimgpt.chats import chat_tokens, render
 from slimgpt.config import did_you_mean
-from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+from slimgpt.documents import FIELDS, Document, cut, to_documents
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError, NumericalError
+from slimgpt.records import (
+    FILE_SUFFIXES,
+    SUFFIXES_HINT,
+    data_files,
+    data_suffix,
+    needs_pyarrow,
+    read_records,
+    read_text,
+)
+from slimgpt.tokens import tokenize
 
 log = logging.getLogger(__name__)
 
 Purpose = Literal["calibration", "evaluation"]
-Document = tuple[str, str]  # a prompt, empty for plain text, and what follows it
+Example = dict[str, list[int]]
 
 SELF = "self"
 TEXT_LENGTH, TEXTS_AT_ONCE = 128, 128  # tokens of a text that the model writes
@@ -35,7 +47,11 @@ IGNORED = -100  # the label of a token that is not trained on, as in PyTorch
 BLANK_LINE = "\n\n"
 PYDOCS = "pydocs"
 PYDOCS_CALIBRATION = 0.8
-FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+MAX_TOKENS = 2**28  # of a text or of all samples: 2 GiB
+SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # in memory at once
+# Memory to read and tokenise local files or the hub, at most: the texts that are shuffled, at 4
+# bytes a character, a record of the largest size while it is parsed, and a piece in the tokenizer.
+READING_BYTES = 2**29
 LOCAL_HINT = "local alternatives: pydocs, or a file ending in " + ", ".join(FILE_SUFFIXES)
 
 
@@ -103,35 +119,66 @@ def check_dataset(name: str, purpose: Purpose) -> None:
     Parameters
     ----------
     name : str
-        ``pydocs``, ``self`` (calibration only), a key of `HUB_DATASETS` or a local file.
+        ``pydocs``, ``self`` (calibration only), a key of `HUB_DATASETS`, a local file, or a
+        directory of such files.
     purpose : {"calibration", "evaluation"}
         What it is for.
 
     Raises
     ------
     ConfigError
-        If there is no such data set or file.
+        If there is no such data set or file, or both.
     MissingDependencyError
         If reading it needs the package ``datasets`` and that is not installed.
     """
-    path = Path(name)
     hub_names = [key for key, dataset in HUB_DATASETS.items() if purpose in dataset.splits]
-    if path.suffix in FILE_SUFFIXES:
-        if not path.is_file():
-            raise ConfigError(f"no data file {name}")
-        needed = path.suffix == ".parquet"
-    else:
-        known = [PYDOCS, *hub_names] + ([SELF] if purpose == "calibration" else [])
-        if name not in known:
+    known = [PYDOCS, *hub_names] + ([SELF] if purpose == "calibration" else [])
+    files = _local_files(name)
+    if name in known:
+        if files:
             raise ConfigError(
-                f"unknown {purpose} data set {name!r}",
-                hint=f"{did_you_mean(name, known)}, or a local file {'/'.join(FILE_SUFFIXES)}",
+                f"{name!r} is a data set, and a local directory with data files",
+                hint=f"write ./{name} for the directory, or rename it to have the data set",
             )
-        needed = name in hub_names
-    if needed and find_spec("datasets") is None:
+    elif not files:
+        raise _no_dataset(name, purpose, known)
+    if name in hub_names and find_spec("datasets") is None:
         raise MissingDependencyError(
             "datasets", f"the data set {name!r}", "pip install 'slimgpt[datasets]'"
         )
+    if any(map(needs_pyarrow, files)) and find_spec("pyarrow") is None:
+        raise MissingDependencyError(
+            "pyarrow", f"the data set {name!r}", "pip install 'slimgpt[datasets]'"
+        )
+
+
+def _no_dataset(name: str, purpose: Purpose, known: list[str]) -> ConfigError:
+    if name and os.path.isdir(name):  # unlike Path, takes names that the system cannot have
+        return ConfigError(f"the directory {name} has no data files", hint=SUFFIXES_HINT)
+    if os.path.lexists(name) and not os.path.isfile(name):
+        return ConfigError(f"{name} is no file", hint="give a file, or a directory of files")
+    if os.path.isfile(name):
+        return ConfigError(
+            f"the suffix {Path(name).suffix!r} of the data file {name} is not known",
+            hint=SUFFIXES_HINT,
+        )
+    if data_suffix(Path(name)):
+        return ConfigError(f"no data file {name}", hint="correct the path")
+    return ConfigError(
+        f"unknown {purpose} data set {name!r}",
+        hint=f"{did_you_mean(name, known)}, or a local directory or file {'/'.join(FILE_SUFFIXES)}",
+    )
+
+
+def dataset_files(name: str) -> list[Path]:
+    """List the files that a data set's name stands for, sorted; none if it is not local."""
+    return [] if name in (PYDOCS, SELF, *HUB_DATASETS) else _local_files(name)
+
+
+def _local_files(name: str) -> list[Path]:
+    if name and os.path.isdir(name):
+        return data_files(Path(name))
+    return [Path(name)] if os.path.isfile(name) and data_suffix(Path(name)) else []
 
 
 def describe_dataset(name: str, purpose: Purpose) -> str:
@@ -141,6 +188,8 @@ def describe_dataset(name: str, purpose: Purpose) -> str:
         return f"pydocs ({part}, Python {platform.python_version()})"
     if name in HUB_DATASETS:
         return f"{name} ({HUB_DATASETS[name].path}, {HUB_DATASETS[name].splits[purpose]})"
+    if name != SELF and os.path.isdir(name):
+        return f"{Path(name).resolve().name} ({len(data_files(Path(name)))} files)"
     return name if name == SELF else Path(name).name
 
 
@@ -160,7 +209,9 @@ def calibration_tokens(
     """Draw calibration samples.
 
     Documents are shuffled and joined until there are enough tokens; the text is cut into windows
-    that do not overlap, of which `nsamples` are chosen at random.
+    that do not overlap, of which `nsamples` are chosen at random. Chats are in the model's own
+    template. No more than `SHUFFLED_DOCUMENTS` and about `SHUFFLED_CHARACTERS` are shuffled at
+    once, and a document beyond `slimgpt.documents.LONGEST_DOCUMENT` characters counts as several.
 
     Parameters
     ----------
@@ -183,13 +234,15 @@ def calibration_tokens(
     Raises
     ------
     DataError
-        If the data cannot be read or has too few tokens.
+        If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are asked for.
     """
-    tokens: list[int] = []
-    needed = nsamples * seqlen
-    documents = filter(str.strip, map("".join, _documents(name, "calibration", text_field)))
-    for text in _shuffled(documents, seed):
-        tokens += _tokenize(text + BLANK_LINE, tokenizer)
+    needed = _tokens_needed(nsamples, seqlen)
+    documents = _documents(name, "calibration", text_field)
+    texts = filter(str.strip, (_text(document, tokenizer) for document in documents))
+    tokens = array("q")
+    for text in _shuffled(texts, seed):
+        for some in tokenize([text, BLANK_LINE], tokenizer):
+            tokens.extend(some)
         if len(tokens) >= needed:
             break
     num_windows = len(tokens) // seqlen
@@ -199,7 +252,8 @@ def calibration_tokens(
             f"{nsamples} samples need {needed} tokens",
             hint="give a longer text, fewer --nsamples or a smaller --seqlen",
         )
-    windows = torch.tensor(tokens[: num_windows * seqlen]).view(num_windows, seqlen)
+    windows = torch.frombuffer(tokens, dtype=torch.int64)[: num_windows * seqlen]
+    windows = windows.view(num_windows, seqlen)
     generator = torch.Generator().manual_seed(seed)
     return windows[torch.randperm(num_windows, generator=generator)[:nsamples]]
 
@@ -213,7 +267,8 @@ def evaluation_tokens(
     """Tokens of an evaluation text: all documents joined and tokenised as one.
 
     Blank lines join documents, in C4 and PTB spaces. Where the tokenizer adds a BOS token, it
-    stands once, at the start.
+    stands once, at the start. The text is read and tokenised piece by piece, no further than
+    `max_tokens` (see `slimgpt.tokens.tokenize`). Chats are in the model's own template.
 
     Parameters
     ----------
@@ -234,11 +289,37 @@ def evaluation_tokens(
     Raises
     ------
     DataError
-        If the data cannot be read.
+        If the data cannot be read, or has more than `MAX_TOKENS` where all are to be kept.
     """
     separator = HUB_DATASETS[name].separator if name in HUB_DATASETS else BLANK_LINE
-    text = separator.join(map("".join, _documents(name, "evaluation", text_field)))
-    return torch.tensor(_tokenize(text, tokenizer)[:max_tokens], dtype=torch.long)
+    documents = _documents(name, "evaluation", text_field)
+    tokens = array("q")
+    for some in tokenize(_joined(documents, separator, tokenizer), tokenizer):
+        tokens.extend(some)
+        if max_tokens is not None and len(tokens) >= max_tokens:
+            break
+        if len(tokens) > MAX_TOKENS:
+            raise DataError(f"{name} has more than {MAX_TOKENS} tokens", hint="give --max-tokens")
+    return torch.tensor(tokens[: min(len(tokens), max_tokens or MAX_TOKENS)], dtype=torch.long)
+
+
+def _joined(
+    documents: Iterable[Document], separator: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    for number, document in enumerate(documents):
+        if number and not document.goes_on:
+            yield separator
+        yield _text(document, tokenizer)
+
+
+def _tokens_needed(nsamples: int, seqlen: int) -> int:
+    if nsamples * seqlen > MAX_TOKENS:
+        raise DataError(
+            f"{nsamples} samples of {seqlen} tokens are {nsamples * seqlen} tokens; at most "
+            f"{MAX_TOKENS} can be used",
+            hint="give fewer --nsamples or a smaller --seqlen",
+        )
+    return nsamples * seqlen
 
 
 @torch.no_grad()
@@ -269,12 +350,17 @@ def sample_from_model(
     Raises
     ------
     DataError
-        If the tokenizer has neither BOS nor EOS.
+        If the tokenizer has neither BOS nor EOS, or more than `MAX_TOKENS` are asked for.
+    NumericalError
+        If the model's probabilities are not finite.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
-        raise DataError("the tokenizer has neither BOS nor EOS, so the model cannot start a text")
-    needed, length = nsamples * seqlen, min(TEXT_LENGTH, seqlen)
+        raise DataError(
+            "the tokenizer has neither BOS nor EOS, so the model cannot start a text",
+            hint="name texts for --calibration, without self",
+        )
+    needed, length = _tokens_needed(nsamples, seqlen), min(TEXT_LENGTH, seqlen)
     prompts = torch.tensor([[first]] * -(-needed // length))
     generate: Any = model.generate
     texts = []
@@ -303,6 +389,12 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         upto = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        if not upto[:, -1].isfinite().all():
+            raise NumericalError(
+                f"the logits of token {input_ids.shape[-1] + 1} of a text that the model writes "
+                f"are not finite in {str(scores.dtype).removeprefix('torch.')}",
+                hint="give --dtype float32; if that does not help, the weights are broken",
+            )
         # In (0, 1], so that what has no probability is never the first to reach it.
         number = upto[:, -1:] * (1 - torch.rand(len(upto), 1, device=upto.device))
         drawn = torch.searchsorted(upto, number)
@@ -315,12 +407,13 @@ def training_examples(
     seqlen: int,
     max_examples: int | None = None,
     text_field: str | None = None,
-) -> list[dict[str, list[int]]]:
+) -> list[Example]:
     """Tokenise examples to train on.
 
     An instruction becomes one example: the prompt of Alpaca, the answer and, where it fits, an
-    EOS token; the labels are those of the answer. Plain text is joined and cut into windows that
-    do not overlap, every token of which is a label.
+    EOS token; the labels are those of the answer. A chat becomes one in the model's template; the
+    labels are those of the assistant's turns. Plain text is joined and cut into windows that do
+    not overlap, every token of which is a label.
 
     Parameters
     ----------
@@ -329,45 +422,32 @@ def training_examples(
     tokenizer : PreTrainedTokenizerBase
         The model's tokenizer.
     seqlen : int
-        Tokens of a window, and the most of an instruction; what is longer is cut off.
+        Tokens of a window, and the most of an instruction or chat; what is longer is cut off.
     max_examples : int, optional
         Stop after this many.
     text_field : str, optional
-        Field of the text in local data files; by default ``text``, or an instruction record.
+        Field of the text in local data files; by default ``text``, a chat or an instruction.
 
     Returns
     -------
     list of dict
-        ``input_ids`` and ``labels``, of equal length; the labels are `IGNORED` in the prompt.
-        Instructions whose prompt alone fills `seqlen` tokens are left out.
+        ``input_ids`` and ``labels``, of equal length; the labels are `IGNORED` in what is not to
+        be learned. Examples without a label in their first `seqlen` tokens are left out.
 
     Raises
     ------
     DataError
         If the data cannot be read or has not one example.
     """
-    examples: list[dict[str, list[int]]] = []
-    text: list[int] = []
+    examples: list[Example] = []
     num_dropped = 0
-    eos_token: Any = tokenizer.eos_token_id
-    for prompt, answer in _documents(name, "calibration", text_field):
-        if prompt:
-            tokens = _tokenize(prompt + answer, tokenizer)
-            if eos_token is not None:
-                tokens.append(eos_token)
-            start = len(_tokenize(prompt, tokenizer))
-            labels = [IGNORED] * start + tokens[start:]
-            if start < min(seqlen, len(tokens)):
-                examples.append({"input_ids": tokens[:seqlen], "labels": labels[:seqlen]})
-            else:
-                num_dropped += 1
+    documents = _documents(name, "calibration", text_field)
+    for example in _examples(documents, tokenizer, seqlen):
+        if example:
+            examples.append(example)
         else:
-            text += _tokenize(answer + BLANK_LINE, tokenizer)
-            num_whole = len(text) // seqlen * seqlen
-            windows = [text[i : i + seqlen] for i in range(0, num_whole, seqlen)]
-            examples += [{"input_ids": window, "labels": window} for window in windows]
-            text = text[num_whole:]
-        if max_examples and len(examples) >= max_examples:
+            num_dropped += 1
+        if len(examples) == max_examples:
             break
     if num_dropped:
         log.warning("%d prompts of %s leave no room for an answer: left out", num_dropped, name)
@@ -376,43 +456,73 @@ def training_examples(
             f"{name} has not one example of {seqlen} tokens",
             hint="give a longer text or a smaller --seqlen",
         )
-    return examples[:max_examples]
+    return examples
 
 
-def instruction_prompt(record: dict[str, Any]) -> str:
-    """Prompt of an instruction record, in the template of Stanford Alpaca."""
-    given = f"### Input:\n{record['input']}\n\n" if record.get("input") else ""
-    paired = ", paired with an input that provides further context" if given else ""
-    return (
-        f"Below is an instruction that describes a task{paired}. Write a response that "
-        f"appropriately completes the request.\n\n### Instruction:\n{record['instruction']}\n\n"
-        f"{given}### Response:\n"
-    )
+def _examples(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int
+) -> Iterator[Example | None]:
+    """Give the examples of documents; None for one without a label."""
+    text: list[int] = []
+    for document in documents:
+        if document.prompt or document.messages:
+            tokens, labels = _tokens_and_labels(document, tokenizer)
+            is_useful = any(label != IGNORED for label in labels[:seqlen])
+            yield {"input_ids": tokens[:seqlen], "labels": labels[:seqlen]} if is_useful else None
+        else:
+            for some in tokenize([document.text, BLANK_LINE], tokenizer):
+                text += some
+                num_whole = len(text) // seqlen * seqlen
+                for start in range(0, num_whole, seqlen):
+                    window = text[start : start + seqlen]
+                    yield {"input_ids": window, "labels": window}
+                text = text[num_whole:]
+
+
+def _tokens_and_labels(
+    document: Document, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    if document.messages:
+        tokens, is_answer = chat_tokens(document.messages, tokenizer, document.where)
+        pairs = zip(tokens, is_answer, strict=True)
+        return tokens, [token if learned else IGNORED for token, learned in pairs]
+    eos_token: Any = tokenizer.eos_token_id
+    tokens = tokenizer(document.prompt + document.text, verbose=False).input_ids
+    if eos_token is not None:
+        tokens.append(eos_token)
+    start = len(tokenizer(document.prompt, verbose=False).input_ids)
+    return tokens, [IGNORED] * start + tokens[start:]
+
+
+def _text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write a document as one text, without a BOS token, which the tokenizer adds."""
+    if not document.messages:
+        return document.prompt + document.text
+    text = render(document.messages, tokenizer, document.where)
+    bos = tokenizer.bos_token
+    adds_bos = bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return text.removeprefix(str(bos)) if adds_bos else text
 
 
 def _documents(name: str, purpose: Purpose, text_field: str | None) -> Iterator[Document]:
-    if Path(name).suffix in FILE_SUFFIXES:
-        return _file_documents(Path(name), text_field)
     if name == PYDOCS:
-        return iter([("", _pydocs(purpose))])
+        return iter([Document(name, _pydocs(purpose))])
+    if name not in HUB_DATASETS:
+        return _local_documents(name, text_field)
     dataset = HUB_DATASETS[name]
-    documents = _hub_documents(name, dataset, dataset.splits[purpose])
-    return (
-        documents
-        if purpose == "calibration"
-        else itertools.islice(documents, dataset.evaluation_documents)
-    )
+    records = _hub_records(name, dataset, dataset.splits[purpose])
+    if purpose == "evaluation":
+        records = itertools.islice(records, dataset.evaluation_documents)
+    return to_documents(records, name, dataset.text_field)
 
 
-def _hub_documents(name: str, dataset: HubDataset, split: str) -> Iterator[Document]:
+def _hub_records(name: str, dataset: HubDataset, split: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
-        for record in load_dataset(dataset.path, split=split, streaming=True, **dataset.options):
-            if dataset.text_field:
-                yield "", record[dataset.text_field]
-            else:
-                yield instruction_prompt(record), record["output"]
+        records = load_dataset(dataset.path, split=split, streaming=True, **dataset.options)
+        for number, record in enumerate(records, 1):
+            yield f"{name}, record {number}", record
     except Exception as err:  # whatever went wrong on the way, the data set cannot be read
         reason = " ".join(str(err).split())[:200]
         raise DataError(
@@ -429,69 +539,33 @@ def _pydocs(purpose: Purpose) -> str:
     return text[:cut] if purpose == "calibration" else text[cut:]
 
 
-def _file_documents(path: Path, text_field: str | None) -> Iterator[Document]:
-    if path.suffix == ".txt":
-        with _reading(path):
-            yield "", path.read_text(encoding="utf-8")
-        return
-    for index, record in enumerate(read_records(path)):
-        yield _record_document(record, text_field, f"{path}, record {index}")
-
-
-def read_records(path: Path) -> Iterator[Any]:
-    """Read the records of a local file ending in .jsonl, .json or .parquet, one by one.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read, or a JSON file is not a list.
-    """
-    with _reading(path):
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines if line.strip())
-        elif path.suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(records, list):
-                raise DataError(f"{path} is not a JSON list of records")
-            yield from records
+def _local_documents(name: str, text_field: str | None) -> Iterator[Document]:
+    files = _local_files(name)
+    if not files:
+        raise DataError(f"there is no data file {name}", hint=SUFFIXES_HINT)
+    fields = [text_field] if text_field else FIELDS
+    for is_text, paths in itertools.groupby(files, lambda path: data_suffix(path) == ".txt"):
+        if is_text:
+            for path in paths:
+                yield from cut(Document(str(path)), read_text(path))
         else:
-            from pyarrow.parquet import ParquetFile
-
-            for batch in ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
+            records = (record for path in paths for record in read_records(path, fields))
+            yield from to_documents(records, name, text_field)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as err:  # of JSON, UTF-8 and Parquet, too
-        raise DataError(f"cannot read {path}: {err}") from err
-
-
-def _record_document(record: Any, text_field: str | None, where: str) -> Document:
-    if isinstance(record, dict):
-        text = record.get(text_field or "text")
-        if isinstance(text, str):
-            return "", text
-        parts = (record.get("instruction"), record.get("output"))
-        if text_field is None and all(isinstance(part, str) for part in parts):
-            return instruction_prompt(record), record["output"]
-    fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-    raise DataError(
-        f"{where} has no text field {text_field or 'text'!r}; it has: {fields}",
-        hint="name the field with --text-field",
-    )
-
-
-def _shuffled(documents: Iterator[str], seed: int, buffer_size: int = 10_000) -> Iterator[str]:
+def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
     """Shuffle a stream, a buffer at a time."""
     generator = random.Random(seed)
-    while batch := list(itertools.islice(documents, buffer_size)):
+    while batch := list(_buffer(texts)):
         generator.shuffle(batch)
         yield from batch
 
 
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, verbose=False).input_ids
+def _buffer(texts: Iterator[str]) -> Iterator[str]:
+    """Take as many texts as are shuffled at once."""
+    num_characters = 0
+    for text in itertools.islice(texts, SHUFFLED_DOCUMENTS):
+        yield text
+        num_characters += len(text)
+        if num_characters >= SHUFFLED_CHARACTERS:
+            return

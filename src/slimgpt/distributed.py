@@ -5,6 +5,7 @@ message that fails raises a `RunStateError`.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slimgpt.errors import ConfigError, RunStateError
+
+# The others wait for the main process to solve a block, or to have the model write its text.
+TIME_LIMIT = timedelta(hours=6)
 
 
 @contextmanager
@@ -51,8 +55,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    # The others wait for the main process to solve; torchrun ends them if it dies.
-    dist.init_process_group(backend, timeout=timedelta(days=7))
+    dist.init_process_group(backend, timeout=TIME_LIMIT)
     try:
         yield device
     finally:
@@ -119,11 +122,34 @@ def tensor_from_main(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
+def training_together() -> Iterator[None]:
+    """Name a peer that has ended while a library exchanged gradients.
+
+    Raises
+    ------
+    RunStateError
+        In place of the error of the backend.
+    """
+    try:
+        yield
+    except RuntimeError as err:
+        is_of_peer = isinstance(err, dist.DistError) or re.search("gloo|nccl", str(err), re.I)
+        if not (dist.is_initialized() and is_of_peer):
+            raise
+        raise _peer_has_ended(err) from err
+
+
+@contextmanager
 def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as err:  # gloo has no type of its own
-        raise RunStateError(
-            f"another process of this job has ended: {err}",
-            hint="see its message; the same command goes on where the job stopped",
-        ) from err
+        raise _peer_has_ended(err) from err
+
+
+def _peer_has_ended(err: Exception) -> RunStateError:
+    hours = TIME_LIMIT.total_seconds() / 3600
+    return RunStateError(
+        f"another process of this job has ended, or has not answered for {hours:g} hours: {err}",
+        hint="see its message; the same command goes on where the job stopped",
+    )

@@ -1,5 +1,12 @@
 """Every error that SlimGPT raises on purpose. Each carries a message and a hint for the user."""
 
+import errno
+
+# How PyTorch, C++ and safetensors say that memory or disk is short.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+_NO_SPACE = ("No space left on device", "Disk quota exceeded")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 class SlimGPTError(Exception):
     """Base of all deliberate errors.
@@ -45,12 +52,22 @@ class OtherRunError(RunStateError):
     """The output directory holds an interrupted run with other options or inputs."""
 
 
+class DamagedRunError(RunStateError):
+    """A file of an interrupted run is not what was written."""
+
+
 class ExportError(SlimGPTError):
     """The other format cannot hold the model, or its engine would compute something else."""
 
 
 class EngineError(SlimGPTError):
     """An inference engine does not load the model, or ends before it should."""
+
+    exit_code = 1
+
+
+class ResourceError(SlimGPTError):
+    """Memory or disk is short, or the file system refuses a file."""
 
     exit_code = 1
 
@@ -73,3 +90,40 @@ class MissingDependencyError(SlimGPTError):
             f"{purpose} needs the package {package!r}, which is not installed",
             hint=f"install it with: {command}",
         )
+
+
+def resource_error(err: BaseException) -> SlimGPTError | None:
+    """Tell what the machine refuses from a fault of the program.
+
+    Parameters
+    ----------
+    err : BaseException
+        What a library or the system has raised.
+
+    Returns
+    -------
+    SlimGPTError or None
+        An error for the user; None if the cause is another one.
+    """
+    text = " ".join(str(err).split())
+    is_memory = isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError"
+    if is_memory or (
+        isinstance(err, RuntimeError | OSError) and any(words in text for words in _NO_MEMORY)
+    ):
+        return ResourceError(
+            f"out of memory: {text[:300]}" if text else "out of memory",
+            hint="use fewer or shorter samples, smaller batches, a smaller --dtype, or the CPU",
+        )
+    if getattr(err, "errno", None) in _FULL or any(words in text for words in _NO_SPACE):
+        return ResourceError(
+            f"no space left: {text[:300]}",
+            hint="free some space on the disk, then give the same command again",
+        )
+    if getattr(err, "errno", None) == errno.ENAMETOOLONG:
+        return ConfigError(f"a name is too long: {text[:300]}", hint="give a shorter one")
+    if isinstance(err, OSError):
+        return ResourceError(
+            f"a file cannot be read or written: {text[:300]}",
+            hint="check the name, the permissions and the disk",
+        )
+    return None

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -144,7 +144,8 @@ def evaluate(model: str, **options: Any) -> Evaluation:
     ------
     SlimGPTError
         If an option, a model or the data is wrong, a text is shorter than one window, a package
-        for the tasks is missing, or the outputs of a model are not finite.
+        for the tasks is missing, or the outputs of a model are not finite. What ends a measurement,
+        this or another exception, has what was measured before as its attribute ``measured``.
 
     Examples
     --------
@@ -181,44 +182,74 @@ def evaluate(model: str, **options: Any) -> Evaluation:
         "dtype": str(live.dtype).removeprefix("torch."),
     }
 
-    perplexity = []
-    for name, tokens in texts.items():
-        for seqlen in _usable_lengths(config.seqlen, [live, base or live], len(tokens)):
-            log.info("evaluating on %s, windows of %d tokens", name, seqlen)
-            windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-            losses = mean_losses(live, base, windows)
-            perplexity.append(
-                EvalResult(
-                    **subjects,
-                    data=describe_dataset(name, "evaluation"),
-                    data_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
-                    seqlen=seqlen,
-                    tokens=windows.numel() - len(windows),
-                    perplexity=math.exp(losses.nll),
-                    base_perplexity=math.exp(losses.base_nll) if base else None,
-                    kl_divergence=losses.kl_divergence if base else None,
-                    layer_errors=losses.layer_errors,
-                )
-            )
-    keep_results(source.directory, PERPLEXITY_FILE, perplexity, TEXT_PROTOCOL)
+    perplexity: list[EvalResult] = []
     scores: list[TaskResult] = []
-    if tasks:
-        size = config.limit, config.batch_size
-        ours = run_tasks(tasks, live, tokenizer, *size)
-        theirs: list[Score] | list[None] = [None] * len(ours)
-        if base and base_source:
-            theirs = run_tasks(tasks, base, load_tokenizer(base_source), *size)
-        scores = [
-            TaskResult(
-                **asdict(score),
-                **subjects,
-                base_value=other.value if other else None,
-                base_stderr=other.stderr if other else None,
-            )
-            for score, other in zip(ours, theirs, strict=True)
-        ]
-    keep_results(source.directory, TASKS_FILE, scores, TASK_PROTOCOL)
+    try:
+        for name, tokens in texts.items():
+            for seqlen in _usable_lengths(config.seqlen, [live, base or live], len(tokens)):
+                log.info("evaluating on %s, windows of %d tokens", name, seqlen)
+                perplexity.append(_on_text(live, base, name, tokens, seqlen, subjects))
+                keep_results(source.directory, PERPLEXITY_FILE, perplexity[-1:], TEXT_PROTOCOL)
+        if tasks:
+            size = config.limit, config.batch_size
+            ours = run_tasks(tasks, live, tokenizer, *size)
+            scores = _compared(ours, [None] * len(ours), subjects | {"base": None})
+            if base and base_source:
+                theirs = run_tasks(tasks, base, load_tokenizer(base_source), *size)
+                scores = _compared(ours, theirs, subjects)
+    except BaseException as err:
+        vars(err)["measured"] = Evaluation(tuple(perplexity), tuple(scores))
+        raise
+    finally:
+        keep_results(source.directory, TASKS_FILE, scores, TASK_PROTOCOL)
     return Evaluation(tuple(perplexity), tuple(scores))
+
+
+def _on_text(
+    model: PreTrainedModel,
+    base: PreTrainedModel | None,
+    name: str,
+    tokens: Tensor,
+    seqlen: int,
+    subjects: dict[str, Any],
+) -> EvalResult:
+    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    losses = mean_losses(model, base, windows)
+    return EvalResult(
+        **subjects,
+        data=describe_dataset(name, "evaluation"),
+        data_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+        seqlen=seqlen,
+        tokens=windows.numel() - len(windows),
+        perplexity=_perplexity(losses.nll),
+        base_perplexity=_perplexity(losses.base_nll) if base else None,
+        kl_divergence=losses.kl_divergence if base else None,
+        layer_errors=losses.layer_errors,
+    )
+
+
+def _perplexity(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        raise NumericalError(
+            f"the perplexity is too large for a number: the mean loss is {nll:.0f} nats per token",
+            hint="the weights are broken: download or write the model again",
+        ) from None
+
+
+def _compared(
+    ours: Sequence[Score], theirs: Sequence[Score | None], subjects: dict[str, Any]
+) -> list[TaskResult]:
+    return [
+        TaskResult(
+            **asdict(score),
+            **subjects,
+            base_value=other.value if other else None,
+            base_stderr=other.stderr if other else None,
+        )
+        for score, other in zip(ours, theirs, strict=True)
+    ]
 
 
 def _usable_lengths(

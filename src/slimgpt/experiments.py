@@ -20,10 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch.distributed import is_torchelastic_launched
 
-from slimgpt.benchmarking import bench
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE
+from slimgpt.benchmarking import BenchResult, bench
+from slimgpt.card import (
+    RECOVERY_FILE,
+    REPORT_FILE,
+    PruningReport,
+    RecoveryReport,
+    read_report,
+    read_typed,
+)
 from slimgpt.config import (
     VERBS,
     EvalConfig,
@@ -36,15 +44,17 @@ from slimgpt.config import (
 from slimgpt.data import check_dataset, describe_dataset
 from slimgpt.errors import (
     ConfigError,
+    DamagedRunError,
     MissingDependencyError,
     OtherRunError,
     RunStateError,
     SlimGPTError,
+    resource_error,
 )
-from slimgpt.evaluation import evaluate
+from slimgpt.evaluation import Evaluation, evaluate
 from slimgpt.files import describe_file, read_json, replacing, write_atomically, writing
 from slimgpt.model import find_model
-from slimgpt.pruning import check_inputs, plan, prune
+from slimgpt.pruning import PrunePlan, check_inputs, plan, prune
 from slimgpt.recovery import check_packages, recover
 from slimgpt.rendering import SHOWN, describe, draw, to_markdown
 from slimgpt.run import Run, locked, machine, reset_peak_memory, versions
@@ -57,6 +67,21 @@ LOCK_FILE = ".lock"
 # Options that may name a local file or folder, and what of a model's folder is the model.
 _PATHS = {"calibration", "data", "eval_data", "data_dir", "against", "teacher"}
 _MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+
+
+class _Place(BaseModel):
+    """Where the result of a step was made."""
+
+    machine: str
+    versions: dict[str, str]
+
+
+_RESULTS = {
+    "prune": PrunePlan,
+    "recover": RecoveryReport,
+    "evaluate": Evaluation,
+    "bench": BenchResult,
+}
 
 
 @dataclass(frozen=True)
@@ -197,9 +222,13 @@ def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict
             row |= _Work(cell, directory).results()
         except (MissingDependencyError, RunStateError):  # of the machine, not of the cell
             raise
-        except (SlimGPTError, MemoryError, torch.OutOfMemoryError) as err:
-            hint = getattr(err, "hint", None)
-            row["error"] = "; ".join(filter(None, (str(err) or "out of memory", hint)))
+        except Exception as err:  # which must not take the other cells with it
+            known = err if isinstance(err, SlimGPTError) else resource_error(err)
+            log.debug("the cell failed", exc_info=err)
+            if known:
+                row["error"] = "; ".join(filter(None, (str(known), known.hint)))
+            else:
+                row["error"] = f"internal error: {type(err).__name__}: {err}"
             log.warning("%s: %s", describe(cell.labels), row["error"])
         else:
             if not keep_models:
@@ -270,7 +299,10 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
         if cell not in cells:
             cells.append(cell)
     if problems:
-        raise ConfigError("the recipe has wrong options:\n  " + "\n  ".join(problems))
+        raise ConfigError(
+            "the recipe has wrong options:\n  " + "\n  ".join(problems),
+            hint="`slimgpt prune --help`, `recover`, `eval` and `bench` explain the options",
+        )
     return cells
 
 
@@ -334,7 +366,10 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
     for name in (*recipe.table, *recipe.figure):
         verb = SHOWN[name].verb
         if all(getattr(cell, verb) is None for cell in cells):
-            raise ConfigError(f"{name} comes from `{verb}`, which the recipe has no options for")
+            raise ConfigError(
+                f"{name} comes from `{verb}`, which the recipe has no options for",
+                hint=f"add a line `{verb}: {{}}`, or take {name} out of table and figure",
+            )
     if recipe.figure and find_spec("matplotlib") is None:
         raise MissingDependencyError("matplotlib", "a figure", "pip install 'slimgpt[report]'")
     for cell in cells:
@@ -350,7 +385,10 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
     for evaluation in dict.fromkeys(EvalConfig.create(**values) for values in options):
         _check_evaluation(evaluation)
         if "layer_errors" in recipe.figure and not (evaluation.against and evaluation.data):
-            raise ConfigError("layer_errors need data and against in the options of evaluate")
+            raise ConfigError(
+                "layer_errors need data and against in the options of evaluate",
+                hint="name a text and the base model there",
+            )
 
 
 def _check_evaluation(config: EvalConfig) -> None:
@@ -380,7 +418,7 @@ class _Work:
         cell = self.cell
         steps: dict[str, Callable[[], dict[str, Any]]] = {
             "prune": self._prune,
-            "recover": lambda: read_json(Path(self._product(), RECOVERY_FILE)),
+            "recover": lambda: read_report(Path(self._product(), RECOVERY_FILE), RecoveryReport),
             "evaluate": lambda: asdict(evaluate(self._product(), **cell.evaluate or {})),
             "bench": lambda: asdict(bench(self._product(), **cell.bench or {})),
         }
@@ -389,7 +427,7 @@ class _Work:
             if getattr(cell, verb) is None:
                 continue
             file = self.directory / "steps" / f"{verb}-{self._key(verb)}.json"
-            if not file.exists():
+            if not self._is_done(file, verb):
                 place = {"machine": _machine(), "versions": versions()}
                 no_folder = {f"{self.directory / 'models'}{os.sep}": ""}
                 result = _filled_in(place | step(), no_folder)
@@ -397,6 +435,18 @@ class _Work:
                     write_atomically(file, json.dumps(result, indent=1) + "\n")
             results[verb] = read_json(file)
         return results
+
+    def _is_done(self, file: Path, verb: str) -> bool:
+        """Whether there is a result of a step, as this version writes it."""
+        if not file.exists():
+            return False
+        try:
+            read_typed(file, _RESULTS[verb])
+            read_typed(file, _Place)
+        except ConfigError as err:
+            log.warning("%s; the step is done again", err)
+            return False
+        return True
 
     def models(self) -> set[Path]:
         """Where the models are that the steps make."""
@@ -407,7 +457,7 @@ class _Work:
         if self.cell.is_dense:
             return asdict(plan(self.cell.model, **self.cell.prune))
         is_peak_of_run = reset_peak_memory()
-        report = read_json(Path(self._pruned(), REPORT_FILE))
+        report = read_report(Path(self._pruned(), REPORT_FILE), PruningReport)
         del report["blocks"]  # all that was removed, at length
         return report if is_peak_of_run else report | {"peak_memory_bytes": None}
 
@@ -429,10 +479,10 @@ class _Work:
 
     def _made(self, verb: str, make: Callable[..., Any]) -> str:
         output = self._model(verb)
-        if not Run(output).is_published:
+        if not Run(output).is_complete:
             try:
                 make(output=output)
-            except OtherRunError as err:  # of files or a device that have changed since
+            except (OtherRunError, DamagedRunError) as err:  # files or the device have changed
                 log.warning("%s: it is begun anew", err)
                 make(output=output, restart=True)
         return str(output)

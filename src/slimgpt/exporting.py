@@ -1,6 +1,7 @@
 """Write a model in the format of another engine."""
 
 import logging
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 from slimgpt.config import ExportConfig
 from slimgpt.errors import MissingDependencyError, RunStateError
 from slimgpt.files import replacing, write_atomically, writing
+from slimgpt.locks import writing_alone
 from slimgpt.model import Source, find_model, load_config, load_generation_config
 
 log = logging.getLogger(__name__)
@@ -76,16 +78,22 @@ def export(model: str, output: str | Path | None = None, **options: Any) -> Expo
     from slimgpt.gguf import PER_LAYER_ARCH, write_gguf
 
     file = Path(output) if output else _default_output(source, config.type)
-    if file.exists():
-        raise RunStateError(f"{file} exists", hint="choose another --output, or remove it first")
+    _check_new(file)
     generation = load_generation_config(source, load_config(source))
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            arch = write_gguf(source, temporary, config.type)
-        if arch != PER_LAYER_ARCH:
-            _write_modelfile(generation, file)
+        with writing_alone(file):
+            _check_new(file)  # which another process may have written since
+            with replacing(file) as temporary:
+                arch = write_gguf(source, temporary, config.type)
+            if arch != PER_LAYER_ARCH:
+                _write_modelfile(generation, file)
     return ExportResult(file, arch, file.stat().st_size)
+
+
+def _check_new(file: Path) -> None:
+    if os.path.lexists(file):
+        raise RunStateError(f"{file} exists", hint="choose another --output, or remove it first")
 
 
 def _default_output(source: Source, kind: str) -> Path:
@@ -98,7 +106,7 @@ def _default_output(source: Source, kind: str) -> Path:
 def _write_modelfile(generation: GenerationConfig, file: Path) -> None:
     """Describe the model to Ollama."""
     modelfile = file.with_name("Modelfile")
-    if modelfile.exists():
+    if os.path.lexists(modelfile):
         log.info("%s stays as it is", modelfile)
         return
     values = generation.to_diff_dict()

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from slimgpt.errors import ConfigError, RunStateError
+from slimgpt.errors import ConfigError, DamagedRunError, RunStateError
 
 
 def read_json(file: Path, kind: type = dict) -> Any:
@@ -52,13 +52,13 @@ def reading(file: Path) -> Iterator[None]:
 
     Raises
     ------
-    RunStateError
+    DamagedRunError
         If its content is not what was written.
     """
     try:
         yield
-    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError) as err:
-        raise RunStateError(
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as err:
+        raise DamagedRunError(
             f"{file} of the interrupted run is damaged: {err}",
             hint="--restart throws the interrupted run away and begins anew",
         ) from err
@@ -75,7 +75,7 @@ def writing(output: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as err:
+    except (OSError, SafetensorError, UnicodeEncodeError) as err:
         raise RunStateError(
             f"cannot write to {output}: {err}",
             hint="free some space or correct the permissions, then give the same command again; "

@@ -50,8 +50,8 @@ class Footprint:
         """One line for the user."""
         place = "in a memory-mapped file" if self.is_mapped else "in memory"
         return (
-            f"needs about {gib(self.memory)} of memory and {gib(self.disk)} of disk; the "
-            f"activations ({gib(self.stream)}) are {place}"
+            f"needs about {size(self.memory)} of memory and {size(self.disk)} of disk; the "
+            f"activations ({size(self.stream)}) are {place}"
         )
 
     def check(self, output: Path, written: int) -> None:
@@ -73,14 +73,15 @@ class Footprint:
         memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if self.memory > memory:
             raise ConfigError(
-                f"the run needs about {gib(self.memory)} of memory, and {gib(memory)} are free",
+                f"the run needs about {size(self.memory)} of memory, and {size(memory)} are free",
                 hint="use a smaller --activation-memory, fewer --nsamples, --widths scheduled "
                 "and --calibration without self, or a larger machine",
             )
         disk, needed = shutil.disk_usage(output).free, self.disk - written
         if needed > disk:
             raise ConfigError(
-                f"the run needs about {gib(needed)} of disk, and {gib(disk)} are free at {output}",
+                f"the run needs about {size(needed)} of disk, and {size(disk)} are free "
+                f"at {output}",
                 hint="free some space, or choose another --output",
             )
 
@@ -130,6 +131,9 @@ def refit_bytes(num_params: int, num_kept: int, size: int) -> int:
     return num_params * size + num_kept * (5 * FLOAT32 + size)
 
 
-def gib(num_bytes: int) -> str:
+def size(num_bytes: float) -> str:
     """Bytes for people."""
-    return f"{num_bytes / 2**30:.1f} GiB"
+    for name, unit in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes / 2**10:.1f} KiB"

@@ -12,11 +12,10 @@ from gguf import GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
 from gguf.constants import Keys
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from slimgpt.card import REPORT_FILE
+from slimgpt.card import REPORT_FILE, PruningReport, read_report
 from slimgpt.errors import ExportError, MissingDependencyError
-from slimgpt.files import read_json
 from slimgpt.gguf_reading import open_gguf
-from slimgpt.model import SMOLLM2_ALIAS, Source, find_file, find_model, load_tokenizer
+from slimgpt.model import SMOLLM2_ALIAS, Source, embedded_model, find_file, load_tokenizer
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
 
 log = logging.getLogger(__name__)
@@ -75,10 +74,10 @@ def _original_gguf(source: Source) -> Path | None:
         report = find_file(source, REPORT_FILE)
         if report is None:
             return None
-        if read_json(report).get("base_model") != SMOLLM2_ALIAS:
+        if read_report(report, PruningReport)["base_model"] != SMOLLM2_ALIAS:
             return None
         try:
-            source = find_model(SMOLLM2_ALIAS)
+            source = embedded_model()
         except MissingDependencyError:
             return None
     return Path(source.location) / str(source.gguf_file)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from slimgpt.card import REPORT_FILE
+from slimgpt.card import REPORT_FILE, PruningReport, read_report
 from slimgpt.families import bind, decoder_of
-from slimgpt.files import read_json
 from slimgpt.model import build_skeleton, find_file, find_model, load_config
 
 
@@ -65,12 +64,12 @@ class ModelSummary:
     pruning: PruningCost | None
 
 
-def inspect(model: str) -> ModelSummary:
+def inspect(model: str | Path) -> ModelSummary:
     """Summarise a dense or pruned model.
 
     Parameters
     ----------
-    model : str
+    model : str or Path
         A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
 
     Raises
@@ -104,13 +103,13 @@ def inspect(model: str) -> ModelSummary:
     params["norm"] = total - sum(params.values())
     params["total"] = total
     cost = _pruning_cost(find_file(source, REPORT_FILE))
-    return ModelSummary(model, config.model_type, head_dim, tuple(blocks), params, cost)
+    return ModelSummary(source.name, config.model_type, head_dim, tuple(blocks), params, cost)
 
 
 def _pruning_cost(report: Path | None) -> PruningCost | None:
     if report is None:
         return None
-    values = read_json(report)
+    values = read_report(report, PruningReport)
     return PruningCost(values["seconds"], values["peak_memory_bytes"])
 
 

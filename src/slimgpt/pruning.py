@@ -33,16 +33,19 @@ from slimgpt.checkpoint import (
 )
 from slimgpt.config import PruneConfig
 from slimgpt.data import (
+    PYDOCS,
+    READING_BYTES,
     SELF,
     calibration_tokens,
     check_dataset,
+    dataset_files,
     describe_dataset,
     sample_from_model,
 )
 from slimgpt.distributed import from_main, is_main, own_part, process_group
 from slimgpt.errors import MissingDependencyError
 from slimgpt.families import attention_share, bind, with_biases
-from slimgpt.files import describe_file, reading, replacing, writing
+from slimgpt.files import describe_file
 from slimgpt.footprint import Footprint, estimate, refit_bytes, solver_bytes
 from slimgpt.importance import GLOBAL_SCORES, NEEDS_GRADIENTS
 from slimgpt.model import (
@@ -53,15 +56,17 @@ from slimgpt.model import (
     load_generation_config,
     load_model,
     load_tokenizer,
+    tokenizer_files,
     usable_seqlen,
 )
-from slimgpt.run import GENERATED_FILE, SCORES_FILE, Run, open_run, versions
+from slimgpt.run import GENERATED_FILE, SCORES_FILE, Run, computation, open_run, versions
 from slimgpt.schedule import (
     BlockShape,
     BlockWidths,
     plan_widths,
     removed_params,
 )
+from slimgpt.stored import read_tensor
 from slimgpt.streaming import StreamedModel
 from slimgpt.survey import measured_widths, probe_bytes, samples_needed
 from slimgpt.sweep import sweep
@@ -69,7 +74,6 @@ from slimgpt.weights import (
     Weights,
     open_weights,
     read_metadata,
-    read_tensor,
     saved_tensors,
     tensor_names,
 )
@@ -287,8 +291,8 @@ def _samples(
     """
     num_texts, samples = len(config.calibration), []
     for index, name in enumerate(config.calibration):
-        file = run.state / (GENERATED_FILE if name == SELF else f"samples-{index}.safetensors")
-        if not file.exists():
+        file = GENERATED_FILE if name == SELF else f"samples-{index}.safetensors"
+        if not run.has(file):
             bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
             draw = (tokenizer, bounds[1] - bounds[0], seqlen, config.seed)
             if name == SELF:
@@ -297,10 +301,9 @@ def _samples(
                     drawn = sample_from_model(model, *draw)
             else:
                 drawn = calibration_tokens(name, *draw, text_field=config.text_field)
-            with writing(run.output), replacing(file) as temporary:
+            with run.saving(file) as temporary:
                 temporary.write_bytes(save({"tokens": drawn}))
-        with reading(file):
-            samples.append(read_tensor(file, "tokens"))
+        samples.append(read_tensor(run.saved(file), "tokens"))
     return torch.cat(samples)
 
 
@@ -310,17 +313,16 @@ def _scores(
     """Scores that come from the model as a whole, if the method has such."""
     if config.method not in GLOBAL_SCORES:
         return []
-    file = run.state / SCORES_FILE
-    if not file.exists():
+    if not run.has(SCORES_FILE):
         model = streamed.skeleton
         if config.method in NEEDS_GRADIENTS:
             log.info("gradients of the whole model, for the method %s", config.method)
             model = load_model(streamed.weights.source, "float32", config.device)
         scores = GLOBAL_SCORES[config.method](model, samples, planned.widths, config.seed)
-        with writing(run.output), replacing(file) as temporary:
+        with run.saving(SCORES_FILE) as temporary:
             temporary.write_bytes(save({f"{i:05d}": s for i, s in enumerate(scores)}))
-    with reading(file):
-        return [read_tensor(file, name) for name in sorted(tensor_names(file))]
+    file = run.saved(SCORES_FILE)
+    return [read_tensor(file, name) for name in sorted(tensor_names(file))]
 
 
 def _footprint(
@@ -364,6 +366,8 @@ def _footprint(
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
     if planned.is_measured:
         whole = max(whole, probe_bytes(skeleton, config.nsamples, seqlen))
+    if not {SELF, PYDOCS}.issuperset(config.calibration):
+        whole = max(whole, READING_BYTES)
     if SELF in config.calibration:
         whole = max(whole, planned.params_before * size)
     if config.method in NEEDS_GRADIENTS:
@@ -388,15 +392,17 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the result depends on."""
     configs = {"model config": model_config, "generation config": generation_config}
-    files = [path for path in map(Path, config.calibration) if path.is_file()]
+    files = [file for name in config.calibration for file in dataset_files(name)]
+    files += tokenizer_files(weights.source).values()
     return {
-        "model": weights.source.name,
+        "model": weights.source.title,
         **{name: sha256(c.to_json_string().encode()).hexdigest() for name, c in configs.items()},
         **{file.name: describe_file(file) for file in weights.files},
         **config.model_dump(exclude={"activation_memory"}),
-        **{f"calibration file {path}": describe_file(path) for path in files},
+        **{f"file {path}": describe_file(path) for path in files},
         "device": device.type,
         "products": str(fast_dtype(device, weights.dtype)),
+        **computation(),
         **versions(),
     }
 
@@ -412,7 +418,7 @@ def _write(
 ) -> None:
     """Put the product together from the finished blocks and the tensors that stay."""
     start = time.monotonic()
-    files = [run.block_file(index) for index in range(len(planned.widths))]
+    files = [run.saved(run.block_file(index)) for index in range(len(planned.widths))]
     finished = {name: file for file in files for name in tensor_names(file)}
 
     def read(name: str) -> Tensor:
@@ -441,7 +447,8 @@ def _report(
     seqlen: int,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    metadata = [read_metadata(run.block_file(index)) for index in range(len(planned.widths))]
+    files = [run.saved(run.block_file(index)) for index in range(len(planned.widths))]
+    metadata = [read_metadata(file) for file in files]
     costs = [json.loads(block["cost"]) for block in metadata]
     return {
         # The report goes to the hub with the model, so it holds no local paths.

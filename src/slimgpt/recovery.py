@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -37,8 +37,9 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE, write_card
+from slimgpt.card import RECOVERY_FILE, REPORT_FILE, PruningReport, read_report, write_card
 from slimgpt.checkpoint import add_older_rope_keys, write_tokenizer
 from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data import (
@@ -48,10 +49,10 @@ from slimgpt.data import (
     evaluation_tokens,
     training_examples,
 )
-from slimgpt.distributed import from_main, is_main
+from slimgpt.distributed import TIME_LIMIT, from_main, is_main, training_together
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError, NumericalError
 from slimgpt.families import family_of
-from slimgpt.files import describe_file, read_json, writing
+from slimgpt.files import describe_file, reading, write_atomically, writing
 from slimgpt.model import (
     SMOLLM2_ALIAS,
     Source,
@@ -62,9 +63,10 @@ from slimgpt.model import (
     load_config,
     load_model,
     load_tokenizer,
+    tokenizer_files,
     usable_seqlen,
 )
-from slimgpt.run import Run, open_run, peak_memory, versions
+from slimgpt.run import CHECKSUMS_FILE, Run, computation, open_run, peak_memory, versions
 from slimgpt.weights import open_weights, weight_files
 
 log = logging.getLogger(__name__)
@@ -139,7 +141,7 @@ def recover(
     model_config = load_config(source)
     seqlen = usable_seqlen(config.seqlen, model_config)
     config = config.model_copy(update={"seqlen": seqlen})
-    PartialState()  # joins the other processes of torchrun
+    PartialState(timeout=TIME_LIMIT)  # joins the other processes of torchrun
     arguments = _training_arguments(model_config, config, output)
     with open_run(output) if is_main() else nullcontext() as run:
         tokenizer = load_tokenizer(source)
@@ -171,17 +173,19 @@ def _identity(
     """All that the result depends on."""
     models = {"model": source} | ({"teacher": teacher} if teacher else {})
     return {
-        **{role: model.name for role, model in models.items()},
+        **{role: model.title for role, model in models.items()},
+        **{f"{role} config": _config_sha256(model) for role, model in models.items()},
         **{
             f"{role}'s {file.name}": describe_file(file)
             for role, model in models.items()
-            for file in weight_files(model)
+            for file in (*weight_files(model), *tokenizer_files(model).values())
         },
         **config.model_dump(mode="json", exclude={"teacher", "report_to"}),
         "examples_sha256": _sha256(examples),
         "held_out_sha256": _sha256(held_out),
         "device": arguments.device.type,
         "processes": arguments.world_size,
+        **computation(),
         **_versions(config),
     }
 
@@ -220,7 +224,7 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     log.info("training on %d examples of %s", len(examples), config.data)
-    with writing(state.parent):
+    with writing(state.parent), training_together():
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -252,13 +256,28 @@ def _report(
 
 
 class RecoveryTrainer(Trainer):
-    """Trainer that raises an ``OSError`` when a checkpoint cannot be written."""
+    """Trainer whose checkpoints have checksums, and the last of which stays.
+
+    It raises an ``OSError`` when a checkpoint cannot be written.
+    """
 
     def _save_checkpoint(self, *args: Any) -> None:
-        try:
-            super()._save_checkpoint(*args)
-        except RuntimeError as err:  # torch.save has no type of its own
-            raise OSError(str(err)) from err
+        with training_together():
+            try:
+                super()._save_checkpoint(*args)
+            except RuntimeError as err:  # torch.save has no type of its own
+                if "gloo" in str(err).lower():
+                    raise
+                raise OSError(str(err)) from err
+        from_main(None)  # all have written what is theirs
+        if self.is_world_process_zero():
+            state = Path(str(self.args.output_dir))
+            newest = state / f"checkpoint-{self.state.global_step}"
+            files = sorted(path for path in newest.rglob("*") if path.is_file())
+            sums = {file.relative_to(newest).as_posix(): describe_file(file) for file in files}
+            write_atomically(newest / CHECKSUMS_FILE, json.dumps(sums) + "\n")
+            for older in set(state.glob("checkpoint-*")) - {newest}:
+                shutil.rmtree(older)
 
 
 class Distiller(RecoveryTrainer):
@@ -365,7 +384,7 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     """The model to distil from, which must have the vocabulary of the one that is trained."""
     name, report = config.teacher, find_file(source, REPORT_FILE)
     if name is None and report:
-        base = read_json(report)["base_model"]
+        base = read_report(report, PruningReport)["base_model"]
         if "/" in base or base == SMOLLM2_ALIAS:  # else the folder of a local model
             name = base
     if name is None:
@@ -406,6 +425,10 @@ def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase)
     return [{"input_ids": window, "labels": window} for window in windows]
 
 
+def _config_sha256(source: Source) -> str:
+    return hashlib.sha256(load_config(source).to_json_string().encode()).hexdigest()
+
+
 def _sha256(examples: Examples) -> str:
     digest = hashlib.sha256()
     for example in examples:
@@ -414,12 +437,19 @@ def _sha256(examples: Examples) -> str:
 
 
 def _last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
-    """The last checkpoint that is whole: the Trainer writes its own state as the last file."""
-    whole = []
-    for file in state.glob("checkpoint-*/trainer_state.json"):
-        with suppress(ValueError):
-            whole.append((str(file.parent), TrainerState.load_from_json(str(file))))
-    return max(whole, key=lambda found: found[1].global_step, default=None)
+    """The last checkpoint that is whole; its files are compared with their checksums."""
+    whole = [file.parent for file in state.glob(f"checkpoint-*/{CHECKSUMS_FILE}")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if newest is None:
+        return None
+    with reading(newest / CHECKSUMS_FILE):
+        sums = json.loads((newest / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        names = list(sums)
+    for name in names:
+        with reading(newest / name):
+            if describe_file(newest / name) != sums[name]:
+                raise ValueError("its checksum does not match")
+    return str(newest), TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
 
 
 def _training_arguments(
@@ -439,7 +469,8 @@ def _training_arguments(
     if config.batch_size % at_once:
         raise ConfigError(
             f"batch_size={config.batch_size} is no multiple of {at_once}: "
-            f"micro_batch_size={config.micro_batch_size} in {num_processes} processes"
+            f"micro_batch_size={config.micro_batch_size} in {num_processes} processes",
+            hint=f"choose a --batch-size that {at_once} divides, or other --micro-batch-size",
         )
     arguments = TrainingArguments(
         output_dir=str(Run(output).state),
@@ -464,7 +495,6 @@ def _training_arguments(
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=1,
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,

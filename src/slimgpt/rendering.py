@@ -179,7 +179,7 @@ def to_markdown(report: Values, figure_file: str) -> str:
     recipe, rows = report["recipe"], report["cells"]
     source = f"{recipe['reproduces']} of SlimGPT (arXiv 2412.18110)"
     parts = [
-        f"# {recipe['title']}",
+        f"# {_one_line(recipe['title'])}",
         f"{source}, small variant." if report["is_small"] else f"{source}.",
         recipe["note"],
         f"![{recipe['title']}]({figure_file})" if recipe["figure"] else "",
@@ -212,10 +212,15 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
                 for ratio, cell in places
             ]
     if any(row["error"] for row in rows):
-        reasons = (" ".join((row["error"] or "").split()) for row in rows)
-        columns["failed"] = [reason.replace("|", "\\|") for reason in reasons]
-    lines = [columns, ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+        columns["failed"] = [row["error"] or "" for row in rows]
+    rows_of_text = [map(_one_line, line) for line in zip(*columns.values(), strict=True)]
+    lines = [map(_one_line, columns), ["---"] * len(columns), *rows_of_text]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    """Text that stays in its cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _cell(

@@ -3,23 +3,31 @@
 import logging
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from slimgpt.benchmarking import BenchResult
 from slimgpt.card import (
     PERPLEXITY_FILE,
     RECOVERY_FILE,
     REPORT_FILE,
     SPEED_FILE,
     TASKS_FILE,
+    PruningReport,
+    RecoveryReport,
+    read_report,
+    read_typed,
 )
 from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig
 from slimgpt.data import short_name
 from slimgpt.errors import ConfigError, MissingDependencyError
-from slimgpt.files import read_json, write_atomically, writing
+from slimgpt.evaluation import EvalResult, TaskResult
+from slimgpt.files import write_atomically, writing
+from slimgpt.locks import writing_alone
 from slimgpt.model import Source, check_same_vocabulary, find_model, load_model, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -66,39 +74,30 @@ def report(output: str | Path, **options: Any) -> Path:
     for package in ("jinja2", "matplotlib"):
         if find_spec(package) is None:
             raise MissingDependencyError(package, "a report", "pip install 'slimgpt[report]'")
-    pruning = _read(directory / REPORT_FILE)
-    if pruning is None:
+    if not (directory / REPORT_FILE).is_file():
         raise ConfigError(
             f"{directory} has no {REPORT_FILE}",
             hint="name a directory that `slimgpt prune` or `slimgpt recover` has written",
         )
-    from jinja2 import UndefinedError
-
+    recovery = directory / RECOVERY_FILE
+    results = {
+        "pruning": read_report(directory / REPORT_FILE, PruningReport),
+        "perplexity": _results(directory / PERPLEXITY_FILE, EvalResult),
+        "tasks": _results(directory / TASKS_FILE, TaskResult),
+        "speeds": _results(directory / SPEED_FILE, BenchResult),
+        "recovery": read_report(recovery, RecoveryReport) if recovery.is_file() else None,
+    }
     samples = _continuations(directory, config.against, config) if config.against else []
-    try:
-        page = _render(
-            pruning=pruning,
-            perplexity=_read(directory / PERPLEXITY_FILE, list) or [],
-            tasks=_read(directory / TASKS_FILE, list) or [],
-            speeds=_read(directory / SPEED_FILE, list) or [],
-            recovery=_read(directory / RECOVERY_FILE),
-            samples=samples,
-            config=config,
-        )
-    except (KeyError, UndefinedError) as err:
-        raise ConfigError(
-            f"the results in {directory} are not as this version writes them: {err}",
-            hint="remove what is in its folder eval, and measure again",
-        ) from err
+    page = _render(**results, samples=samples, config=config)
     file = directory / PAGE_FILE
-    with writing(file):
+    with writing(file), writing_alone(file):
         write_atomically(file, page)
     return file
 
 
-def _read(file: Path, kind: type = dict) -> Any:
-    """Content of a JSON file, or None if there is none."""
-    return read_json(file, kind) if file.is_file() else None
+def _results(file: Path, kind: type) -> list[dict[str, Any]]:
+    """The results in a file, if there is one."""
+    return [asdict(result) for result in read_typed(file, list[kind])] if file.is_file() else []
 
 
 def _continuations(directory: Path, against: str, config: ReportConfig) -> list[dict[str, str]]:
@@ -117,7 +116,9 @@ def _prompts(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"cannot read --prompts {file}: {err}") from None
+        raise ConfigError(
+            f"cannot read --prompts {file}: {err}", hint="give a text file in UTF-8"
+        ) from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts {file} has no prompt", hint="write one on each line")

@@ -136,7 +136,8 @@ def plan_widths(
     """
     if len(given) > len(shapes):
         raise ConfigError(
-            f"layer_ratios has {len(given)} ratios, but there are {len(shapes)} layers"
+            f"layer_ratios has {len(given)} ratios, but there are {len(shapes)} layers",
+            hint=f"give {len(shapes)} ratios at most",
         )
     if uniform_groups is not None and len(set(shapes)) > 1:
         raise ConfigError(
@@ -152,7 +153,8 @@ def plan_widths(
     if ratios[worst] > limits[worst] and given:
         raise ConfigError(
             f"layer_ratios takes {ratios[worst]:.1%} of block {worst}, which can lose "
-            f"{limits[worst]:.1%} at most"
+            f"{limits[worst]:.1%} at most",
+            hint="give that block a smaller ratio: one group and one step of channels stay",
         )
     if ratios[worst] > limits[worst]:
         feasible = _largest_feasible(shapes, limits, schedule, min_ratio)

@@ -15,13 +15,12 @@ from slimgpt.config import PruneConfig
 from slimgpt.costs import costs_of_changes
 from slimgpt.distributed import from_main, is_main
 from slimgpt.errors import NumericalError
-from slimgpt.files import reading, write_atomically, writing
 from slimgpt.footprint import Footprint
 from slimgpt.run import WIDTHS_FILE, Run
 from slimgpt.schedule import BlockShape, BlockWidths, move_units
+from slimgpt.stored import read_tensor
 from slimgpt.streaming import StreamedModel
 from slimgpt.sweep import read_plan, sweep
-from slimgpt.weights import read_tensor
 
 log = logging.getLogger(__name__)
 
@@ -85,19 +84,17 @@ def measured_widths(
     NumericalError
         If gradients overflow.
     """
-    file = run.state / WIDTHS_FILE
-    if not from_main(file.exists()):
+    if not from_main(run.has(WIDTHS_FILE)):
         chosen_NT = samples_NT[::SURVEY_SHARE]
         log.info("survey, with %d of the samples, of what the layers cost", len(chosen_NT))
         sweep(streamed.anew(), chosen_NT, widths, config, footprint, run, stage="survey")
         if is_main():
             moved = _moved(run, streamed, samples_NT, shapes, widths, config.multiple_of)
-            with writing(run.output):
-                write_atomically(file, json.dumps([asdict(width) for width in moved]))
-                for index in range(len(moved)):
-                    run.block_file(index, "survey").unlink()
-    with reading(file):
-        values = from_main(is_main() and json.loads(file.read_text(encoding="utf-8")))
+            with run.saving(WIDTHS_FILE) as temporary:
+                temporary.write_text(json.dumps([asdict(width) for width in moved]))
+            for index in range(len(moved)):
+                run.discard(run.block_file(index, "survey"))
+    values = from_main(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
     return [BlockWidths(**value) for value in values]
 
 
@@ -109,7 +106,7 @@ def _moved(
     widths: Sequence[BlockWidths],
     multiple_of: int,
 ) -> list[BlockWidths]:
-    files = [run.block_file(index, "survey") for index in range(len(shapes))]
+    files = [run.saved(run.block_file(index, "survey")) for index in range(len(shapes))]
     blocks = [read_plan(file) for file in files]
     probes_NT = samples_NT[_probes(len(samples_NT)), :PROBE_TOKENS]
     costs = costs_of_changes(

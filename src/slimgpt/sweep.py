@@ -15,12 +15,13 @@ from slimgpt.calibrate import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.distributed import from_main, is_main, own_part
 from slimgpt.families import Block
-from slimgpt.files import reading, replacing, writing
+from slimgpt.files import reading, writing
 from slimgpt.footprint import Footprint
 from slimgpt.run import Run, Stage, peak_memory
 from slimgpt.schedule import BlockWidths
+from slimgpt.stored import read_tensor
 from slimgpt.streaming import StreamedModel
-from slimgpt.weights import read_metadata, read_tensor, write_file
+from slimgpt.weights import read_metadata, write_file
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ def sweep(
     log.info("calibrating on %d samples of %d tokens", *samples_NT.shape)
     begun, num_blocks = time.monotonic(), len(widths)
     for block, width in zip(streamed.blocks(), widths, strict=True):
-        start, file = time.monotonic(), run.block_file(block.index, stage)
-        if from_main(file.exists()):
+        start, name = time.monotonic(), run.block_file(block.index, stage)
+        if from_main(run.has(name)):
+            file = run.saved(name)
             plan = read_plan(file)
             replay_block(block, plan, partial(read_tensor, file), stream)
         else:
@@ -71,7 +73,7 @@ def sweep(
                 block, width, stream, footprint.kept, config, scores, stage == "survey"
             )
             if is_main():
-                _save_block(run, file, block, plan, time.monotonic() - start)
+                _save_block(run, name, block, plan, time.monotonic() - start)
         done = block.index + 1
         left = (time.monotonic() - begun) / done * (num_blocks - done)
         log.info("%s %d/%d: %s; %.0f s left", stage, done, num_blocks, plan, left)
@@ -83,11 +85,11 @@ def read_plan(file: Path) -> BlockPlan:
         return BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
 
 
-def _save_block(run: Run, file: Path, block: Block, plan: BlockPlan, seconds: float) -> None:
+def _save_block(run: Run, name: str, block: Block, plan: BlockPlan, seconds: float) -> None:
     state = block.module.state_dict()
-    tensors = {f"{block.name}.{name}": tensor for name, tensor in state.items()}
+    tensors = {f"{block.name}.{key}": tensor for key, tensor in state.items()}
     cost = {"seconds": seconds, "peak_memory_bytes": peak_memory()}
     given = asdict(plan, dict_factory=lambda items: {k: v for k, v in items if v != ()})
     metadata = {"plan": json.dumps(given), "cost": json.dumps(cost)}
-    with writing(run.output), replacing(file) as temporary:
+    with run.saving(name) as temporary:
         write_file(temporary, tensors, metadata)

@@ -5,6 +5,7 @@ data set in a task's config.
 """
 
 import csv
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,15 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.config import did_you_mean
-from slimgpt.data import read_records
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+from slimgpt.records import Record, read_records
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 SPLIT_NAMES = {"validation": {"validation", "valid", "val", "dev"}}
+_FIELDS_HINT = "a local file has the fields of the hub's data set; its folder is --data-dir"
 SUPER_GLUE, MMLU = "aps/super_glue", "cais/mmlu"
 
 
@@ -360,7 +362,9 @@ def _choose(names: Sequence[str], data_dir: Path | None, num_fewshot: int | None
     if find_spec("lm_eval") is None:
         raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
     if data_dir and not data_dir.is_dir():
-        raise ConfigError(f"the data directory {data_dir} does not exist")
+        raise ConfigError(
+            f"the data directory {data_dir} does not exist", hint="correct --data-dir"
+        )
     manager = _manager()
     means: dict[str, Suite] = {}
     shots: dict[str, int | None] = {}
@@ -500,9 +504,9 @@ def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manage
             found = manager.load([{"group": task, "task": [{"task": task, **changes}]}])
         loaded = found["tasks"][task]
         if files:
-            _check_answers(loaded)
+            _check_answers(loaded, files[_tested_split(config)])
         return loaded
-    except ConfigError:
+    except (ConfigError, DataError):
         raise
     except ImportError as err:  # the extras of lm-eval are named after its tasks
         package = f"lm-eval[{task.partition('_')[0]}]"
@@ -513,25 +517,31 @@ def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manage
         source = ", ".join(map(str, files.values())) or f"the hub ({config.get('dataset_path')})"
         raise DataError(
             f"cannot load the task {task} from {source}: {' '.join(str(err).split())[:200]}",
-            hint="a local file has the fields of the hub's data set; its folder is --data-dir",
+            hint=_FIELDS_HINT,
         ) from err
 
 
-def _check_answers(task: Any) -> None:
+def _check_answers(task: Any, file: Path) -> None:
     """Check that every question can be put and, of a choice, has an answer among the choices."""
+    is_choice = task.OUTPUT_TYPE == "multiple_choice"
     for number, doc in enumerate(task.eval_docs, 1):
         try:
             text, answer = task.doc_to_text(doc), task.doc_to_target(doc)
-        except (KeyError, ValueError) as err:
-            raise ValueError(f"question {number} cannot be put: {err!r}") from err
-        if task.OUTPUT_TYPE == "multiple_choice":
-            choices = task.doc_to_choice(doc)
+            choices = task.doc_to_choice(doc) if is_choice else []
+        except Exception as err:  # the task's template fails on the row in its own way
+            raise DataError(
+                f"{file}: question {number} cannot be put: {' '.join(repr(err).split())[:200]}",
+                hint=_FIELDS_HINT,
+            ) from err
+        if is_choice:
             answer = text if task.multiple_input else answer
             for one in answer if isinstance(answer, list) else [answer]:
                 known = range(len(choices)) if isinstance(one, int) else choices
                 if one not in known:
-                    raise ValueError(
-                        f"question {number} has the answer {one!r}, none of its {len(choices)}"
+                    raise DataError(
+                        f"{file}: question {number} has the answer {one!r}, "
+                        f"none of its {len(choices)}",
+                        hint="correct the answer, or leave the question out",
                     )
 
 
@@ -539,33 +549,70 @@ def _local_dataset(files: dict[str, Path], dataset_path: str) -> Any:
     from datasets import Dataset, DatasetDict
 
     return DatasetDict(
-        {
-            split: Dataset.from_list(
-                [_as_on_the_hub(row, dataset_path) for row in _read_rows(path, dataset_path)]
-            )
-            for split, path in files.items()
-        }
+        {split: Dataset.from_list(_read_rows(path, dataset_path)) for split, path in files.items()}
     )
 
 
 def _read_rows(path: Path, dataset_path: str) -> list[dict[str, Any]]:
-    if path.suffix != ".csv":
-        return list(read_records(path))
-    if dataset_path != MMLU:
-        raise DataError("of CSV, which has no types, only the files of MMLU are read")
+    """Read the rows of a file, all with the same fields."""
+    rows: list[dict[str, Any]] = []
+    if path.suffix == ".csv" and dataset_path != MMLU:
+        raise DataError(
+            f"{path}: of CSV, which has no types, only the files of MMLU are read",
+            hint="write the data as .jsonl",
+        )
+    for where, record in _mmlu_csv(path) if path.suffix == ".csv" else read_records(path):
+        if not isinstance(record, dict):
+            raise DataError(f"{where} is a {type(record).__name__}, not a row", hint=_FIELDS_HINT)
+        row = _as_on_the_hub(where, record, dataset_path)
+        if missing := [name for name in (rows[0] if rows else ()) if name not in row]:
+            raise DataError(f"{where} lacks the field {missing[0]!r}", hint=_FIELDS_HINT)
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as err:
+            raise DataError(
+                f"{where} has half of a surrogate pair, which is no Unicode text",
+                hint="leave the row out, or write its text anew as UTF-8",
+            ) from err
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} has no rows", hint=_FIELDS_HINT)
+    return rows
+
+
+def _mmlu_csv(path: Path) -> Iterator[Record]:
     header: list[str] = ["question", *"ABCD", "answer"]
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines, header))
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            for number, cells in enumerate(filter(None, csv.reader(lines, strict=True)), 1):
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path}, row {number} has {len(cells)} columns, not {len(header)}",
+                        hint=f"the columns are {', '.join(header)}",
+                    )
+                yield Record(f"{path}, row {number}", dict(zip(header, cells, strict=True)))
+    except (OSError, ValueError, csv.Error) as err:
+        raise DataError(
+            f"cannot read {path}, after row {number}: {err}", hint="write the file as CSV in UTF-8"
+        ) from err
 
 
-def _as_on_the_hub(row: dict[str, Any], dataset_path: str) -> dict[str, Any]:
+def _as_on_the_hub(where: str, row: dict[str, Any], dataset_path: str) -> dict[str, Any]:
     """Give a record of the original release the fields of the hub's copy, where they differ."""
-    if dataset_path == SUPER_GLUE and "label" not in row:
-        return row | {"label": int(row["answer"])}
-    if dataset_path == MMLU and "choices" not in row:
-        return {
-            "question": row["question"],
-            "choices": [row[letter] for letter in "ABCD"],
-            "answer": "ABCD".index(row["answer"]),
-        }
+    try:
+        if dataset_path == SUPER_GLUE and "label" not in row:
+            return row | {"label": int(row["answer"])}
+        if dataset_path == MMLU and "choices" not in row:
+            return {
+                "question": row["question"],
+                "choices": [row[letter] for letter in "ABCD"],
+                "answer": "ABCD".index(row["answer"]),
+            }
+    except KeyError as err:
+        raise DataError(f"{where} lacks the field {err}", hint=_FIELDS_HINT) from err
+    except (TypeError, ValueError) as err:
+        raise DataError(
+            f"{where} has the answer {row['answer']!r}, which is none", hint=_FIELDS_HINT
+        ) from err
     return row
