@@ -130,7 +130,9 @@ def _read(file: Path, *_: int) -> GGUFContent:
 
 
 def _broken(file: Path, err: Exception) -> ConfigError:
-    return ConfigError(f"cannot load {file}: {' '.join(str(err).split())[:200]}", hint=_BROKEN)
+    # gguf indexes beyond the end of a file that is cut off.
+    reason = "it is cut off" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
+    return ConfigError(f"cannot load {file}: {reason}", hint=_BROKEN)
 
 
 def _check_names(content: GGUFContent) -> None:
