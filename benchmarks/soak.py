@@ -21,7 +21,7 @@ from pathlib import Path
 from slimgpt.card import RECOVERY_FILE, REPORT_FILE
 from slimgpt.run import STATE_DIR
 
-CALIBRATION = ("--calibration=pydocs", "--nsamples=8", "--seqlen=128", "--ratio=0.5")
+CALIBRATION = ("--calibration=pydocs", "--nsamples=8", "--seqlen=128", "--ratio=0.4")
 TRAINING = (
     "--data=pydocs", "--eval-data=pydocs", "--eval-tokens=512", "--seqlen=64", "--max-steps=6",
     "--max-examples=32", "--batch-size=4", "--eval-steps=3", "--save-steps=1",
@@ -31,7 +31,7 @@ reproduces: nothing
 model: {model}
 prune: {{calibration: [pydocs], nsamples: 8, seqlen: 128}}
 evaluate: {{data: [pydocs], seqlen: [128], max_tokens: 1024}}
-grid: {{ratio: [0.3, 0.5]}}
+grid: {{ratio: [0.2, 0.4]}}
 table: [parameters, perplexity]
 """
 HAS_TIMES = {REPORT_FILE, RECOVERY_FILE, "soak.json"}

@@ -38,6 +38,7 @@ CARD_FILE = "README.md"
 
 SECONDS_FOR_OTHERS = 30.0  # for another process that keeps its results
 
+LARGEST_NUMBER = 1e100
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -215,9 +216,16 @@ def read_typed(file: Path, kind: Any) -> Any:
         If the file cannot be read or is of another form; names the key.
     """
     try:
-        return TypeAdapter(kind).validate_json(file.read_bytes())
+        content = file.read_bytes()
+        values = TypeAdapter(kind).validate_json(content)
+        json.loads(content, parse_float=_check_number, parse_int=_check_number)
     except OSError as err:
         raise ConfigError(f"cannot read {file}: {err}", hint="check its permissions") from None
+    except OverflowError as err:
+        raise ConfigError(
+            f"{file} is not as this version writes it: {err}",
+            hint="remove the file; if it holds results, measure again",
+        ) from None
     except ValidationError as err:
         problem = err.errors(include_url=False)[0]
         if problem["type"] == "json_invalid":
@@ -230,6 +238,13 @@ def read_typed(file: Path, kind: Any) -> Any:
             f"{file} is not as this version writes it: {key or 'all of it'}: {problem['msg']}",
             hint="remove the file; if it holds results, measure again",
         ) from None
+    return values
+
+
+def _check_number(text: str) -> None:
+    """Refuse what no measurement gives, and what sums or the axes of a chart turn to infinity."""
+    if len(text) > 30 or not abs(float(text)) <= LARGEST_NUMBER:
+        raise OverflowError(f"the number {text[:40]} is out of range")
 
 
 def read_report(file: Path, kind: type[BaseModel]) -> dict[str, Any]:
