@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from slimgpt.card import RECOVERY_FILE, REPORT_FILE
-from slimgpt.run import STATE_DIR
+from slimgpt.run import STATE_DIR, Run
 
 CALIBRATION = ("--calibration=pydocs", "--nsamples=8", "--seqlen=128", "--ratio=0.4")
 TRAINING = (
@@ -58,10 +58,10 @@ def flip(output: Path, draw: random.Random) -> tuple[Path, bytes] | None:
 def run_until_through(command: list[str], output: Path, length: float, draw: random.Random) -> int:
     """Kill a command at random times, and run it again, until it is through; count the kills."""
     kills, flipped = 0, None
-    while True:
+    while not Run(output).is_complete:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            _, errors = process.communicate(timeout=draw.uniform(0, 1.5 * length))
+            _, errors = process.communicate(timeout=draw.uniform(0, 1.2 * length))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -76,6 +76,7 @@ def run_until_through(command: list[str], output: Path, length: float, draw: ran
             raise SystemExit(f"failed after {kills} kills, flipped {flipped}: {text[-2000:]}")
         flipped[0].write_bytes(flipped[1])
         flipped = None
+    return kills
 
 
 def files_of(output: Path) -> set[str]:
