@@ -29,11 +29,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import slimgpt
-from slimgpt.calibrate import fast_products
-from slimgpt.data import calibration_tokens
-from slimgpt.families import bind, decoder_of
-from slimgpt.model import find_model, load_model, load_tokenizer
-from slimgpt.run import peak_memory
+from slimgpt.data.samples import calibration_tokens
+from slimgpt.models.device import fast_products
+from slimgpt.models.family import bind, decoder_of
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
+from slimgpt.models.tokenizer import load_tokenizer
+from slimgpt.runtime.environment import peak_memory
 
 COMPUTATION = ("forward", "gram", "solve", "refit")
 

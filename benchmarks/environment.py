@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import torch
 
-from slimgpt.run import machine
+from slimgpt.runtime.environment import machine
 
 
 def environment() -> dict[str, object]:

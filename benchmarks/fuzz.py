@@ -25,7 +25,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import slimgpt
-from slimgpt import cli, experiments, exporting, gguf, inspection, reporting  # noqa: F401
+from slimgpt.cli import app
 
 NUMBERS = (0, -1, 1, 0.5, 7, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"))
 VALUES = (*NUMBERS, None, True, "", "text", "\0", "\udcff", [], {}, [[]], {"a": {}}, "x" * 5000)
@@ -150,7 +150,7 @@ def run_command(command: list[str], place: Path, timeout: int) -> tuple[int, str
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
         signal.alarm(timeout)
         sys.argv = ["slimgpt", *command]
-        cli.main()
+        app.main()
 
     code = in_fork(run)
     return code, (place / "stderr").read_text(encoding="utf-8", errors="replace")

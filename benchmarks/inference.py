@@ -31,10 +31,11 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt.benchmarking import BenchResult, Spread
-from slimgpt.checkpoint import pruned_config
-from slimgpt.model import find_model, load_model
-from slimgpt.schedule import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.benchmarking.results import BenchResult, Spread
+from slimgpt.checkpoint.writer import pruned_config
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
 
 DTYPES = {"transformers": "float32", "llamacpp": "float16"}
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear")

@@ -8,18 +8,22 @@ from typing import Any
 from unittest import mock
 
 PHASES = {
-    "sample": ["pruning.sample_from_model"],
-    "survey": ["pruning.measured_widths"],
-    "read": ["weights.Weights.read"],
+    "sample": ["pruning.inputs.sample_from_model"],
+    "survey": ["pruning.prune.measured_widths"],
+    "read": ["models.weights.Weights.read"],
     "forward": [
-        "calibrate.run_sublayer",
-        "blocks.propagate",
-        "blocks.pass_through",
+        "calibration.activations.run_sublayer",
+        "pruning.block.propagate",
+        "pruning.block.pass_through",
     ],
-    "gram": ["blocks.collect"],
-    "solve": ["blocks._prepare", "blocks._solve"],
-    "refit": ["blocks.refit"],
-    "write": ["sweep.write_file", "checkpoint.write_file", "run._sync"],
+    "gram": ["pruning.block.collect"],
+    "solve": ["pruning.block.prepare", "pruning.block.solve"],
+    "refit": ["pruning.block.refit"],
+    "write": [
+        "pruning.sequential.write_file",
+        "checkpoint.writer.write_file",
+        "runtime.files.sync",
+    ],
 }
 
 

@@ -28,7 +28,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import slimgpt
-from slimgpt.model import find_model, load_model, load_tokenizer
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
+from slimgpt.models.tokenizer import load_tokenizer
 
 REFERENCE = "paper"
 

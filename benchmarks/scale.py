@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import slimgpt
-from slimgpt.footprint import gib
-from slimgpt.model import build_skeleton
-from slimgpt.run import peak_memory
-from slimgpt.weights import write_file
+from slimgpt.models.loading import build_skeleton
+from slimgpt.models.weights import write_file
+from slimgpt.pruning.memory import gib
+from slimgpt.runtime.environment import peak_memory
 
 
 def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, heads: int) -> None:

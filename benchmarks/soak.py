@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from slimgpt.card import RECOVERY_FILE, REPORT_FILE
-from slimgpt.run import STATE_DIR, Run
+from slimgpt.checkpoint.results import RECOVERY_FILE, REPORT_FILE
+from slimgpt.runtime.run_directory import STATE_DIR, Run
 
 CALIBRATION = ("--calibration=pydocs", "--nsamples=8", "--seqlen=128", "--ratio=0.4")
 TRAINING = (

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from slimgpt import obs
+from slimgpt.solver import elimination, hessian
 
 DAMPING = 0.01
 BATCHES_TIMED = 2
@@ -153,12 +153,12 @@ def columns(units_U: Tensor, unit_size: int) -> Tensor:
 def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
     """What a run does with each sublayer."""
     lap = Stopwatch()
-    problem = obs.prepare(weight_OI, hessian_II, DAMPING)
+    problem = hessian.prepare(weight_OI, hessian_II, DAMPING)
     parts = {"prepare": lap()}
     if unit_size == 1:
-        removed_U = obs.eliminate_channels(problem, num_remove).order
+        removed_U = elimination.eliminate_channels(problem, num_remove).order
     else:
-        removed_U = obs.eliminate_units(problem, num_remove, unit_size).order
+        removed_U = elimination.eliminate_units(problem, num_remove, unit_size).order
     parts["eliminate"] = lap()
     return Run(parts, columns(removed_U, unit_size))
 
@@ -183,7 +183,7 @@ def paper_step(
     errors_U = (
         weight_OI.square().sum(dim=0) / inverse_II.diagonal()
         if unit_size == 1
-        else obs.unit_errors(weight_OI, inverse_II, unit_size)
+        else elimination.unit_errors(weight_OI, inverse_II, unit_size)
     )
     removed_R = columns(errors_U.argsort()[:group], unit_size)
     kept_K = kept(len(hessian_II), removed_R)
@@ -221,8 +221,8 @@ def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_siz
         j = next(j for j in range(1, BATCHES_TIMED) if i <= timed[j])
         low, high, cube = widths[timed[j]] ** 3, widths[timed[j - 1]] ** 3, widths[i] ** 3
         total += times[j] + (times[j - 1] - times[j]) * (cube - low) / (high - low)
-    problem = obs.prepare(weight_OI, hessian_II, 0)
-    removed_R = obs.eliminate_channel_groups(problem, num_remove).order
+    problem = hessian.prepare(weight_OI, hessian_II, 0)
+    removed_R = elimination.eliminate_channel_groups(problem, num_remove).order
     note = f"time from {BATCHES_TIMED} of {len(sizes)} batches"
     return Run({"all": total}, removed_R, note)
 
@@ -240,7 +240,7 @@ def solve_one_by_one(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, uni
         errors_U = (
             weight_OI.square().sum(dim=0) / inverse_II.diagonal()
             if unit_size == 1
-            else obs.unit_errors(weight_OI, inverse_II, unit_size)
+            else elimination.unit_errors(weight_OI, inverse_II, unit_size)
         )
         least = errors_U.masked_fill(gone_U, torch.inf).argmin()
         order.append(least)
@@ -263,7 +263,7 @@ SOLVERS: dict[str, Callable[[Tensor, Tensor, int, int], Run]] = {
 }
 
 
-def removal_error(problem: obs.Problem, removed_R: Tensor) -> float:
+def removal_error(problem: hessian.Problem, removed_R: Tensor) -> float:
     """tr(W_R [(H⁻¹)_RR]⁻¹ W_Rᵀ), the error after optimal compensation."""
     factor_RR = torch.linalg.cholesky(problem.inverse_II[removed_R][:, removed_R])
     solved_RO = torch.linalg.solve_triangular(
@@ -276,7 +276,7 @@ def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Mea
     """Run all contestants in turns, `repeats` times; those that are extrapolated, once."""
     shape = SHAPES[name]
     weight_OI, hessian_II = synthetic_layer(shape, seed)
-    problem = obs.prepare(weight_OI.double(), hessian_II, DAMPING)
+    problem = hessian.prepare(weight_OI.double(), hessian_II, DAMPING)
     damped_II = hessian_II + torch.diag(problem.added_I)
     power = float(((problem.weight_OI @ damped_II) * problem.weight_OI).sum())
     results = []

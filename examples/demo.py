@@ -13,7 +13,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimgpt
-from slimgpt.model import find_model, load_model
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
 
 BASE = "smollm2-135m"
 PROMPT = "A function in Python is defined with the keyword"

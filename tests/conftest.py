@@ -16,14 +16,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import slimgpt
-from slimgpt import cli
-from slimgpt.blocks import BlockPlan, prune_block
-from slimgpt.calibrate import choose_batch_size, embed
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.calibration.activations import choose_batch_size, embed
+from slimgpt.cli import app
 from slimgpt.config import PruneConfig
-from slimgpt.families import bind
-from slimgpt.importance import GLOBAL_SCORES
-from slimgpt.model import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
-from slimgpt.schedule import BlockWidths
+from slimgpt.methods.registry import GLOBAL_SCORES
+from slimgpt.models.family import bind
+from slimgpt.models.source import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
+from slimgpt.pruning.block import prune_block
+from slimgpt.pruning.decisions import BlockPlan
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -144,13 +145,13 @@ def assert_greedy(model: PreTrainedModel, tokens_NT: Tensor, num_new: int) -> No
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Enter the command line: exit code, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "200")  # for --help
-    for console in (cli.stdout, cli.stderr):
+    for console in (app.stdout, app.stderr):
         monkeypatch.setattr(console, "width", 200)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["slimgpt", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            app.main()
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err
 

@@ -18,7 +18,6 @@ from types import FrameType
 import torch
 
 import slimgpt
-from slimgpt import pruning  # noqa: F401 (before the fork)
 
 PACKAGE = str(Path(slimgpt.__file__).parent)
 PHASES = (

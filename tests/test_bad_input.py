@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import slimgpt
 from slimgpt import errors
-from slimgpt.card import PruningReport, RecoveryReport, read_report, read_typed
-from slimgpt.config import load_recipe
+from slimgpt.checkpoint.results import PruningReport, RecoveryReport, read_report, read_typed
 from slimgpt.errors import ConfigError, resource_error
-from slimgpt.evaluation import EvalResult
+from slimgpt.evaluation.perplexity import EvalResult
+from slimgpt.experiments.recipe import load_recipe
 
 SOURCE = Path(slimgpt.__file__).parent
 
@@ -354,7 +354,7 @@ def test_what_the_machine_refuses_is_no_fault_of_ours(
     def fail(*args: object, **kwargs: object) -> None:
         raise err
 
-    monkeypatch.setattr("slimgpt.inspection.find_model", fail)
+    monkeypatch.setattr("slimgpt.checkpoint.inspection.find_model", fail)
     status, out, shown = run("inspect", "smollm2-135m")
     assert status == code
     assert f"error: {message}" in shown

@@ -18,12 +18,12 @@ import pytest
 from conftest import Run
 
 import slimgpt
-from slimgpt import benchmarking, engines
+from slimgpt.benchmarking import bench, engines, results
+from slimgpt.benchmarking.engines import Timing
 from slimgpt.config import BenchConfig
-from slimgpt.engines import Timing
 from slimgpt.errors import ConfigError, EngineError
-from slimgpt.footprint import size
-from slimgpt.model import find_model
+from slimgpt.models.source import find_model
+from slimgpt.pruning.memory import size
 
 Checkpoint = Callable[[str], Path]
 QUICK = ("--prompt-length", "16", "--new-tokens", "4", "--repeats", "2", "--threads", "1")
@@ -83,7 +83,7 @@ def test_rounds_are_interleaved_and_ratios_are_of_pairs(
     turns: list[str] = []
     prompts: list[list[list[int]]] = []
 
-    def generate(worker: benchmarking._Worker, given: list[list[int]]) -> Timing:
+    def generate(worker: bench._Worker, given: list[list[int]]) -> Timing:
         name = worker._subject.name
         turns.append(name)
         prompts.append(given)
@@ -91,8 +91,8 @@ def test_rounds_are_interleaved_and_ratios_are_of_pairs(
         return Timing(first=slowness, rest=2 * slowness)
 
     base = str(tiny_checkpoint("llama"))
-    monkeypatch.setattr(benchmarking._Worker, "generate", generate)
-    monkeypatch.setattr(benchmarking._Worker, "_run", lambda *_: None)
+    monkeypatch.setattr(bench._Worker, "generate", generate)
+    monkeypatch.setattr(bench._Worker, "_run", lambda *_: None)
     result = slimgpt.bench(
         str(pruned), against=base, prompt_length=(8,), batch_size=(2,), new_tokens=5, repeats=3
     )
@@ -100,8 +100,8 @@ def test_rounds_are_interleaved_and_ratios_are_of_pairs(
     assert all(given == prompts[0] for given in prompts)
     assert [len(prompt) for prompt in prompts[0]] == [8, 8]
     (setting,) = result.settings
-    assert setting.prefill_speedup == benchmarking.Spread(3, 3, 3)
-    assert setting.decode_speedup == benchmarking.Spread(3, 3, 3)
+    assert setting.prefill_speedup == results.Spread(3, 3, 3)
+    assert setting.decode_speedup == results.Spread(3, 3, 3)
     rounds = [2, 3, 4]  # the first one is for warming up
     assert setting.model.token.median == statistics.median(rounds) * 2 / 4
     assert setting.base is not None
@@ -112,10 +112,10 @@ def test_a_later_result_takes_the_place_of_an_earlier_one_of_the_same_protocol(
     monkeypatch: pytest.MonkeyPatch, pruned: Path, tmp_path: Path
 ) -> None:
     slim = shutil.copytree(pruned, tmp_path / "slim", ignore=shutil.ignore_patterns("eval"))
-    monkeypatch.setattr(benchmarking._Worker, "_run", lambda *_: None)
+    monkeypatch.setattr(bench._Worker, "_run", lambda *_: None)
     for length, seconds in ((8, 1.0), (8, 2.0), (16, 3.0)):
         timing = Timing(first=seconds, rest=seconds)
-        monkeypatch.setattr(benchmarking._Worker, "generate", lambda *_, timing=timing: timing)
+        monkeypatch.setattr(bench._Worker, "generate", lambda *_, timing=timing: timing)
         slimgpt.bench(str(slim), prompt_length=length, new_tokens=2)
     kept = json.loads((slim / "eval" / "speed.json").read_text())
     speeds = [setting["model"] for result in kept for setting in result["settings"]]
@@ -181,7 +181,7 @@ def test_precisions_must_be_the_same(
     assert "--dtype" in err
     sources = [find_model(str(directory)) for directory in (pruned, half)]
     chosen = BenchConfig.create(dtype="bfloat16")
-    assert benchmarking._resolve_dtype(sources, chosen) == "bfloat16"
+    assert bench._resolve_dtype(sources, chosen) == "bfloat16"
     (half / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
     code, _, err = run("bench", half, "--engine", "llamacpp", *QUICK)
     assert code == 2
@@ -199,9 +199,9 @@ def test_process_ends_if_its_model_does_not_load(pruned: Path, tmp_path: Path) -
 
 def test_process_that_dies_is_named(pruned: Path) -> None:
     config = BenchConfig.create()
-    subject = benchmarking._Subject("mine", str(pruned), "float32", 0, 0, 0, 320, 128)
+    subject = bench._Subject("mine", str(pruned), "float32", 0, 0, 0, 320, 128)
     with ProcessPoolExecutor(1) as pool:
-        worker = benchmarking._Worker(subject, config, pool)
+        worker = bench._Worker(subject, config, pool)
         pool.submit(os._exit, 1).exception()
         with pytest.raises(
             EngineError, match="the process that ran mine in transformers ended"
@@ -329,14 +329,14 @@ def test_time_and_memory_of_pruning(run: Run, pruned: Path) -> None:
 def test_what_was_measured_outlives_a_failure(
     run: Run, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = benchmarking._measure
+    measure = bench._measure
 
     def fail_at_two(workers: Any, config: Any, batch_size: int, *lengths: int) -> Any:
         if batch_size == 2:
             raise EngineError("too large", hint="use a smaller one")
         return measure(workers, config, batch_size, *lengths)
 
-    monkeypatch.setattr(benchmarking, "_measure", fail_at_two)
+    monkeypatch.setattr(bench, "_measure", fail_at_two)
     slim = shutil.copytree(pruned, tmp_path / "slim", ignore=shutil.ignore_patterns("eval"))
     lengths = ("--prompt-length", "8", "--new-tokens", "2", "--repeats", "1", "--warmup", "0")
     code, out, err = run("bench", slim, *lengths, "--batch-size", "1,2")

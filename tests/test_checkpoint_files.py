@@ -17,9 +17,11 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt.checkpoint import add_older_rope_keys, write_tokenizer
+from slimgpt.checkpoint.tokenizer import write_tokenizer
+from slimgpt.checkpoint.writer import add_older_rope_keys
 from slimgpt.errors import ConfigError, MissingDependencyError
-from slimgpt.model import TOKENIZER_FILES, find_model, load_tokenizer
+from slimgpt.models.source import find_model
+from slimgpt.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 Checkpoint = Callable[[str], Path]
 PRUNE = {"ratio": 0.3, "calibration": "pydocs", "nsamples": 4, "seqlen": 32, "refit_epochs": 0}
@@ -185,12 +187,12 @@ def test_packages_that_sentencepiece_models_need_are_named(
 ) -> None:
     shutil.copy(sentencepiece_source / "tokenizer.model", tmp_path)
     make_tiny_model("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(f"slimgpt.model.is_{package}_available", lambda: False)
+    monkeypatch.setattr(f"slimgpt.models.tokenizer.is_{package}_available", lambda: False)
 
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
 
-    monkeypatch.setattr("slimgpt.model.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("slimgpt.models.tokenizer.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(MissingDependencyError, match=f"needs the package '{package}'") as error:
         load_tokenizer(find_model(str(tmp_path)))
     assert "slimgpt[sentencepiece]" in str(error.value.hint)

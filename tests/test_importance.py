@@ -14,14 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimgpt
-from slimgpt import importance, pruning
-from slimgpt.calibrate import Activations
+from slimgpt.calibration.activations import Activations
 from slimgpt.config import Method, PruneConfig
-from slimgpt.data import calibration_tokens
+from slimgpt.data.samples import calibration_tokens
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
-from slimgpt.families import Sublayer, bind
-from slimgpt.model import find_model, load_model
-from slimgpt.shrink import unit_columns
+from slimgpt.methods import loraprune, magnitude, registry, taylor
+from slimgpt.models.family import Sublayer, bind
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
+from slimgpt.models.unit_slices import unit_columns
+from slimgpt.pruning import prune
 
 METHODS = [method for method in get_args(Method) if method != "slimgpt"]
 COLUMN_METHODS = ("wanda_sp", "flap")
@@ -51,7 +53,7 @@ def test_magnitude_is_the_squared_norm(sublayer: Sublayer) -> None:
     def score(name: str, place: Any) -> float:
         return float(sublayer.module.get_submodule(name).weight[place].double().square().sum())
 
-    scores = importance.magnitude(sublayer, Activations(*[torch.empty(0)] * 2, []))
+    scores = magnitude.magnitude(sublayer, Activations(*[torch.empty(0)] * 2, []))
     assert scores.tolist() == pytest.approx(one_by_one(sublayer, score))
 
 
@@ -68,13 +70,13 @@ def test_scores_of_columns(method: str, sublayer: Sublayer) -> None:
         float(columns_I[unit * sublayer.unit_size :][: sublayer.unit_size].sum())
         for unit in range(sublayer.num_units)
     ]
-    scores = importance.LOCAL_SCORES[method](sublayer, activations)
+    scores = registry.LOCAL_SCORES[method](sublayer, activations)
     assert scores.tolist() == pytest.approx(expected)
 
 
 def test_taylor_is_the_first_order_change_of_the_loss() -> None:
     model, samples = make_tiny_model("llama"), sample_tokens()
-    scores = importance.taylor(copy.deepcopy(model), samples, WIDTHS, 0)
+    scores = taylor.taylor(copy.deepcopy(model), samples, WIDTHS, 0)
     model.requires_grad_()
     model(samples, labels=samples).loss.backward()  # the mean over the samples
     sublayers = [sublayer for block in bind(model) for sublayer in block.sublayers]
@@ -91,7 +93,7 @@ def test_taylor_is_the_first_order_change_of_the_loss() -> None:
 
 def test_lora_gradient_masks_what_goes() -> None:
     runs = [
-        importance.lora_gradient(make_tiny_model("llama"), sample_tokens(16), WIDTHS, 0)
+        loraprune.lora_gradient(make_tiny_model("llama"), sample_tokens(16), WIDTHS, 0)
         for _ in range(2)
     ]
     for first, second in zip(*runs, strict=True):
@@ -106,7 +108,7 @@ def test_first_lora_gradient_is_that_of_the_adapters() -> None:
     model, samples = make_tiny_model("llama"), sample_tokens(1)
     adapted = copy.deepcopy(model)
     dense_widths = [type(WIDTHS[0])(4, 64)] * 4
-    scores = importance.lora_gradient(adapted, samples, dense_widths, 0)
+    scores = loraprune.lora_gradient(adapted, samples, dense_widths, 0)
     model.requires_grad_()
     model(samples, labels=samples).loss.backward()
     sublayer, projection = list(bind(model))[1].ffn, adapted.model.layers[1].mlp
@@ -117,7 +119,7 @@ def test_first_lora_gradient_is_that_of_the_adapters() -> None:
         gradient_OI = 2 * linear.weight.grad @ a_RI.T @ a_RI  # scale alpha / rank
         squares_OI = (linear.weight * gradient_OI).square().double()
         total += squares_OI.sum(dim=0 if name == sublayer.spec.output else 1).detach()
-    found = scores[3] / (1 - importance.MOVING_AVERAGE)
+    found = scores[3] / (1 - loraprune.MOVING_AVERAGE)
     # The optimizer has moved A by its learning rate since.
     torch.testing.assert_close(found, total, rtol=0.01, atol=0)
 
@@ -186,7 +188,7 @@ def test_interrupted_runs_end_with_the_same_files(
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "parts", **options)
     monkeypatch.undo()
-    monkeypatch.setattr(pruning, "GLOBAL_SCORES", dict.fromkeys(importance.GLOBAL_SCORES))
+    monkeypatch.setattr(prune, "GLOBAL_SCORES", dict.fromkeys(registry.GLOBAL_SCORES))
     slimgpt.prune(model, tmp_path / "parts", **options)
     assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
 
@@ -207,6 +209,6 @@ def test_methods_have_no_options_of_the_solver() -> None:
 def test_loraprune_needs_peft(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruning, "find_spec", lambda _: None)
+    monkeypatch.setattr(prune, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="'loraprune' needs the package 'peft'"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", method="loraprune")

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimgpt import obs
 from slimgpt.errors import NumericalError
+from slimgpt.solver import elimination, hessian
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +32,7 @@ def second_moment(tokens: Tensor) -> Tensor:
     return tokens.T @ tokens / len(tokens)
 
 
-def damped(hessian: Tensor, solved: obs.Problem) -> Tensor:
+def damped(hessian: Tensor, solved: hessian.Problem) -> Tensor:
     return hessian.double() + torch.diag(solved.added_I)
 
 
@@ -40,14 +40,14 @@ def problem(seed: int, num_in: int, num_out: int = 5) -> tuple[Tensor, Tensor, T
     """W, H with damping, and its inverse."""
     weight, tokens = layer(seed, num_in, num_out)
     hessian = second_moment(tokens)
-    solved = obs.prepare(weight, hessian)
+    solved = hessian.prepare(weight, hessian)
     return solved.weight_OI, damped(hessian, solved), solved.inverse_II
 
 
-def undamped(weight: Tensor, hessian: Tensor) -> obs.Problem:
+def undamped(weight: Tensor, hessian: Tensor) -> hessian.Problem:
     """The problem of a matrix that needs no damping."""
     power = float(torch.trace(weight @ hessian @ weight.T))
-    return obs.Problem(
+    return hessian.Problem(
         weight, torch.linalg.inv(hessian), hessian.new_zeros(len(hessian)), power, 0.0
     )
 
@@ -147,17 +147,17 @@ def rounding(hessian: Tensor) -> float:
 # Compensation and error
 
 
-def eliminations(solved: obs.Problem, data: st.DataObject) -> list[obs.Elimination]:
+def eliminations(solved: hessian.Problem, data: st.DataObject) -> list[elimination.Elimination]:
     """Every way to remove some columns, by units of which there are at least two."""
     num_in = len(solved.added_I)
     unit_size = data.draw(st.sampled_from([s for s in range(1, num_in) if num_in % s == 0]))
     num_units = data.draw(st.integers(1, num_in // unit_size - 1))
     num_channels = data.draw(st.integers(1, num_in - 1))
     return [
-        obs.eliminate_units(solved, num_units, unit_size),
-        obs.eliminate_units(solved, num_units, unit_size, "diagonal"),
-        obs.eliminate_channels(solved, num_channels, data.draw(st.integers(1, 20))),
-        obs.eliminate_channel_groups(solved, num_channels, 2, 5),
+        elimination.eliminate_units(solved, num_units, unit_size),
+        elimination.eliminate_units(solved, num_units, unit_size, "diagonal"),
+        elimination.eliminate_channels(solved, num_channels, data.draw(st.integers(1, 20))),
+        elimination.eliminate_channel_groups(solved, num_channels, 2, 5),
     ]
 
 
@@ -168,7 +168,7 @@ def test_compensation_is_least_squares_on_data(seed, num_in, data, damping):
     hessian = second_moment(tokens)
     damping_rows = torch.diag((damping * hessian.diagonal()).sqrt())
     rows = torch.cat([tokens / len(tokens) ** 0.5, damping_rows])
-    for left in eliminations(obs.prepare(weight, hessian, damping), data):
+    for left in eliminations(hessian.prepare(weight, hessian, damping), data):
         expected = torch.linalg.lstsq(rows[:, left.kept_K], rows @ weight.T).solution.T
         close(left.weight_OK, expected)
 
@@ -212,7 +212,7 @@ def test_correction_goes_toward_least_squares_for_the_target(
     expected = torch.linalg.lstsq(rows, goal).solution.T
 
     cross = target.T @ tokens / len(tokens)
-    solved = obs.prepare(weight, hessian, damping, cross_OI=cross, correction=correction)
+    solved = hessian.prepare(weight, hessian, damping, cross_OI=cross, correction=correction)
     close(solved.weight_OI, expected)
     power = (tokens @ expected.T).square().sum(dim=1).mean()
     assert solved.power == pytest.approx(float(power), rel=1e-5)
@@ -235,7 +235,7 @@ def test_error_after_compensation_is_the_obs_error(seed, num_in, data):
 def test_error_is_measured_on_tokens(seed, num_in, data, damping):
     """Without what the damping adds, and next to the mean square of the output."""
     weight, tokens = layer(seed, num_in)
-    solved = obs.prepare(weight, second_moment(tokens), damping)
+    solved = hessian.prepare(weight, second_moment(tokens), damping)
     dense = tokens @ weight.T
     power = dense.square().sum(dim=1).mean()
     assert solved.power == pytest.approx(float(power), rel=1e-5)
@@ -255,7 +255,7 @@ def test_unit_errors(method, unit_size, seed, num_units):
     weight, _, inverse = problem(seed, num_units * unit_size)
     units = torch.arange(num_units * unit_size).view(num_units, unit_size)
     expected = torch.stack([REFERENCE_ERRORS[method](weight, inverse, u) for u in units])
-    close(obs.unit_errors(weight, inverse, unit_size, method), expected)
+    close(elimination.unit_errors(weight, inverse, unit_size, method), expected)
 
 
 @fixed
@@ -263,8 +263,8 @@ def test_unit_errors(method, unit_size, seed, num_units):
 def test_unit_errors_of_single_columns(seed, num_in):
     weight, _, inverse = problem(seed, num_in)
     expected = weight.square().sum(dim=0) / inverse.diagonal()
-    close(obs.unit_errors(weight, inverse, 1, "exact"), expected, 1e-12)
-    close(obs.unit_errors(weight, inverse, 1, "diagonal"), expected, 1e-12)
+    close(elimination.unit_errors(weight, inverse, 1, "exact"), expected, 1e-12)
+    close(elimination.unit_errors(weight, inverse, 1, "diagonal"), expected, 1e-12)
 
 
 # Elimination
@@ -277,7 +277,7 @@ def test_channels_are_eliminated_greedily(panel_size, seed, num_in, num_out, dat
     weight, hessian, _ = problem(seed, num_in, num_out)
     num_remove = data.draw(st.integers(1, num_in))
     order, errors = greedy(weight, hessian, [1] * num_remove)
-    actual = obs.eliminate_channels(undamped(weight, hessian), num_remove, panel_size)
+    actual = elimination.eliminate_channels(undamped(weight, hessian), num_remove, panel_size)
     assert actual.order.tolist() == order
     close(actual.errors, errors)
 
@@ -285,7 +285,7 @@ def test_channels_are_eliminated_greedily(panel_size, seed, num_in, num_out, dat
 def test_many_channels_are_eliminated_greedily_in_default_panels():
     weight, hessian, _ = problem(0, 320, 20)
     order, errors = greedy(weight, hessian, [1] * 320)
-    actual = obs.eliminate_channels(undamped(weight, hessian), 320)
+    actual = elimination.eliminate_channels(undamped(weight, hessian), 320)
     assert actual.order.tolist() == order
     close(actual.errors, errors)
 
@@ -294,7 +294,9 @@ def test_many_channels_are_eliminated_greedily_in_default_panels():
 @given(seeds, sizes, st.sampled_from([1, 3, 64]))
 def test_errors_of_channels_add_up(seed, num_in, panel_size):
     weight, hessian, inverse = problem(seed, num_in)
-    order, errors, *_ = obs.eliminate_channels(undamped(weight, hessian), num_in, panel_size)
+    order, errors, *_ = elimination.eliminate_channels(
+        undamped(weight, hessian), num_in, panel_size
+    )
     close(errors.cumsum(dim=0), total_errors(weight, inverse, order.tolist()))
 
 
@@ -304,7 +306,7 @@ def test_errors_of_channels_add_up(seed, num_in, panel_size):
 def test_errors_of_units_add_up(method, seed, num_units, unit_size):
     weight, hessian, inverse = problem(seed, num_units * unit_size)
     solved = undamped(weight, hessian)
-    order, errors, *_ = obs.eliminate_units(solved, num_units, unit_size, method)
+    order, errors, *_ = elimination.eliminate_units(solved, num_units, unit_size, method)
     close(errors.cumsum(dim=0), total_errors(weight, inverse, order.tolist(), unit_size))
 
 
@@ -314,7 +316,10 @@ def test_elimination_is_nested(seed, num_in, panel_size, data):
     weight, hessian, _ = problem(seed, num_in)
     fewer = data.draw(st.integers(0, num_in))
     scale, rtol = hessian.diagonal().sqrt(), rounding(hessian)
-    for eliminate, option in ((obs.eliminate_channels, panel_size), (obs.eliminate_units, 1)):
+    for eliminate, option in (
+        (elimination.eliminate_channels, panel_size),
+        (elimination.eliminate_units, 1),
+    ):
         full = eliminate(undamped(weight, hessian), num_in, option)
         part = eliminate(undamped(weight, hessian), fewer, option)
         assert part.order.tolist() == full.order[:fewer].tolist()
@@ -336,7 +341,7 @@ def test_units_are_eliminated_greedily(method, seed, num_units, unit_size, data)
     weight, hessian, _ = problem(seed, num_units * unit_size)
     num_remove = data.draw(st.integers(1, num_units))
     order, scores = greedy(weight, hessian, [1] * num_remove, unit_size, method)
-    actual = obs.eliminate_units(undamped(weight, hessian), num_remove, unit_size, method)
+    actual = elimination.eliminate_units(undamped(weight, hessian), num_remove, unit_size, method)
     assert actual.order.tolist() == order
     if method == "exact":
         close(actual.errors, scores)
@@ -349,7 +354,7 @@ def test_channel_groups(seed, num_in, smallest, more, data):
     num_remove = data.draw(st.integers(1, num_in))
     batches = documented_batches(num_remove, smallest, smallest + more)
     order, _ = greedy(weight, hessian, batches)
-    actual = obs.eliminate_channel_groups(
+    actual = elimination.eliminate_channel_groups(
         undamped(weight, hessian), num_remove, smallest, smallest + more
     )
     assert actual.order.tolist() == order
@@ -369,7 +374,9 @@ def test_channel_groups_shrink(num_remove, smallest, largest, first_batches):
     batches = documented_batches(num_remove, smallest, largest)
     assert batches[: len(first_batches)] == first_batches
     order, _ = greedy(weight, hessian, batches)
-    actual = obs.eliminate_channel_groups(undamped(weight, hessian), num_remove, smallest, largest)
+    actual = elimination.eliminate_channel_groups(
+        undamped(weight, hessian), num_remove, smallest, largest
+    )
     assert actual.order.tolist() == order
     close(actual.errors.sum(), obs_error(weight, inverse, torch.tensor(order)), 1e-6)
 
@@ -378,8 +385,8 @@ def test_channel_groups_shrink(num_remove, smallest, largest, first_batches):
 @given(seeds, sizes)
 def test_channel_groups_of_one_are_greedy(seed, num_in):
     weight, hessian, _ = problem(seed, num_in)
-    singles = obs.eliminate_channels(undamped(weight, hessian), num_in)
-    groups = obs.eliminate_channel_groups(undamped(weight, hessian), num_in, 1, 1)
+    singles = elimination.eliminate_channels(undamped(weight, hessian), num_in)
+    groups = elimination.eliminate_channel_groups(undamped(weight, hessian), num_in, 1, 1)
     assert groups.order.tolist() == singles.order.tolist()
     close(groups.errors, singles.errors)
 
@@ -387,9 +394,9 @@ def test_channel_groups_of_one_are_greedy(seed, num_in):
 def test_removing_nothing():
     weight, hessian, _ = problem(0, 6)
     for removed in (
-        obs.eliminate_channels(undamped(weight, hessian), 0),
-        obs.eliminate_units(undamped(weight, hessian), 0, 2),
-        obs.eliminate_channel_groups(undamped(weight, hessian), 0),
+        elimination.eliminate_channels(undamped(weight, hessian), 0),
+        elimination.eliminate_units(undamped(weight, hessian), 0, 2),
+        elimination.eliminate_channel_groups(undamped(weight, hessian), 0),
     ):
         assert removed.order.shape == removed.errors.shape == (0,)
         assert removed.order.dtype == torch.long
@@ -404,11 +411,11 @@ def test_arguments_are_left_alone():
     inverse = torch.linalg.inv(hessian)
     copies = weight.clone(), hessian.clone(), inverse.clone()
 
-    obs.prepare(weight, hessian)
-    obs.unit_errors(weight, inverse, 3)
-    obs.eliminate_units(undamped(weight, hessian), 2, 3)
-    obs.eliminate_channels(undamped(weight, hessian), 9, 4)
-    obs.eliminate_channel_groups(undamped(weight, hessian), 9, 2, 4)
+    hessian.prepare(weight, hessian)
+    elimination.unit_errors(weight, inverse, 3)
+    elimination.eliminate_units(undamped(weight, hessian), 2, 3)
+    elimination.eliminate_channels(undamped(weight, hessian), 9, 4)
+    elimination.eliminate_channel_groups(undamped(weight, hessian), 9, 2, 4)
     for tensor, copy in zip((weight, hessian, inverse), copies, strict=True):
         assert torch.equal(tensor, copy)
 
@@ -426,7 +433,7 @@ def test_damping(mode, seed, num_in, damping):
     added = diagonal if mode == "relative" else diagonal.mean().expand(num_in)
     expected = hessian + damping * torch.diag(added)
 
-    solved = obs.prepare(weight, hessian, damping, mode)
+    solved = hessian.prepare(weight, hessian, damping, mode)
     assert solved.damping == damping
     assert torch.equal(solved.weight_OI, weight)
     close(damped(hessian, solved), expected, 1e-14)
@@ -436,7 +443,7 @@ def test_damping(mode, seed, num_in, damping):
 def test_no_damping():
     weight, tokens = layer(0, 8)
     hessian = second_moment(tokens)
-    solved = obs.prepare(weight, hessian, damping=0)
+    solved = hessian.prepare(weight, hessian, damping=0)
     assert solved.damping == 0
     assert (solved.added_I == 0).all()
     close(solved.inverse_II, torch.linalg.inv(hessian))
@@ -450,19 +457,19 @@ def test_dead_channels_go_first_and_cost_nothing(mode, seed, num_in, data):
     dead = split(seed, num_in, data.draw(st.integers(1, num_in - 1)))[0]
     tokens[:, dead] = 0
     hessian = second_moment(tokens)
-    solved = obs.prepare(weight, hessian, mode=mode)
+    solved = hessian.prepare(weight, hessian, mode=mode)
     for removed in (
-        obs.eliminate_channels(solved, num_in),
-        obs.eliminate_channels(solved, num_in, panel_size=2),
-        obs.eliminate_units(solved, num_in, 1),
-        obs.eliminate_channel_groups(solved, num_in, 1, 3),
+        elimination.eliminate_channels(solved, num_in),
+        elimination.eliminate_channels(solved, num_in, panel_size=2),
+        elimination.eliminate_units(solved, num_in, 1),
+        elimination.eliminate_channel_groups(solved, num_in, 1, 3),
     ):
         assert sorted(removed.order[: len(dead)].tolist()) == dead.tolist()
         assert (removed.errors[: len(dead)] == 0).all()
         assert removed.errors.isfinite().all()
         assert sorted(removed.order.tolist()) == list(range(num_in))
 
-    left = obs.eliminate_channels(solved, len(dead))
+    left = elimination.eliminate_channels(solved, len(dead))
     close(left.weight_OK, weight[:, left.kept_K])
     assert left.error <= 1e-12 * solved.power
 
@@ -471,10 +478,10 @@ def test_dead_channels_do_not_disturb_the_others():
     weight, tokens = layer(0, 12)
     dead, alive = split(0, 12, 4)
     tokens[:, dead] = 0
-    solved = obs.prepare(weight, second_moment(tokens))
-    alone = obs.prepare(weight[:, alive], second_moment(tokens[:, alive]))
-    left = obs.eliminate_channels(solved, 8)
-    expected = obs.eliminate_channels(alone, 4)
+    solved = hessian.prepare(weight, second_moment(tokens))
+    alone = hessian.prepare(weight[:, alive], second_moment(tokens[:, alive]))
+    left = elimination.eliminate_channels(solved, 8)
+    expected = elimination.eliminate_channels(alone, 4)
     assert left.order[4:].tolist() == alive[expected.order].tolist()
     assert left.kept_K.tolist() == alive[expected.kept_K].tolist()
     close(left.weight_OK, expected.weight_OK)
@@ -483,8 +490,8 @@ def test_dead_channels_do_not_disturb_the_others():
 
 def test_nothing_but_dead_channels():
     weight, _ = layer(0, 6)
-    solved = obs.prepare(weight, torch.zeros(6, 6))
-    removed = obs.eliminate_channels(solved, 4)
+    solved = hessian.prepare(weight, torch.zeros(6, 6))
+    removed = elimination.eliminate_channels(solved, 4)
     assert removed.errors.tolist() == [0] * 4
     assert (removed.weight_OK == 0).all()
     assert removed.error == solved.power == 0
@@ -495,9 +502,9 @@ def test_nothing_but_dead_channels():
 def test_fewer_tokens_than_channels(seed, num_in, num_tokens, damping):
     weight, tokens = layer(seed, num_in, num_tokens=num_tokens)
     hessian = second_moment(tokens)
-    solved = obs.prepare(weight, hessian, damping)
+    solved = hessian.prepare(weight, hessian, damping)
     assert solved.damping == damping
-    order, errors, *_ = obs.eliminate_channels(solved, num_in, 3)
+    order, errors, *_ = elimination.eliminate_channels(solved, num_in, 3)
     exact = torch.linalg.inv(damped(hessian, solved))
     expected = [obs_error(weight, exact, order[: n + 1]) for n in range(num_in)]
     close(errors.cumsum(dim=0), torch.stack(expected), 1e-6)
@@ -510,10 +517,10 @@ def test_duplicated_channels_stand_in_for_each_other(seed, num_pairs, damping):
     copies, _ = layer(seed + 1, num_pairs)
     weight, tokens = torch.cat([weight, copies], dim=1), tokens.repeat(1, 2)
     hessian = second_moment(tokens)
-    solved = obs.prepare(weight, hessian, damping)
+    solved = hessian.prepare(weight, hessian, damping)
     assert solved.damping == damping
 
-    order, errors, *_ = obs.eliminate_channels(solved, 2 * num_pairs)
+    order, errors, *_ = elimination.eliminate_channels(solved, 2 * num_pairs)
     # Adding a column's weight to its twin's costs this much in H + D, and nothing in H.
     merged = 2 * damping * hessian.diagonal() * weight.square().sum(dim=0)
     assert errors[0] <= merged.min() * (1 + 1e-9)
@@ -537,7 +544,7 @@ def test_damping_grows_until_the_hessian_is_positive_definite(shift, expected):
     needed = next(d for d in ladder if smallest_eigenvalue(d) > 0)
     assert needed == pytest.approx(expected)
 
-    solved = obs.prepare(weight, hessian, asked)
+    solved = hessian.prepare(weight, hessian, asked)
     assert solved.damping == pytest.approx(needed)
     expected_hessian = hessian + solved.damping * torch.diag(hessian.diagonal())
     close(damped(hessian, solved), expected_hessian, 1e-14)
@@ -550,7 +557,7 @@ def test_every_damping_up_to_the_largest_is_tried():
     hessian = second_moment(tokens) - 0.05 * torch.eye(12)
     assert torch.linalg.eigvalsh(hessian + 0.03 * torch.diag(hessian.diagonal()))[0] < 0
     assert torch.linalg.eigvalsh(hessian + 0.1 * torch.diag(hessian.diagonal()))[0] > 0
-    assert 0.03 < obs.prepare(weight, hessian, 0.03).damping <= obs.MAX_DAMPING
+    assert 0.03 < hessian.prepare(weight, hessian, 0.03).damping <= hessian.MAX_DAMPING
 
 
 @pytest.mark.parametrize("mode", ["relative", "mean"])
@@ -567,7 +574,7 @@ def test_every_damping_up_to_the_largest_is_tried():
 def test_strongly_indefinite_hessian(hessian, mode):
     weight, _ = layer(0, len(hessian))
     with pytest.raises(NumericalError, match=r"positive definite.*\d") as caught:
-        obs.prepare(weight, hessian, 0.001, mode)
+        hessian.prepare(weight, hessian, 0.001, mode)
     assert caught.value.hint
 
 
@@ -578,7 +585,7 @@ def test_hessian_that_is_not_finite(value, position):
     hessian = second_moment(tokens)
     hessian[position] = value
     with pytest.raises(NumericalError, match="finite") as caught:
-        obs.prepare(weight, hessian)
+        hessian.prepare(weight, hessian)
     assert any(c.isdigit() for c in str(caught.value))
     assert caught.value.hint
 
@@ -586,7 +593,7 @@ def test_hessian_that_is_not_finite(value, position):
 def test_no_damping_of_an_indefinite_hessian_ends():
     weight, _ = layer(0, 2)
     with pytest.raises(NumericalError):
-        obs.prepare(weight, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), damping=0)
+        hessian.prepare(weight, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), damping=0)
 
 
 # Stress
@@ -605,8 +612,8 @@ def test_compensation_never_loses_to_slicing(mode, dtype, massive, seed, num_in,
     hessian = second_moment(tokens.double())
     num_remove = data.draw(st.integers(1, num_in - 1))
 
-    solved = obs.prepare(weight, hessian, 0.01, mode)
-    _, each, kept, new_weight, error = obs.eliminate_channels(solved, num_remove, 4)
+    solved = hessian.prepare(weight, hessian, 0.01, mode)
+    _, each, kept, new_weight, error = elimination.eliminate_channels(solved, num_remove, 4)
     assert 0 <= error < torch.inf
     assert each.isfinite().all()
     assert new_weight.isfinite().all()
@@ -636,7 +643,7 @@ def test_undamped_compensation_never_loses_to_slicing(massive, seed, num_in, dat
     weight, tokens = layer(seed, num_in, num_tokens=64)
     tokens[:, 0] *= massive
     hessian = second_moment(tokens)
-    solved = obs.prepare(weight, hessian, damping=0)
+    solved = hessian.prepare(weight, hessian, damping=0)
     for left in eliminations(solved, data):
         compensated = output_error(weight, hessian, left.kept_K, left.weight_OK)
         sliced = output_error(weight, hessian, left.kept_K, weight[:, left.kept_K])
@@ -649,10 +656,10 @@ def test_float32_sums_are_inverted_in_float64(massive):
     tokens[:, 3] *= massive
     hessian = second_moment(tokens.float())
     assert hessian.dtype == torch.float32
-    solved = obs.prepare(weight.bfloat16(), hessian)
+    solved = hessian.prepare(weight.bfloat16(), hessian)
     assert solved.inverse_II.dtype == solved.added_I.dtype == torch.float64
     order, errors = greedy(solved.weight_OI.double(), damped(hessian, solved), [1] * 24)
-    actual = obs.eliminate_channels(solved, 24, 5)
+    actual = elimination.eliminate_channels(solved, 24, 5)
     assert actual.order.tolist() == order
     close(actual.errors, errors, 1e-6)
 
@@ -667,15 +674,16 @@ def test_weights_in_float32_are_solved_as_in_float64(massive, seed, data):
     other, _ = layer(seed + 1, 24)
     cross = other @ hessian.double()
     solved, exact = (
-        obs.prepare(w, hessian, cross_OI=cross, correction=0.5) for w in (weight, weight.double())
+        hessian.prepare(w, hessian, cross_OI=cross, correction=0.5)
+        for w in (weight, weight.double())
     )
     assert solved.weight_OI.dtype == hessian.dtype == torch.float32
     assert solved.inverse_II.dtype == exact.weight_OI.dtype == torch.float64
     num_units, panel_size = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 20))
     for eliminate, option in (
-        (obs.eliminate_channels, panel_size),
-        (obs.eliminate_units, 3),
-        (obs.eliminate_channel_groups, 2),
+        (elimination.eliminate_channels, panel_size),
+        (elimination.eliminate_units, 3),
+        (elimination.eliminate_channel_groups, 2),
     ):
         actual, expected = (eliminate(p, num_units, option) for p in (solved, exact))
         assert actual.order.tolist() == expected.order.tolist()

@@ -18,17 +18,21 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt import calibrate, obs
-from slimgpt.blocks import BlockPlan, prune_block
-from slimgpt.calibrate import collect, embed
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.calibration import activations
+from slimgpt.calibration.activations import collect, embed
 from slimgpt.config import PruneConfig
-from slimgpt.data import calibration_tokens
+from slimgpt.data.samples import calibration_tokens
 from slimgpt.errors import ConfigError
-from slimgpt.families import bind
-from slimgpt.model import find_model, load_model
-from slimgpt.schedule import BlockWidths
-from slimgpt.shrink import unit_columns
-from slimgpt.streaming import StreamedModel
+from slimgpt.models import device
+from slimgpt.models.family import bind
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
+from slimgpt.models.streaming import StreamedModel
+from slimgpt.models.unit_slices import unit_columns
+from slimgpt.pruning.block import prune_block
+from slimgpt.pruning.decisions import BlockPlan
+from slimgpt.solver import elimination, hessian
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
 WIDTHS = (BlockWidths(4, 64), BlockWidths(3, 48), BlockWidths(2, 64), BlockWidths(1, 24))
@@ -105,8 +109,8 @@ def test_reported_error_is_the_change_of_the_output() -> None:
     dense(sample_tokens())
     handle.remove()
     x_TI, y_TO = (seen[key].flatten(0, 1).double() for key in "xy")
-    problem = obs.prepare(dense.model.layers[0].mlp.down_proj.weight, x_TI.T @ x_TI / len(x_TI))
-    left = obs.eliminate_channels(problem, 32)
+    problem = hessian.prepare(dense.model.layers[0].mlp.down_proj.weight, x_TI.T @ x_TI / len(x_TI))
+    left = elimination.eliminate_channels(problem, 32)
     assert plan.ffn.keep == tuple(left.kept_K.tolist())
     change = (x_TI[:, left.kept_K] @ left.weight_OK.double().T - y_TO).square().sum(1).mean()
     assert plan.ffn.error == pytest.approx(float(change), rel=1e-4)
@@ -134,7 +138,7 @@ def test_sums_of_bfloat16_numbers_lose_no_more_than_float32() -> None:
     stream = embed(dense, sample_tokens(), batch_size=3)
     block = next(iter(bind(dense)))
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with calibrate._products_of(stream.hidden_NTC):
+    with device.products_of(stream.hidden_NTC):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     activations = collect(block, block.ffn, stream, 10**9)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
@@ -155,8 +159,8 @@ def test_second_block_is_calibrated_on_the_pruned_first() -> None:
     first_only(sample_tokens())
     x_TI = seen["x"].flatten(0, 1).double()
     weight = dense.model.layers[1].self_attn.o_proj.weight
-    problem = obs.prepare(weight, x_TI.T @ x_TI / len(x_TI))
-    errors = obs.unit_errors(problem.weight_OI, problem.inverse_II, 16)
+    problem = hessian.prepare(weight, x_TI.T @ x_TI / len(x_TI))
+    errors = elimination.unit_errors(problem.weight_OI, problem.inverse_II, 16)
     assert set(range(4)) - set(plans[1].attention.keep) == {int(errors.argmin())}
 
 
@@ -191,8 +195,8 @@ def test_the_dense_stream_is_that_of_the_dense_model(
 
 def test_each_sublayer_runs_once_and_twice_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    run = calibrate.run_sublayer
-    monkeypatch.setattr(calibrate, "run_sublayer", lambda *args: calls.append(1) or run(*args))
+    run = activations.run_sublayer
+    monkeypatch.setattr(activations, "run_sublayer", lambda *args: calls.append(1) or run(*args))
     _, kept, _ = pruned("llama")
     # Batches of one sample, two sublayers in each of four blocks, pruned and dense.
     # Two FFNs are refitted, and run again to give their new output.
@@ -222,18 +226,18 @@ def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) ->
     given: dict[str, set[object]] = {}
 
     def spy(name: str, *positions: int) -> None:
-        solve = getattr(obs, name)
+        solve = getattr(elimination, name)
 
         def call(*args: object, **kwargs: object) -> object:
             given.setdefault(name, set()).add(tuple(args[i] for i in positions))
             return solve(*args, **kwargs)
 
-        monkeypatch.setattr(obs, name, call)
+        monkeypatch.setattr(elimination, name, call)
 
     spy("prepare", 2, 3)
     spy("eliminate_units", 3)
     spy("eliminate_channel_groups", 2, 3)
-    monkeypatch.delattr(obs, "eliminate_channels")
+    monkeypatch.delattr(elimination, "eliminate_channels")
     prune_blocks(make_tiny_model("llama"), sample_tokens(), WIDTHS, config)
     assert given == {
         "prepare": {(0.01, "mean")},
@@ -269,7 +273,7 @@ def test_checkpoint_loads_with_the_logits_of_the_model_in_memory(
 
     in_memory = load_model(find_model(str(source)))
     tokenizer = AutoTokenizer.from_pretrained(output)
-    samples = slimgpt.data.calibration_tokens("pydocs", tokenizer, 6, 32)
+    samples = slimgpt.data.samples.calibration_tokens("pydocs", tokenizer, 6, 32)
     prune_blocks(in_memory, samples, result.plan.widths, PruneConfig.create())
     tokens = sample_tokens(2, 24)
     expected = in_memory(tokens).logits

@@ -16,21 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from slimgpt import chats, documents, records, tokens
-from slimgpt.data import (
-    BLANK_LINE,
-    IGNORED,
-    MAX_TOKENS,
-    calibration_tokens,
-    check_dataset,
-    dataset_files,
-    describe_dataset,
-    evaluation_tokens,
-    sample_from_model,
-    training_examples,
-)
+from slimgpt.data import chats, documents, records, tokenization
+from slimgpt.data.datasets import BLANK_LINE, check_dataset, dataset_files, describe_dataset
+from slimgpt.data.examples import IGNORED, training_examples
+from slimgpt.data.samples import MAX_TOKENS, calibration_tokens, evaluation_tokens
+from slimgpt.data.self_generated import sample_from_model
+from slimgpt.data.tokenization import tokenize
 from slimgpt.errors import ConfigError, DataError, SlimGPTError
-from slimgpt.tokens import tokenize
 
 # Without the time, since the content is a part of a test's name.
 compress = partial(gzip.compress, mtime=0)
@@ -387,9 +379,9 @@ def test_a_template_that_refuses_is_named(
 
 
 def test_a_rendered_bos_is_not_doubled(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens, is_answer = chats.chat_tokens(CHAT, chat_tokenizer, "here")
-    assert tokens.count(chat_tokenizer.bos_token_id) == 1
-    assert len(tokens) == len(is_answer)
+    tokenization, is_answer = chats.chat_tokens(CHAT, chat_tokenizer, "here")
+    assert tokenization.count(chat_tokenizer.bos_token_id) == 1
+    assert len(tokenization) == len(is_answer)
 
 
 def sentence_tokenizer() -> PreTrainedTokenizerFast:
@@ -424,8 +416,8 @@ def test_pieces_give_the_tokens_of_the_whole(
     odd = "=" * 1500 + "\n" * 900 + " " * 800 + "é漢字🙂" * 400 + "aaaa" * 300 + "<s>"
     text = "\n\n".join([topics[key] for key in sorted(topics)][:12])[:30_000]
     text = text[:9000] + odd + text[9000:]
-    monkeypatch.setattr(tokens, "PIECE", piece)
-    monkeypatch.setattr(tokens, "OVERLAP", 500)
+    monkeypatch.setattr(tokenization, "PIECE", piece)
+    monkeypatch.setattr(tokenization, "OVERLAP", 500)
     parts = [text[i : i + 333] for i in range(0, len(text), 333)]
     joined = [token for some in tokenize(parts, chosen) for token in some]
     assert joined == chosen(text).input_ids
@@ -455,9 +447,9 @@ def test_of_a_large_file_a_part_is_in_memory(
 ) -> None:
     from pydoc_data.topics import topics
 
-    monkeypatch.setattr("slimgpt.data.SHUFFLED_CHARACTERS", 2**22)
+    monkeypatch.setattr("slimgpt.data.samples.SHUFFLED_CHARACTERS", 2**22)
     monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 2**16)
-    monkeypatch.setattr(tokens, "PIECE", 2**14)
+    monkeypatch.setattr(tokenization, "PIECE", 2**14)
     text = "\n\n".join(topics[key] for key in sorted(topics))[:50_000]
     content = text * 800
     if "json" in suffix:

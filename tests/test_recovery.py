@@ -17,11 +17,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import slimgpt
-from slimgpt import recovery
 from slimgpt.config import RecoverConfig
-from slimgpt.data import IGNORED
+from slimgpt.data.examples import IGNORED
 from slimgpt.errors import ConfigError, MissingDependencyError, NumericalError, RunStateError
-from slimgpt.run import CHECKSUMS_FILE, STATE_DIR
+from slimgpt.recovery import recover, trainer
+from slimgpt.runtime.run_directory import CHECKSUMS_FILE, STATE_DIR
 
 pytest.importorskip("peft")
 
@@ -75,13 +75,13 @@ def weights(directory: Path) -> dict[str, Tensor]:
 def test_adapters_are_merged_exactly(
     slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = recovery._write
+    write = recover._write
 
     def keep_adapters(opened: Any, *args: Any) -> None:
         shutil.copytree(opened.state / "checkpoint-4", tmp_path / "adapters")
         write(opened, *args)
 
-    monkeypatch.setattr(recovery, "_write", keep_adapters)
+    monkeypatch.setattr(recover, "_write", keep_adapters)
     report = run(slim, tmp_path / "out", data)
     before, after = weights(slim), weights(tmp_path / "out")
     adapters = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
@@ -136,7 +136,7 @@ def test_curves(slim: Path, data: str, tmp_path: Path) -> None:
 def test_defaults_are_those_of_the_paper(slim: Path, data: str, tmp_path: Path) -> None:
     """24 examples in steps of 4, half an epoch: 3 steps."""
     seen: list[dict[str, Any]] = []
-    write = recovery._write
+    write = recover._write
 
     def look(opened: Any, *args: Any) -> None:
         (file,) = opened.state.glob("checkpoint-*/adapter_config.json")
@@ -145,7 +145,7 @@ def test_defaults_are_those_of_the_paper(slim: Path, data: str, tmp_path: Path) 
 
     few = {"eval_data": "pydocs", "eval_tokens": 256, "batch_size": 4, "device": "cpu"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recovery, "_write", look)
+        patch.setattr(recover, "_write", look)
         report = slimgpt.recover(str(slim), tmp_path / "out", data=data, epochs=0.5, **few).report
     assert report["steps"] == 3
     (adapters,) = seen
@@ -186,14 +186,14 @@ class InterruptedError_(BaseException):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    on_log = recovery._MetricsWriter.on_log
+    on_log = trainer.MetricsWriter.on_log
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_log(self, args, state, control, **kwargs)
         if state.global_step == step:
             raise InterruptedError_
 
-    monkeypatch.setattr(recovery._MetricsWriter, "on_log", stop)
+    monkeypatch.setattr(trainer.MetricsWriter, "on_log", stop)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "distill"])
@@ -204,7 +204,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     whole = run(slim, tmp_path / "whole", data, **options)
     with monkeypatch.context() as patch:
         interrupt(patch, step=5)
-        patch.setattr(recovery, "peak_memory", lambda: 10**15)
+        patch.setattr(recover, "peak_memory", lambda: 10**15)
         with pytest.raises(InterruptedError_):
             run(slim, tmp_path / "out", data, **options)
     state = tmp_path / "out" / STATE_DIR
@@ -236,7 +236,7 @@ def test_run_killed_after_the_last_step_is_only_written(
 
     whole = run(slim, tmp_path / "whole", data, method=method)
     with monkeypatch.context() as patch:
-        patch.setattr(recovery, "_write", stop)
+        patch.setattr(recover, "_write", stop)
         with pytest.raises(InterruptedError_):
             run(slim, tmp_path / "out", data, method=method)
     resumed = run(slim, tmp_path / "out", data, method=method)
@@ -308,12 +308,12 @@ def test_loss_of_the_distiller(tmp_path: Path) -> None:
     """Negative log-likelihood plus divergence, both per token with a label."""
     model, teacher = make_tiny_model("llama"), make_tiny_model("llama-mha")
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    distiller = recovery.Distiller(teacher, 0.7, model=model, args=arguments)
+    distiller = trainer.Distiller(teacher, 0.7, model=model, args=arguments)
     examples = [
         {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, 7, 8, 9]},
         {"input_ids": [10, 11, 12], "labels": [IGNORED, 11, 12]},
     ]
-    batch = recovery._pad(examples, pad_token=1)
+    batch = trainer.pad_batch(examples, pad_token=1)
     assert batch["labels"][1].tolist() == [IGNORED, 11, 12] + 29 * [IGNORED]
     assert batch["attention_mask"].sum(1).tolist() == [5, 3]
     nll, divergence = 0.0, 0.0
@@ -386,7 +386,7 @@ def test_mistakes(
     with pytest.raises(ConfigError, match="recovered already"):
         run(local, output, data)
     with monkeypatch.context() as patch:
-        patch.setattr(recovery, "find_spec", lambda _: None)
+        patch.setattr(recover, "find_spec", lambda _: None)
         with pytest.raises(MissingDependencyError, match="'peft'"):
             run(slim, output, data)
     assert not output.exists()
@@ -412,7 +412,7 @@ def test_disk_is_full(slim: Path, data: str, tmp_path: Path, limit: int) -> None
 def test_mistakes_are_found_before_data_is_read(
     slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(recovery, "training_examples")
+    monkeypatch.delattr(recover, "training_examples")
     output = tmp_path / "out"
     with pytest.raises(ConfigError, match="float16 cannot be trained on a CPU"):
         run(slim, output, data, dtype="float16")

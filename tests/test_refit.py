@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimgpt import refit as module
-from slimgpt.calibrate import Stream, embed
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.calibration.activations import Stream, embed
 from slimgpt.config import PruneConfig
-from slimgpt.families import Block, Sublayer, bind
-from slimgpt.refit import refit
-from slimgpt.schedule import BlockWidths
-from slimgpt.shrink import shrink_sublayer
+from slimgpt.models.family import Block, Sublayer, bind
+from slimgpt.pruning import refit as module
+from slimgpt.pruning.refit import refit
+from slimgpt.pruning.slicing import shrink_sublayer
 
 NUM_CHANNELS = 48
 

@@ -15,12 +15,12 @@ import yaml
 from conftest import Run
 
 import slimgpt
-from slimgpt import reporting
-from slimgpt.benchmarking import BenchResult, Cost, Setting, Speed, Spread
-from slimgpt.card import write_card
+from slimgpt.benchmarking.results import BenchResult, Cost, Setting, Speed, Spread
+from slimgpt.checkpoint.card import write_card
 from slimgpt.config import PruneConfig, RecoverConfig
 from slimgpt.errors import ConfigError, MissingDependencyError, RunStateError
-from slimgpt.evaluation import TaskResult
+from slimgpt.evaluation.evaluate import TaskResult
+from slimgpt.reporting import report
 
 Checkpoint = Callable[[str], Path]
 ALWAYS = ["What was cut", "What it cost the layers", "How it was made"]
@@ -110,7 +110,7 @@ def test_page_of_a_model_with_everything(
     assert "91.00 at first, 61.25 at last" in page
     kept = sum(len(block["attention"]["keep"]) for block in report["blocks"])
     assert f"{kept} of 16 are kept" in page
-    assert all(prompt in page for prompt in reporting.PROMPTS)
+    assert all(prompt in page for prompt in report.PROMPTS)
     assert "--teacher owner/teacher" in page
     assert all(version in page for version in report["versions"].values())
     assert str(measured.parent) not in page
@@ -233,7 +233,7 @@ def test_command_makes_the_same_plan(
 ) -> None:
     model = str(tiny_checkpoint("llama"))
     config = PruneConfig.create(**options)
-    command = reporting._command("prune", model, config.model_dump(mode="json"), PruneConfig)
+    command = report._command("prune", model, config.model_dump(mode="json"), PruneConfig)
     words = shlex.split(command.replace("\\\n", ""))
     assert words[0] == "slimgpt"
     code, out, err = run(*words[1:], "--dry-run", "--json")
@@ -305,7 +305,7 @@ def test_directory_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_missing_packages(slim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporting, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="'jinja2'") as error:
         slimgpt.report(slim)
     assert "slimgpt[report]" in str(error.value.hint)

@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slimgpt
-from slimgpt import blocks, calibrate, costs, pruning, sweep, weights
+from slimgpt.calibration import activations
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
-from slimgpt.files import describe_file
-from slimgpt.run import STATE_DIR, Manifest, Stage, open_run
+from slimgpt.models import device, weights
+from slimgpt.pruning import block, prune, sensitivity, sequential
+from slimgpt.runtime.files import describe_file
+from slimgpt.runtime.run_directory import STATE_DIR, Manifest, Stage, open_run
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
 KILLS = 20
@@ -87,9 +89,9 @@ def fail_at_block(
     def prune_block(block: Any, *args: Any) -> Any:
         if block.index == index and args[-1] == in_survey:
             raise error
-        return blocks.prune_block(block, *args)
+        return block.prune_block(block, *args)
 
-    monkeypatch.setattr(sweep, "prune_block", prune_block)
+    monkeypatch.setattr(sequential, "prune_block", prune_block)
 
 
 def test_finished_blocks_are_not_solved_again(
@@ -97,9 +99,9 @@ def test_finished_blocks_are_not_solved_again(
 ) -> None:
     model, output = interrupted
     solved = []
-    prune_block = blocks.prune_block
+    prune_block = block.prune_block
     monkeypatch.setattr(
-        sweep,
+        sequential,
         "prune_block",
         lambda block, *a: solved.append(block.index) or prune_block(block, *a),
     )
@@ -133,9 +135,9 @@ def test_an_interrupted_survey_goes_on(
         slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     monkeypatch.undo()
     solved = []
-    prune_block = blocks.prune_block
+    prune_block = block.prune_block
     monkeypatch.setattr(
-        sweep,
+        sequential,
         "prune_block",
         lambda block, *a: solved.append((block.index, a[-1])) or prune_block(block, *a),
     )
@@ -184,7 +186,7 @@ def test_a_cpu_with_other_products_is_named(
     interrupted: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, output = interrupted
-    before = calibrate.fast_dtype(torch.device("cpu"), torch.float32)
+    before = device.fast_dtype(torch.device("cpu"), torch.float32)
     others = {"bf16": before == torch.float32}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: others, raising=False)
     with pytest.raises(RunStateError, match=f"products was '{before}'"):
@@ -346,9 +348,9 @@ def test_a_second_process_is_refused(
             with pytest.raises(RunStateError, match="another process is working on") as raised:
                 slimgpt.prune(model, output, **OPTIONS)
             seen.append(raised.value)
-        return blocks.prune_block(block, *args)
+        return block.prune_block(block, *args)
 
-    monkeypatch.setattr(sweep, "prune_block", prune_block)
+    monkeypatch.setattr(sequential, "prune_block", prune_block)
     slimgpt.prune(model, output, **OPTIONS)
     assert len(seen) == 1
 
@@ -359,20 +361,20 @@ def test_ctrl_c_prints_the_command_that_resumes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from slimgpt import cli
+    from slimgpt.cli import app
 
     arguments = ["prune", str(tiny_checkpoint("llama")), "--output", str(tmp_path / "a b")]
     arguments += ["--calibration=pydocs", "--nsamples=4", "--seqlen=32"]
     monkeypatch.setattr(sys, "argv", ["slimgpt", *arguments])
     fail_at_block(1, KeyboardInterrupt(), monkeypatch)
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        app.main()
     assert exit_.value.code == 130
     assert f"slimgpt prune {arguments[1]} --output '{tmp_path}/a b'" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["slimgpt", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        app.main()
     assert not exit_.value.code
 
 
@@ -396,8 +398,8 @@ def test_a_full_disk(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_file(file, *args)
 
-    monkeypatch.setattr("slimgpt.sweep.write_file", write)
-    monkeypatch.setattr("slimgpt.checkpoint.write_file", write)
+    monkeypatch.setattr("slimgpt.pruning.sequential.write_file", write)
+    monkeypatch.setattr("slimgpt.checkpoint.writer.write_file", write)
     with pytest.raises(RunStateError, match="No space left on device") as raised:
         slimgpt.prune(model, output, **options)
     assert "free some space" in str(raised.value.hint)
@@ -496,8 +498,8 @@ def test_one_block_is_in_memory_at_a_time(
 
         monkeypatch.setattr(module, function, call)
 
-    spy(sweep, "prune_block")
-    spy(costs, "_pull_back")
+    spy(sequential, "prune_block")
+    spy(sensitivity, "_pull_back")
     slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
     forward, backward = ([(name, i) for i in range(4)] for name in ("prune_block", "_pull_back"))
     assert seen == [*forward, *backward[::-1], *forward]
@@ -517,9 +519,9 @@ def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     directories = []
-    allocate = calibrate._allocate
+    allocate = activations._allocate
     monkeypatch.setattr(
-        calibrate, "_allocate", lambda *args: directories.append(args[2]) or allocate(*args)
+        activations, "_allocate", lambda *args: directories.append(args[2]) or allocate(*args)
     )
     model = str(tiny_checkpoint("llama"))
     with caplog.at_level("INFO", "slimgpt"):
@@ -627,7 +629,7 @@ def test_what_was_computed_before_the_first_block_is_kept(
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, output, **OPTIONS | options)
     monkeypatch.undo()
-    monkeypatch.delattr(pruning, work)
+    monkeypatch.delattr(prune, work)
     slimgpt.prune(model, output, **OPTIONS | options)
 
 

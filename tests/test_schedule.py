@@ -8,18 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from slimgpt.allocation.reallocation import move_units, surveyed_removals
+from slimgpt.allocation.schedule import curve, largest_ratio, layer_ratios, plan_widths
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 from slimgpt.errors import ConfigError
-from slimgpt.schedule import (
-    BlockShape,
-    BlockWidths,
-    curve,
-    largest_ratio,
-    layer_ratios,
-    move_units,
-    plan_widths,
-    removed_params,
-    surveyed_removals,
-)
 
 fixed = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 SCHEDULES = ["log", "linear", "uniform", "log_decrease", "linear_decrease"]

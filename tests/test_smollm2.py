@@ -14,10 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimgpt
-from slimgpt.data import evaluation_tokens
-from slimgpt.families import bind
-from slimgpt.model import find_model, load_model, load_tokenizer
-from slimgpt.shrink import shrink_sublayer, unit_columns
+from slimgpt.data.samples import evaluation_tokens
+from slimgpt.models.family import bind
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
+from slimgpt.models.tokenizer import load_tokenizer
+from slimgpt.models.unit_slices import unit_columns
+from slimgpt.pruning.slicing import shrink_sublayer
 
 pytestmark = pytest.mark.real_model
 

@@ -22,23 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import slimgpt
-from slimgpt.errors import (
-    ConfigError,
-    DataError,
-    SlimGPTError,
-    UnsupportedModelError,
-)
-from slimgpt.model import (
-    SMOLLM2_ALIAS,
-    Source,
-    cannot_load,
-    find_device,
-    find_model,
-    load_config,
-    load_generation_config,
-    load_model,
-)
-from slimgpt.weights import open_weights, weight_files
+from slimgpt.errors import ConfigError, DataError, SlimGPTError, UnsupportedModelError
+from slimgpt.models.device import find_device
+from slimgpt.models.loading import cannot_load, load_config, load_generation_config, load_model
+from slimgpt.models.source import SMOLLM2_ALIAS, Source, find_model
+from slimgpt.models.weights import open_weights, weight_files
 
 Tensors = dict[str, Tensor]
 

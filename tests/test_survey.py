@@ -14,16 +14,18 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 import slimgpt
-from slimgpt import survey
+from slimgpt.allocation.reallocation import move_units
+from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.config import PruneConfig
-from slimgpt.costs import costs_of_changes
 from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.families import bind
-from slimgpt.model import build_skeleton, find_model
-from slimgpt.schedule import BlockWidths, move_units
-from slimgpt.shrink import unit_columns
-from slimgpt.streaming import StreamedModel
-from slimgpt.weights import open_weights
+from slimgpt.models.family import bind
+from slimgpt.models.loading import build_skeleton
+from slimgpt.models.source import find_model
+from slimgpt.models.streaming import StreamedModel
+from slimgpt.models.unit_slices import unit_columns
+from slimgpt.models.weights import open_weights
+from slimgpt.pruning import sensitivity
+from slimgpt.pruning.sensitivity import costs_of_changes
 
 OPTIONS = {
     "calibration": "pydocs",
@@ -115,7 +117,7 @@ def test_the_others_give_for_the_only_ffn_that_matters(tmp_path: Path, tokenizer
 def test_nothing_to_remove_needs_no_gradient(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(survey, "costs_of_changes", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(sensitivity, "costs_of_changes", lambda *_: pytest.fail("computed"))
     options = OPTIONS | {"ratio": 0}
     result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
     assert result.plan.params_after == result.plan.params_before
@@ -143,7 +145,7 @@ def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        survey, "costs_of_changes", lambda _, plans, *__: [math.nan] * 2 * len(plans)
+        sensitivity, "costs_of_changes", lambda _, plans, *__: [math.nan] * 2 * len(plans)
     )
     with pytest.raises(NumericalError, match="overflow"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
@@ -167,8 +169,10 @@ def test_what_seems_to_cost_less_than_nothing_is_not_free(
         prices.extend(args[3])
         return move_units(*args)
 
-    monkeypatch.setattr(survey, "move_units", move)
-    monkeypatch.setattr(survey, "costs_of_changes", lambda _, plans, *__: [-0.01, 0.1] * len(plans))
+    monkeypatch.setattr(sensitivity, "move_units", move)
+    monkeypatch.setattr(
+        sensitivity, "costs_of_changes", lambda _, plans, *__: [-0.01, 0.1] * len(plans)
+    )
     slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
     assert min(prices) >= 0
     assert max(prices[::2]) > 0

@@ -10,9 +10,10 @@ import torch
 from conftest import make_tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from slimgpt import tasks
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
-from slimgpt.tasks import find_split, load_tasks, run_tasks
+from slimgpt.evaluation import tasks
+from slimgpt.evaluation.local_tasks import find_split
+from slimgpt.evaluation.tasks import load_tasks, run_tasks
 
 pytest.importorskip("lm_eval")
 

@@ -10,61 +10,50 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from slimgpt.benchmarking import BenchResult, bench
-    from slimgpt.errors import SlimGPTError
-    from slimgpt.evaluation import EvalResult, Evaluation, TaskResult, evaluate
-    from slimgpt.experiments import RecipeResult, run_recipe
-    from slimgpt.exporting import ExportResult, export
-    from slimgpt.inspection import ModelSummary, inspect
-    from slimgpt.pruning import PrunePlan, PruneResult, plan, prune
-    from slimgpt.recovery import RecoverResult, recover
-    from slimgpt.reporting import report
+    from slimgpt.benchmarking.bench import bench as bench
+    from slimgpt.benchmarking.results import BenchResult as BenchResult
+    from slimgpt.checkpoint.inspection import ModelSummary as ModelSummary
+    from slimgpt.checkpoint.inspection import inspect as inspect
+    from slimgpt.errors import SlimGPTError as SlimGPTError
+    from slimgpt.evaluation.evaluate import Evaluation as Evaluation
+    from slimgpt.evaluation.evaluate import TaskResult as TaskResult
+    from slimgpt.evaluation.evaluate import evaluate as evaluate
+    from slimgpt.evaluation.perplexity import EvalResult as EvalResult
+    from slimgpt.experiments.runner import RecipeResult as RecipeResult
+    from slimgpt.experiments.runner import run_recipe as run_recipe
+    from slimgpt.exporting.export import ExportResult as ExportResult
+    from slimgpt.exporting.export import export as export
+    from slimgpt.pruning.plan import PrunePlan as PrunePlan
+    from slimgpt.pruning.plan import plan as plan
+    from slimgpt.pruning.prune import PruneResult as PruneResult
+    from slimgpt.pruning.prune import prune as prune
+    from slimgpt.recovery.recover import RecoverResult as RecoverResult
+    from slimgpt.recovery.recover import recover as recover
+    from slimgpt.reporting.report import report as report
 
 __version__ = version("slimgpt")
-__all__ = [
-    "BenchResult",
-    "EvalResult",
-    "Evaluation",
-    "ExportResult",
-    "ModelSummary",
-    "PrunePlan",
-    "PruneResult",
-    "RecipeResult",
-    "RecoverResult",
-    "SlimGPTError",
-    "TaskResult",
-    "bench",
-    "evaluate",
-    "export",
-    "inspect",
-    "plan",
-    "prune",
-    "recover",
-    "report",
-    "run_recipe",
-]
-
 _HOMES = {
-    "BenchResult": "benchmarking",
-    "EvalResult": "evaluation",
-    "Evaluation": "evaluation",
-    "ExportResult": "exporting",
-    "ModelSummary": "inspection",
-    "PrunePlan": "pruning",
-    "PruneResult": "pruning",
-    "RecipeResult": "experiments",
-    "RecoverResult": "recovery",
+    "BenchResult": "benchmarking.results",
+    "EvalResult": "evaluation.perplexity",
+    "Evaluation": "evaluation.evaluate",
+    "ExportResult": "exporting.export",
+    "ModelSummary": "checkpoint.inspection",
+    "PrunePlan": "pruning.plan",
+    "PruneResult": "pruning.prune",
+    "RecipeResult": "experiments.runner",
+    "RecoverResult": "recovery.recover",
     "SlimGPTError": "errors",
-    "TaskResult": "evaluation",
-    "bench": "benchmarking",
-    "evaluate": "evaluation",
-    "export": "exporting",
-    "inspect": "inspection",
-    "plan": "pruning",
-    "prune": "pruning",
-    "recover": "recovery",
-    "report": "reporting",
-    "run_recipe": "experiments",
+    "TaskResult": "evaluation.evaluate",
+    "bench": "benchmarking.bench",
+    "evaluate": "evaluation.evaluate",
+    "export": "exporting.export",
+    "inspect": "checkpoint.inspection",
+    "plan": "pruning.plan",
+    "prune": "pruning.prune",
+    "recover": "recovery.recover",
+    "register": "checkpoint.registration",
+    "report": "reporting.report",
+    "run_recipe": "experiments.runner",
 }
 
 
@@ -74,8 +63,12 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
+
+
 @wrapt.when_imported("transformers")
 def _register(_: Any) -> None:
-    from slimgpt.registry import register
+    from slimgpt.checkpoint.registration import register
 
     register()

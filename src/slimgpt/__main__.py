@@ -1,5 +1,5 @@
 """``python -m slimgpt``, for launchers such as ``torchrun``."""
 
-from slimgpt.cli import main
+from slimgpt.cli.app import main
 
 main()

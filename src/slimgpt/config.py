@@ -4,14 +4,12 @@ The fields are the single source of the options: the command line makes its flag
 their defaults from them, recipes (YAML) and the Python API use the same names.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -26,16 +24,22 @@ from pydantic import (
 from slimgpt.errors import ConfigError
 
 Schedule = Literal["log", "linear", "uniform", "log_decrease", "linear_decrease"]
+
 ChannelSelection = Literal["greedy", "dynamic_group"]
+
 HeadError = Literal["exact", "diagonal"]
+
 DampingMode = Literal["relative", "mean"]
+
 Preset = Literal["default", "exact", "paper"]
+
 Widths = Literal["measured", "scheduled"]
+
 Method = Literal["slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random"]
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
 RecoverMethod = Literal["lora", "full", "distill"]
-Measure = Literal["parameters", "pruning", "perplexity", "tasks", "means", "inference"]
-Curve = Literal["layer_ratios", "layer_errors", "train_loss", "held_out_perplexity"]
 
 _EXACT = {
     "attention_share": 1.0,
@@ -44,6 +48,7 @@ _EXACT = {
     "correction": 0.0,
     "refit_epochs": 0,
 }
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "exact": _EXACT,
@@ -79,15 +84,16 @@ def _is_plot(value: str | None) -> str | None:
 
 
 _Underscored = BeforeValidator(_underscored)
+
 _Listed = BeforeValidator(_listed)
 
 # Bounds that no sensible value reaches, so that a slip fails here and not in a library.
 COUNT, LENGTH, BATCH = 10**9, 10**7, 2**16  # of anything; of a text in tokens; of sequences
+
 MAX_SEED = 2**32 - 1  # NumPy's
+
 BYTES = 2**60
 
-# A recipe is short: larger files, and mappings nested more deeply, are something else.
-RECIPE_BYTES, RECIPE_DEPTH, RECIPE_CELLS = 10**6, 32, 4096
 _SHOWN = 80  # characters of a wrong value in its message
 
 
@@ -128,7 +134,7 @@ def _widths_are_given(values: Mapping[str, Any]) -> bool:
     return is_rival or bool(values.get("uniform") or values.get("layer_ratios"))
 
 
-class _Options(BaseModel):
+class Options(BaseModel):
     """Frozen options; all problems of one set of values are reported together."""
 
     verb: ClassVar[str]
@@ -191,7 +197,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-class _RuntimeOptions(_Options):
+class _RuntimeOptions(Options):
     """Where and in what precision a model runs."""
 
     dtype: Annotated[DType, _Underscored] = Field(
@@ -512,7 +518,7 @@ class RecoverConfig(_ModelOptions):
         return self
 
 
-class ExportConfig(_Options):
+class ExportConfig(Options):
     """Options of ``slimgpt export``."""
 
     verb = "export"
@@ -572,111 +578,3 @@ class ReportConfig(_RuntimeOptions):
         if idle and self.against is None:
             raise ValueError(f"without against, nothing is generated: {', '.join(sorted(idle))}")
         return self
-
-
-VERBS: dict[str, type[_Options]] = {
-    "prune": PruneConfig,
-    "recover": RecoverConfig,
-    "evaluate": EvalConfig,
-    "bench": BenchConfig,
-}
-
-
-class RecipeConfig(_Options):
-    """A grid of runs of the verbs, and the table or figure made of their results."""
-
-    verb = "run"
-
-    title: str = Field(description="What the table shows.")
-    reproduces: str = Field(description="Table or figure of the paper.")
-    note: str = Field("", description="What a reader has to know beside it.")
-    model: str | None = Field(None, description="Model of every cell that names no other.")
-    prune: dict[str, Any] = Field({}, description="Options of every cell, as are the next three.")
-    recover: dict[str, Any] | None = None
-    evaluate: dict[str, Any] | None = None
-    bench: dict[str, Any] | None = None
-    grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
-        description="Dimensions: values of an option of prune or of model, or named changes to "
-        "model, prune, recover, evaluate and bench."
-    )
-    table: tuple[Measure, ...] = Field(min_length=1, description="Columns of the table.")
-    figure: tuple[Literal[Measure, Curve], ...] = Field((), description="Panels of the figure.")
-    x: str | None = Field(None, description="Dimension along the axis of a figure of measures.")
-    small: dict[str, Any] | None = Field(None, description="What differs in the small variant.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if math.prod(map(len, self.grid.values())) > RECIPE_CELLS:
-            raise ValueError(f"the grid has more than {RECIPE_CELLS} cells")
-        if empty := [name for name, values in self.grid.items() if not values]:
-            raise ValueError(f"the dimension {empty[0]!r} of the grid is empty")
-        curves = [panel for panel in self.figure if panel in get_args(Curve)]
-        if self.x is None and len(curves) < len(self.figure):
-            raise ValueError("a figure of measures needs x, a dimension of numbers")
-        if self.x is not None and (curves or not self.figure):
-            raise ValueError(f"x={self.x!r} is for figures of measures only")
-        if self.x is not None:
-            values = self.grid.get(self.x)
-            if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
-                raise ValueError(f"x={self.x!r} is no dimension of numbers")
-        return self
-
-
-def load_recipe(path: Path) -> dict[str, Any]:
-    """Read the options of a recipe.
-
-    Parameters
-    ----------
-    path : Path
-        A YAML file whose top level maps option names to values.
-
-    Raises
-    ------
-    ConfigError
-        If the file is missing or is not such a mapping.
-    """
-    hint = "a recipe is a short YAML file in UTF-8 with lines like `ratio: 0.3`"
-    try:
-        if not path.is_file():
-            raise OSError("there is no such file")
-        if path.stat().st_size > RECIPE_BYTES:
-            raise ValueError(f"it has more than {RECIPE_BYTES:,} bytes")
-        values = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as err:
-        reason = " ".join(str(err).split())
-        raise ConfigError(f"cannot read the recipe {path}: {reason}", hint=hint) from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"the recipe {path} is not a mapping of options to values", hint=hint)
-    return {key.replace("-", "_"): value for key, value in values.items()}
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Plain YAML: no references, which can stand for any amount of data, and no key twice."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="references (*name) are not read", problem_mark=self.peek_event().start_mark
-            )
-        self.depth += 1
-        if self.depth > RECIPE_DEPTH:
-            raise ValueError(f"it is nested more than {RECIPE_DEPTH} levels deep")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if wrong := [key for key in keys if not isinstance(key, str)]:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {wrong[0]!r} is no text", problem_mark=node.start_mark
-            )
-        if len(set(keys)) < len(keys):
-            double = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {double!r} stands there twice", problem_mark=node.start_mark
-            )
-        return super().construct_mapping(node, deep)

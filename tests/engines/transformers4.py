@@ -42,7 +42,8 @@ def write(work: Path) -> None:
     from conftest import make_tiny_model
 
     import slimgpt
-    from slimgpt.model import SMOLLM2_ALIAS, find_model, load_tokenizer
+    from slimgpt.models.source import SMOLLM2_ALIAS, find_model
+    from slimgpt.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(find_model(SMOLLM2_ALIAS))
     sources = {"smollm2": SMOLLM2_ALIAS}

@@ -1,0 +1,1 @@
+"""How much each block loses: schedules and arithmetic. No model runs in here."""

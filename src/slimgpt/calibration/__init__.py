@@ -1,0 +1,1 @@
+"""Run blocks over the calibration samples and collect statistics."""

@@ -1,0 +1,1 @@
+"""What is written to and read from a model directory."""

@@ -1,0 +1,118 @@
+"""What a model consists of: widths and parameters of every block, without loading weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
+from slimgpt.models.family import bind, decoder_of
+from slimgpt.models.loading import build_skeleton, load_config
+from slimgpt.models.source import find_file, find_model
+
+
+@dataclass(frozen=True)
+class BlockSummary:
+    """Widths and parameters of one block."""
+
+    num_heads: int
+    num_kv_heads: int
+    num_channels: int
+    attention_params: int
+    ffn_params: int
+
+
+@dataclass(frozen=True)
+class PruningCost:
+    """What it took to prune a model, from ``pruning_report.json``.
+
+    Attributes
+    ----------
+    seconds : dict
+        By phase.
+    peak_memory_bytes : int or None
+        Largest memory of the process; None where unknown.
+    """
+
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What a model consists of.
+
+    Attributes
+    ----------
+    model, model_type : str
+        As the user named it, and its type.
+    head_dim : int
+        Columns of ``o_proj`` for each query head.
+    blocks : tuple of BlockSummary
+        First to last.
+    params : dict
+        Parameters by kind: attention, ffn, norm, embedding, head, and their total. A head that
+        shares its weight with the embedding counts as zero.
+    pruning : PruningCost or None
+        For a local model that was pruned.
+    """
+
+    model: str
+    model_type: str
+    head_dim: int
+    blocks: tuple[BlockSummary, ...]
+    params: dict[str, int]
+    pruning: PruningCost | None
+
+
+def inspect(model: str | Path) -> ModelSummary:
+    """Summarise a dense or pruned model.
+
+    Parameters
+    ----------
+    model : str or Path
+        A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
+
+    Raises
+    ------
+    SlimGPTError
+        If there is no such model, or it is of no supported family.
+    """
+    source = find_model(model)
+    config = load_config(source)
+    skeleton = build_skeleton(config)
+    blocks, head_dim = [], 0
+    for block, layer in zip(bind(skeleton), config.per_layer_config, strict=True):
+        num_kv_heads, num_heads = (getattr(layer, key) for key in block.attention.spec.widths)
+        head_dim = block.attention.output.in_features // num_heads
+        blocks.append(
+            BlockSummary(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                num_channels=block.ffn.num_units,
+                attention_params=_count(block.attention.module),
+                ffn_params=_count(block.ffn.module),
+            )
+        )
+    total = skeleton.num_parameters()
+    params = {
+        "attention": sum(block.attention_params for block in blocks),
+        "ffn": sum(block.ffn_params for block in blocks),
+        "embedding": _count(skeleton.get_input_embeddings()),
+        "head": total - _count(decoder_of(skeleton)),
+    }
+    params["norm"] = total - sum(params.values())
+    params["total"] = total
+    cost = _pruning_cost(find_file(source, REPORT_FILE))
+    return ModelSummary(source.name, config.model_type, head_dim, tuple(blocks), params, cost)
+
+
+def _pruning_cost(report: Path | None) -> PruningCost | None:
+    if report is None:
+        return None
+    values = read_report(report, PruningReport)
+    return PruningCost(values["seconds"], values["peak_memory_bytes"])
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,42 @@
+"""Pruned models in vLLM.
+
+vLLM imports this module when it meets an architecture that
+`slimgpt.checkpoint.registration.register_with_vllm` has told it about; nothing else does.
+"""
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.utils import extract_layer_index
+
+from slimgpt.models.family import PRUNED_PREFIX
+
+
+class SlimForCausalLM(LlamaForCausalLM):
+    """Pruned LLaMA, Mistral, Qwen2 or Qwen3: layer ``i`` is built from ``per_layer_config[i]``.
+
+    The four differ in their decoder layers only. That of vLLM's Qwen2 derives ``head_dim`` from the
+    number of heads, which pruning changes, so the one of LLaMA stands in for it.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_decoder_layer)
+
+
+def _decoder_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
+    index = extract_layer_index(prefix)
+    config = vllm_config.model_config.hf_config.per_layer_config[index]
+    model_type = config.model_type.removeprefix(PRUNED_PREFIX)
+    if model_type == "qwen3":
+        slides = config.layer_types[index] == "sliding_attention"
+        return Qwen3DecoderLayer(
+            config,
+            vllm_config.cache_config,
+            vllm_config.quant_config,
+            prefix=prefix,
+            per_layer_sliding_window=config.sliding_window if slides else None,
+        )
+    if model_type == "qwen2":
+        config.qkv_bias = True  # always there in Qwen2, so its config does not say so
+    return LlamaDecoderLayer(vllm_config, prefix, config)

@@ -1,0 +1,62 @@
+"""Make transformers and vLLM know pruned models, so that they load without remote code.
+
+``import slimgpt`` has `register` called as soon as transformers is imported, before or after (see
+``slimgpt/__init__.py``). This module can therefore be entered while another one is importing
+transformers, and imports what it needs from there inside the functions.
+"""
+
+from typing import Any
+
+from slimgpt.models.family import load_families
+
+# Model types whose decoder layers `slimgpt.checkpoint.modeling_vllm` builds from vLLM's own.
+# Those of other types run on vLLM's Transformers backend, which needs no more than `register`.
+VLLM_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def pruned_classes(model_type: str) -> dict[str, Any]:
+    """Classes of a pruned model, by the auto class that loads them.
+
+    Parameters
+    ----------
+    model_type : str
+        Type of the original model, e.g. ``llama``.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig
+
+    from slimgpt.checkpoint import modeling_slimgpt
+
+    stock_config = type(AutoConfig.for_model(model_type))
+    stock = {
+        "AutoConfig": stock_config,
+        "AutoModel": MODEL_MAPPING[stock_config],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[stock_config],
+    }
+    prefix = modeling_slimgpt.PREFIX
+    return {auto: getattr(modeling_slimgpt, prefix + cls.__name__) for auto, cls in stock.items()}
+
+
+def register() -> None:
+    """Register the pruned models of every family."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    for model_type in load_families():
+        classes = pruned_classes(model_type)
+        config_class = classes["AutoConfig"]
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, classes["AutoModel"], exist_ok=True)
+        AutoModelForCausalLM.register(config_class, classes["AutoModelForCausalLM"], exist_ok=True)
+        for auto_name, pruned_class in classes.items():
+            # With its auto class known, save_pretrained brings the modelling file along.
+            pruned_class.register_for_auto_class(auto_name)
+
+
+def register_with_vllm() -> None:
+    """Register pruned models with vLLM, which calls this because it is its plugin."""
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+
+    for model_type in VLLM_MODEL_TYPES:
+        architecture = pruned_classes(model_type)["AutoModelForCausalLM"].__name__
+        ModelRegistry.register_model(
+            architecture, "slimgpt.checkpoint.modeling_vllm:SlimForCausalLM"
+        )

@@ -1,0 +1,181 @@
+"""Reports and results that lie beside a model, read into typed values."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from slimgpt.config import PruneConfig, RecoverConfig
+from slimgpt.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+REPORT_FILE = "pruning_report.json"
+
+PERPLEXITY_FILE = "eval/perplexity.json"
+
+TASKS_FILE = "eval/tasks.json"
+
+SPEED_FILE = "eval/speed.json"
+
+RECOVERY_FILE = "recovery_report.json"
+
+SECONDS_FOR_OTHERS = 30.0  # for another process that keeps its results
+
+LARGEST_NUMBER = 1e100
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Read(BaseModel):
+    """What is read of a report; there may be more in it."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Widths(_Read):
+    num_groups: Count
+    num_channels: Count
+
+
+class _Sublayer(_Read):
+    keep: list[Count]
+    relative_error: float
+
+
+class _Block(_Read):
+    block: Count
+    attention: _Sublayer
+    ffn: _Sublayer
+
+
+class _Calibration(_Read):
+    data: str
+    nsamples: Count
+    seqlen: Count
+
+
+def _options(config: type[BaseModel], *needed: str) -> Any:
+    """Schema of the options in a report: those that this version knows, some of them needed."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, ... if name in needed else None)
+        for name, field in config.model_fields.items()
+    }
+    model = create_model(
+        config.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+    )
+    return GetPydanticSchema(lambda _, handler: handler(model))
+
+
+class PruningReport(_Read):
+    """What ``pruning_report.json`` holds."""
+
+    base_model: str
+    config: Annotated[Any, _options(PruneConfig, "method", "uniform")]
+    dtype: str
+    device: str
+    calibration: _Calibration
+    shapes: list[_Widths]
+    widths: list[_Widths]
+    layer_ratios: list[FiniteFloat]
+    target_ratio: FiniteFloat
+    block_ratio: FiniteFloat
+    total_ratio: FiniteFloat
+    params_before: Count
+    params_after: Count
+    is_measured: bool
+    blocks: list[_Block] = Field(min_length=1)
+    seconds: dict[str, FiniteFloat]
+    peak_memory_bytes: Count | None
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("blocks", "shapes", "widths", "layer_ratios")
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"different numbers of layers: {lengths}")
+        return self
+
+
+class RecoveryReport(_Read):
+    """What ``recovery_report.json`` holds."""
+
+    model: str
+    teacher: str | None
+    config: Annotated[
+        Any, _options(RecoverConfig, "method", "batch_size", "learning_rate", "seqlen")
+    ]
+    data: str
+    held_out: str
+    steps: Count
+    seconds: FiniteFloat
+    peak_memory_bytes: Count | None
+    train_loss: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
+    held_out_perplexity: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
+
+
+def read_typed(file: Path, kind: Any) -> Any:
+    """Read a JSON file that SlimGPT has written into values of a given type.
+
+    Parameters
+    ----------
+    file : Path
+        The file.
+    kind : type
+        What pydantic can make of JSON: a model, a dataclass, a list of one of these.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or is of another form; names the key.
+    """
+    try:
+        content = file.read_bytes()
+        values = TypeAdapter(kind).validate_json(content)
+        json.loads(content, parse_float=_check_number, parse_int=_check_number)
+    except OSError as err:
+        raise ConfigError(f"cannot read {file}: {err}", hint="check its permissions") from None
+    except OverflowError as err:
+        raise ConfigError(
+            f"{file} is not as this version writes it: {err}",
+            hint="remove the file; if it holds results, measure again",
+        ) from None
+    except ValidationError as err:
+        problem = err.errors(include_url=False)[0]
+        if problem["type"] == "json_invalid":
+            raise ConfigError(
+                f"cannot read {file}: {problem['msg']}",
+                hint="the file is broken: write it again, or remove it",
+            ) from None
+        key = ".".join(map(str, problem["loc"]))
+        raise ConfigError(
+            f"{file} is not as this version writes it: {key or 'all of it'}: {problem['msg']}",
+            hint="remove the file; if it holds results, measure again",
+        ) from None
+    return values
+
+
+def _check_number(text: str) -> None:
+    """Refuse what no measurement gives, and what sums or the axes of a chart turn to infinity."""
+    if len(text) > 30 or not abs(float(text)) <= LARGEST_NUMBER:
+        raise OverflowError(f"the number {text[:40]} is out of range")
+
+
+def read_report(file: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """Read a report as JSON values of the right types; raises what `read_typed` does."""
+    return read_typed(file, kind).model_dump(mode="json", exclude_unset=True)

@@ -1,0 +1,67 @@
+"""Write the tokenizer of a pruned model."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from slimgpt.errors import ConfigError
+from slimgpt.models.source import Source
+from slimgpt.models.tokenizer import SENTENCEPIECE_FILE, load_tokenizer, tokenizer_files
+from slimgpt.runtime.files import read_json
+
+
+def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the tokenizer of a checkpoint beside a model that was made from it.
+
+    The source's own files are copied, because tools read more from them than what
+    ``save_pretrained`` writes. Where they would load as another tokenizer, as with a model type
+    that the auto class does not know, and for a GGUF file, the tokenizer is saved instead.
+
+    Parameters
+    ----------
+    source : Source
+        Of the tokenizer.
+    tokenizer : PreTrainedTokenizerBase
+        As it was loaded.
+    directory : Path
+        Has the model's ``config.json`` already.
+    """
+    files = tokenizer_files(source)
+    for name, file in files.items():
+        shutil.copyfile(file, directory / name)
+    if not files or not _loads_as(directory, tokenizer):
+        for name in files.keys() - {SENTENCEPIECE_FILE}:
+            (directory / name).unlink()
+        tokenizer.save_pretrained(directory)
+    _use_older_names(directory / "tokenizer_config.json")
+
+
+def _loads_as(directory: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    with contextlib.suppress(ConfigError):
+        loaded = load_tokenizer(Source(str(directory), str(directory)))
+        return _describe_tokenizer(loaded) == _describe_tokenizer(tokenizer)
+    return False
+
+
+def _describe_tokenizer(tokenizer: Any) -> list[Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else tokenizer.get_vocab()
+    return [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
+
+
+def _use_older_names(file: Path) -> None:
+    """Call a class and a list by the names that transformers 4 knows, and newer versions too."""
+    if not file.is_file():
+        return
+    values = old = read_json(file)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values = values | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(values.get("extra_special_tokens"), list):
+        values = dict(values)
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if values != old:
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,159 @@
+"""Write a pruned model as a checkpoint that loads with stock tools."""
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.checkpoint import modeling_slimgpt
+from slimgpt.checkpoint.registration import pruned_classes
+from slimgpt.models.family import PRUNED_PREFIX, family_of
+from slimgpt.models.weights import write_file
+from slimgpt.runtime.files import read_json
+
+
+def pruned_config(
+    config: PreTrainedConfig, widths: Sequence[BlockWidths], uniform: bool
+) -> PreTrainedConfig:
+    """Config of the pruned model.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of the model before.
+    widths : sequence of BlockWidths
+        What each block has kept.
+    uniform : bool
+        All blocks have the same widths: the result is of the stock class.
+
+    Returns
+    -------
+    PreTrainedConfig
+        A new one. In a pruned layer ``head_dim`` no longer follows from the hidden size and the
+        number of heads, so it is always stated.
+    """
+    model_type = config.model_type.removeprefix(PRUNED_PREFIX)
+    layers = [config_widths(config, index, width) for index, width in enumerate(widths)]
+    values = config.to_dict()
+    stale = ("model_type", "architectures", "auto_map", "per_layer_config", "_model_name_or_path")
+    for key in stale:
+        values.pop(key, None)
+    if not values.get("head_dim"):
+        values["head_dim"] = config.hidden_size // config.num_attention_heads
+    if uniform:
+        result = AutoConfig.for_model(model_type, **values | layers[0])
+    else:
+        classes = pruned_classes(model_type)
+        result = classes["AutoConfig"](**values, per_layer_config=dict(enumerate(layers)))
+        module = modeling_slimgpt.__name__.rpartition(".")[2]
+        result.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(result)]
+    result.architectures = [model_class.__name__]
+    return result
+
+
+def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
+    """Numbers of key/value groups that a uniform model may keep.
+
+    The stock config class decides: some classes refuse a number of heads that does not divide the
+    hidden size, even where ``head_dim`` is given.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of the model before.
+    """
+    family, first = family_of(config.model_type), config.per_layer_config[0]
+    num_groups = getattr(first, family.attention.widths[0])
+    num_channels = getattr(first, family.ffn.widths[0])
+    accepted = []
+    for count in range(1, num_groups + 1):
+        kept = BlockWidths(count, num_channels)
+        with contextlib.suppress(StrictDataclassError, ValueError):
+            pruned_config(config, [kept], uniform=True)
+            accepted.append(count)
+    return accepted
+
+
+def add_older_rope_keys(directory: Path) -> None:
+    """State the rotary embeddings in ``config.json`` as transformers 4 reads them too.
+
+    Parameters
+    ----------
+    directory : Path
+        Has a ``config.json`` with ``rope_parameters``.
+    """
+    file = directory / "config.json"
+    values = read_json(file)
+    rope = dict(values.get("rope_parameters") or {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            values[key] = rope.pop(key)
+    values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_shards(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    read: Callable[[str], Tensor],
+    max_shard_size: int,
+) -> None:
+    """Write the weights of a model as one or more safetensors files, with an index if needed.
+
+    Parameters
+    ----------
+    directory : Path
+        Where to.
+    tensors : dict
+        Names, shapes and types; may be on the meta device.
+    read : callable
+        Gives the values of a name; they are in memory one at a time.
+    max_shard_size : int
+        Bytes of a file, unless one tensor has more.
+    """
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        write_file(directory / file, shard, {"format": "pt"}, read)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
+    """Config entries of a block that keeps fewer units.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of the model before.
+    index : int
+        The block.
+    kept : BlockWidths
+        Its key/value groups and channels afterwards.
+
+    Returns
+    -------
+    dict
+        From config keys to widths, e.g. ``{"num_key_value_heads": 2, …}``.
+    """
+    family = family_of(config.model_type)
+    before = config.per_layer_config[index]
+    return {
+        key: getattr(before, key) * num_units // getattr(before, spec.widths[0])
+        for spec, num_units in (
+            (family.attention, kept.num_groups),
+            (family.ffn, kept.num_channels),
+        )
+        for key in spec.widths
+    }

@@ -1,0 +1,438 @@
+"""The command line: one verb per public function. Results on stdout, progress on stderr."""
+
+import io
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import slimgpt
+from slimgpt.cli.options import options_of
+from slimgpt.cli.tables import (
+    bench_tables,
+    perplexity_table,
+    plan_table,
+    pruning_table,
+    ratio_lines,
+    tasks_table,
+)
+from slimgpt.config import (
+    BenchConfig,
+    EvalConfig,
+    ExportConfig,
+    PruneConfig,
+    RecoverConfig,
+    ReportConfig,
+    check_text,
+)
+from slimgpt.errors import ConfigError, ResourceError, SlimGPTError, resource_error
+from slimgpt.experiments.recipe import load_recipe
+from slimgpt.pruning.memory import size
+
+log = logging.getLogger("slimgpt")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Structured pruning of large language models: smaller dense checkpoints that load.",
+)
+
+
+class _Stderr(Console):
+    """Standard error, which may be closed or full: the run goes on without it."""
+
+    def tell(self, text: str, style: str | None = None) -> None:
+        """Print a line."""
+        try:
+            self.print(text, style=style, soft_wrap=True)
+        except OSError:
+            _give_up(2)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller; Rich would end the process."""
+        raise BrokenPipeError
+
+
+stdout = Console(highlight=False, markup=False)
+
+stderr = _Stderr(stderr=True, highlight=False, markup=False)
+
+LONGEST_MESSAGE = 500  # characters of what is wrong with the command line
+
+# Of click, or of typer's own copy of it.
+_UsageError = cast(type[Exception], typer.BadParameter.__base__)
+
+Model = Annotated[
+    str,
+    typer.Argument(help="Hub id, local directory, .gguf file, or smollm2-135m.", metavar="MODEL"),
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+Recipe = Annotated[
+    Path | None, typer.Option(help="YAML file with any of these options; flags go first.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Handle the options that stand before the verb."""
+    if debug:
+        log.setLevel(logging.DEBUG)
+    if version:
+        _print(slimgpt.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise ConfigError("a command is missing", hint="`slimgpt --help` lists the commands")
+
+
+@app.command()
+@options_of(PruneConfig)
+def prune(
+    model: Model,
+    output: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
+    recipe: Recipe = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the planned widths; load no weights.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away an interrupted run in OUTPUT.")
+    ] = False,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Prune MODEL into a smaller dense model."""
+    values = _given(recipe, options)
+    if dry_run:
+        planned = slimgpt.plan(model, **values)
+        lines = plan_table(planned)
+        if planned.is_measured:
+            lines += ("the run moves heads and channels between the blocks; the sums stay",)
+        _emit(planned, lines, as_json)
+        return
+    if output is None:
+        raise ConfigError("--output is missing", hint="name a directory for the pruned model")
+    with _resumable():
+        result = slimgpt.prune(model, output, restart=restart, **values)
+    if as_json:
+        _emit({"output": str(result.output), **result.report}, (), as_json=True)
+        return
+    _emit(result.plan, ratio_lines(result.plan), as_json)
+    seconds = sum(result.report["seconds"].values())
+    peak = size(result.report["peak_memory_bytes"] or 0)
+    _print(f"{seconds:.0f} s, peak memory {peak}", f"the pruned model is in {result.output}")
+
+
+@app.command("eval")
+@options_of(EvalConfig)
+def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
+    """Measure the perplexity of MODEL, dense or pruned, and run benchmark tasks on it."""
+
+    def show(results: slimgpt.Evaluation) -> None:
+        tables = (
+            *(perplexity_table(results.perplexity) if results.perplexity else ()),
+            *(tasks_table(results.tasks) if results.tasks else ()),
+        )
+        if tables:
+            _emit(results, tables, as_json)
+
+    with _showing_what_was_measured(show):
+        results = slimgpt.evaluate(model, **_given(recipe, options))
+    show(results)
+
+
+@app.command()
+@options_of(RecoverConfig)
+def recover(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Directory for the recovered model.")],
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")
+    ] = False,
+    recipe: Recipe = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Train a pruned MODEL a little, to win back quality."""
+    with _resumable():
+        result = slimgpt.recover(model, output, restart=restart, **_given(recipe, options))
+    report = result.report
+    table = Table("step", "held-out perplexity", title=report["held_out"])
+    for step, perplexity in report["held_out_perplexity"]:
+        table.add_row(str(step), f"{perplexity:.3f}")
+    where = f"the recovered model is in {result.output}"
+    _emit({"output": str(result.output), **report}, (table, where), as_json)
+
+
+@app.command("inspect")
+def inspect_model(model: Model, as_json: Json = False) -> None:
+    """Show the widths and parameters of MODEL, dense or pruned."""
+    summary = slimgpt.inspect(model)
+    table = Table("block", "heads", "kv heads", "channels", "attention params", "ffn params")
+    for index, block in enumerate(summary.blocks):
+        table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
+    header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
+    _emit(summary, (header, table, f"parameters: {kinds}", *pruning_table(summary)), as_json)
+
+
+@app.command()
+@options_of(ExportConfig)
+def export(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write. Default: in the directory of the model.")
+    ] = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Write MODEL as a GGUF file for llama.cpp."""
+    result = slimgpt.export(model, output, **_given(None, options))
+    line = f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}"
+    _emit({**asdict(result), "output": str(result.output)}, (line,), as_json)
+
+
+@app.command()
+@options_of(BenchConfig)
+def bench(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
+    """Measure how fast MODEL runs in an engine, next to its base."""
+
+    def show(result: slimgpt.BenchResult) -> None:
+        _emit(result, bench_tables(result), as_json)
+
+    with _showing_what_was_measured(show):
+        result = slimgpt.bench(model, **_given(recipe, options))
+    show(result)
+
+
+@app.command()
+@options_of(ReportConfig)
+def report(
+    output: Annotated[Path, typer.Argument(help="Directory of a pruned model.", metavar="OUT")],
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Show what is known of the model in OUT on one page: OUT/report.html."""
+    page = slimgpt.report(output, **_given(None, options))
+    _emit({"page": str(page)}, (f"the report is {page}",), as_json)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(help="YAML file with a grid.", metavar="RECIPE")],
+    output: Annotated[Path, typer.Option(help="Directory for the results.")],
+    small: Annotated[bool, typer.Option("--small", help="Run the small variant.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder that {data} in the recipe stands for.")
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option(help="Keep the pruned models when they are no longer needed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the experiments of RECIPE and make its table or figure."""
+    options: dict[str, Any] = {"small": small, "data_dir": data_dir, "keep_models": keep_models}
+    with _resumable():
+        result = slimgpt.run_recipe(recipe, output, **options)
+    if as_json:
+        _emit(result.report, (), as_json=True)
+    else:
+        _print(result.markdown, f"the results are in {result.output}")
+    if result.errors:
+        raise SlimGPTError(
+            f"{len(result.errors)} of {len(result.report['cells'])} cells failed: "
+            + "; ".join(dict.fromkeys(result.errors)),
+            hint="the same command tries them again; what is finished is not done again",
+        )
+
+
+def main() -> None:
+    """Run the command line; turn errors into one line, a hint and an exit code."""
+    _open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # consoles that cannot show every character
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of dependencies to each other
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    is_main = os.environ.get("RANK", "0") == "0"  # under torchrun, one process reports
+    if not is_main:
+        sys.stdout = io.StringIO()
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
+    log.handlers = [_StderrHandler()]
+    log.propagate = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end jobs with it
+    try:
+        code = _run()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                _give_up(number)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run a command; return its exit code."""
+    try:
+        _check_arguments(sys.argv[1:])
+        return app(standalone_mode=False) or 0
+    except _UsageError as err:
+        return _report_usage(err)
+    except BrokenPipeError:  # who reads has gone
+        return 1
+    except Exception as err:
+        if log.isEnabledFor(logging.DEBUG):
+            stderr.tell(traceback.format_exc())
+        known = err if isinstance(err, SlimGPTError) else resource_error(err)
+        _report(
+            known
+            or SlimGPTError(
+                f"internal error: {type(err).__name__}: {err}",
+                hint="this is a fault of slimgpt; `slimgpt --debug …` shows where",
+            )
+        )
+        return known.exit_code if known else 1
+
+
+def _report(err: SlimGPTError) -> None:
+    stderr.tell(f"error: {err}", style="red")
+    if err.hint:
+        stderr.tell(f"\nhint: {err.hint}")
+
+
+def _report_usage(err: Any) -> int:
+    """Report what is wrong with the command line as all other errors are reported."""
+    command = err.ctx.command_path if err.ctx else "slimgpt"
+    if message := err.format_message():  # none where the help was asked for
+        text = message[0].lower() + message[1:].rstrip(".")
+        _report(ConfigError(_cut(text), hint=f"`{command} --help` explains the options"))
+    return err.exit_code
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Check that all arguments can be names and be written."""
+    for argument in arguments:
+        try:
+            check_text(argument)
+        except ValueError as err:
+            raise ConfigError(
+                f"the argument {_cut(repr(argument))} cannot be used: {err}",
+                hint="give another name to the file; names are UTF-8",
+            ) from None
+
+
+def _open_standard_streams() -> None:
+    """Open closed streams to nowhere, so that no file of ours gets their numbers and their text."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def _give_up(number: int) -> None:
+    """Lead a standard stream that cannot be written to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+@contextmanager
+def _showing_what_was_measured(show: Callable[[Any], None]) -> Iterator[None]:
+    """Before an error, show what was measured until then."""
+    try:
+        yield
+    except BaseException as err:
+        if measured := getattr(err, "measured", None):
+            show(measured)
+        raise
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Answer Ctrl-C with the command that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        arguments = [argument for argument in sys.argv[1:] if argument != "--restart"]
+        launcher = "torchrun … -m slimgpt" if "TORCHELASTIC_RUN_ID" in os.environ else "slimgpt"
+        command = f"{launcher} {shlex.join(arguments)}"
+        stderr.tell(f"interrupted; this goes on with it:\n  {command}")
+        raise typer.Exit(130) from None
+
+
+class _StderrHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        text = f"warning: {record.getMessage()}" if warning else record.getMessage()
+        stderr.tell(text, style="yellow" if warning else None)
+
+
+def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user has set: those of the recipe, then those of the flags."""
+    flags = {name: value for name, value in options.items() if value is not None}
+    values = load_recipe(recipe) if recipe else {}
+    if arguments := values.keys() & {"model", "output", "restart"}:
+        names = ", ".join(sorted(arguments))
+        raise ConfigError(
+            f"the recipe {recipe} sets {names}, which belongs on the command line",
+            hint="a recipe with a grid is for `slimgpt run`",
+        )
+    return values | flags
+
+
+def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
+    if as_json:
+        _print(json.dumps(result, indent=1, default=asdict))
+    else:
+        _print(*renderables)
+
+
+def _print(*renderables: Any) -> None:
+    """Print results.
+
+    Raises
+    ------
+    ResourceError
+        If standard output cannot be written.
+    """
+    try:
+        for renderable in renderables:
+            stdout.print(renderable, soft_wrap=isinstance(renderable, str))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        _give_up(1)
+        raise ResourceError(
+            f"the results cannot be written to standard output: {err.strerror}",
+            hint="what the command has written to files is complete",
+        ) from None

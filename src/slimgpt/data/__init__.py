@@ -1,0 +1,1 @@
+"""Text for calibration, evaluation and training."""

@@ -1,0 +1,112 @@
+"""Examples to train on, with labels."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from slimgpt.data.chats import chat_tokens
+from slimgpt.data.datasets import BLANK_LINE, read_documents
+from slimgpt.data.documents import Document
+from slimgpt.data.tokenization import tokenize
+from slimgpt.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Example = dict[str, list[int]]
+
+IGNORED = -100  # the label of a token that is not trained on, as in PyTorch
+
+
+def training_examples(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    max_examples: int | None = None,
+    text_field: str | None = None,
+) -> list[Example]:
+    """Tokenise examples to train on.
+
+    An instruction becomes one example: the prompt of Alpaca, the answer and, where it fits, an
+    EOS token; the labels are those of the answer. A chat becomes one in the model's template; the
+    labels are those of the assistant's turns. Plain text is joined and cut into windows that do
+    not overlap, every token of which is a label.
+
+    Parameters
+    ----------
+    name : str
+        See `check_dataset`; not ``self``.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    seqlen : int
+        Tokens of a window, and the most of an instruction or chat; what is longer is cut off.
+    max_examples : int, optional
+        Stop after this many.
+    text_field : str, optional
+        Field of the text in local data files; by default ``text``, a chat or an instruction.
+
+    Returns
+    -------
+    list of dict
+        ``input_ids`` and ``labels``, of equal length; the labels are `IGNORED` in what is not to
+        be learned. Examples without a label in their first `seqlen` tokens are left out.
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read or has not one example.
+    """
+    examples: list[Example] = []
+    num_dropped = 0
+    documents = read_documents(name, "calibration", text_field)
+    for example in _examples(documents, tokenizer, seqlen):
+        if example:
+            examples.append(example)
+        else:
+            num_dropped += 1
+        if len(examples) == max_examples:
+            break
+    if num_dropped:
+        log.warning("%d prompts of %s leave no room for an answer: left out", num_dropped, name)
+    if not examples:
+        raise DataError(
+            f"{name} has not one example of {seqlen} tokens",
+            hint="give a longer text or a smaller --seqlen",
+        )
+    return examples
+
+
+def _examples(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int
+) -> Iterator[Example | None]:
+    """Give the examples of documents; None for one without a label."""
+    text: list[int] = []
+    for document in documents:
+        if document.prompt or document.messages:
+            tokens, labels = _tokens_and_labels(document, tokenizer)
+            is_useful = any(label != IGNORED for label in labels[:seqlen])
+            yield {"input_ids": tokens[:seqlen], "labels": labels[:seqlen]} if is_useful else None
+        else:
+            for some in tokenize([document.text, BLANK_LINE], tokenizer):
+                text += some
+                num_whole = len(text) // seqlen * seqlen
+                for start in range(0, num_whole, seqlen):
+                    window = text[start : start + seqlen]
+                    yield {"input_ids": window, "labels": window}
+                text = text[num_whole:]
+
+
+def _tokens_and_labels(
+    document: Document, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    if document.messages:
+        tokens, is_answer = chat_tokens(document.messages, tokenizer, document.where)
+        pairs = zip(tokens, is_answer, strict=True)
+        return tokens, [token if learned else IGNORED for token, learned in pairs]
+    eos_token: Any = tokenizer.eos_token_id
+    tokens = tokenizer(document.prompt + document.text, verbose=False).input_ids
+    if eos_token is not None:
+        tokens.append(eos_token)
+    start = len(tokenizer(document.prompt, verbose=False).input_ids)
+    return tokens, [IGNORED] * start + tokens[start:]

@@ -1,0 +1,177 @@
+"""Tokens for calibration and evaluation."""
+
+import itertools
+import random
+from array import array
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimgpt.data.chats import render
+from slimgpt.data.datasets import BLANK_LINE, HUB_DATASETS, read_documents
+from slimgpt.data.documents import Document
+from slimgpt.data.tokenization import tokenize
+from slimgpt.errors import DataError
+
+MAX_TOKENS = 2**28  # of a text or of all samples: 2 GiB
+
+SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # in memory at once
+
+# Memory to read and tokenise local files or the hub, at most: the texts that are shuffled, at 4
+# bytes a character, a record of the largest size while it is parsed, and a piece in the tokenizer.
+READING_BYTES = 2**29
+
+
+def calibration_tokens(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+    text_field: str | None = None,
+) -> Tensor:
+    """Draw calibration samples.
+
+    Documents are shuffled and joined until there are enough tokens; the text is cut into windows
+    that do not overlap, of which `nsamples` are chosen at random. Chats are in the model's own
+    template. No more than `SHUFFLED_DOCUMENTS` and about `SHUFFLED_CHARACTERS` are shuffled at
+    once. A document beyond `slimgpt.data.documents.LONGEST_DOCUMENT` characters counts as several.
+
+    Parameters
+    ----------
+    name : str
+        See `check_dataset`; not ``self``.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    nsamples, seqlen : int
+        Number of samples and tokens of each.
+    seed : int
+        Seed of both random choices.
+    text_field : str, optional
+        Field of the text in local data files; by default ``text``, or an instruction record.
+
+    Returns
+    -------
+    Tensor
+        int64, (nsamples, seqlen).
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are asked for.
+    """
+    needed = tokens_needed(nsamples, seqlen)
+    documents = read_documents(name, "calibration", text_field)
+    texts = filter(str.strip, (_text(document, tokenizer) for document in documents))
+    tokens = array("q")
+    for text in _shuffled(texts, seed):
+        for some in tokenize([text, BLANK_LINE], tokenizer):
+            tokens.extend(some)
+        if len(tokens) >= needed:
+            break
+    num_windows = len(tokens) // seqlen
+    if num_windows < nsamples:
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, {num_windows} samples of {seqlen}, but "
+            f"{nsamples} samples need {needed} tokens",
+            hint="give a longer text, fewer --nsamples or a smaller --seqlen",
+        )
+    windows = torch.frombuffer(tokens, dtype=torch.int64)[: num_windows * seqlen]
+    windows = windows.view(num_windows, seqlen)
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(num_windows, generator=generator)[:nsamples]]
+
+
+def evaluation_tokens(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    text_field: str | None = None,
+) -> Tensor:
+    """Tokens of an evaluation text: all documents joined and tokenised as one.
+
+    Blank lines join documents, in C4 and PTB spaces. Where the tokenizer adds a BOS token, it
+    stands once, at the start. The text is read and tokenised piece by piece, no further than
+    `max_tokens` (see `slimgpt.data.tokenization.tokenize`). Chats are in the model's own template.
+
+    Parameters
+    ----------
+    name : str
+        See `check_dataset`.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    max_tokens : int, optional
+        Keep this many tokens from the start.
+    text_field : str, optional
+        Field of the text in local data files; by default ``text``, or an instruction record.
+
+    Returns
+    -------
+    Tensor
+        int64, (tokens,).
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read, or has more than `MAX_TOKENS` where all are to be kept.
+    """
+    separator = HUB_DATASETS[name].separator if name in HUB_DATASETS else BLANK_LINE
+    documents = read_documents(name, "evaluation", text_field)
+    tokens = array("q")
+    for some in tokenize(_joined(documents, separator, tokenizer), tokenizer):
+        tokens.extend(some)
+        if max_tokens is not None and len(tokens) >= max_tokens:
+            break
+        if len(tokens) > MAX_TOKENS:
+            raise DataError(f"{name} has more than {MAX_TOKENS} tokens", hint="give --max-tokens")
+    return torch.tensor(tokens[: min(len(tokens), max_tokens or MAX_TOKENS)], dtype=torch.long)
+
+
+def _joined(
+    documents: Iterable[Document], separator: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    for number, document in enumerate(documents):
+        if number and not document.goes_on:
+            yield separator
+        yield _text(document, tokenizer)
+
+
+def tokens_needed(nsamples: int, seqlen: int) -> int:
+    """Number of tokens of so many samples, which is bounded."""
+    if nsamples * seqlen > MAX_TOKENS:
+        raise DataError(
+            f"{nsamples} samples of {seqlen} tokens are {nsamples * seqlen} tokens; at most "
+            f"{MAX_TOKENS} can be used",
+            hint="give fewer --nsamples or a smaller --seqlen",
+        )
+    return nsamples * seqlen
+
+
+def _text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write a document as one text, without a BOS token, which the tokenizer adds."""
+    if not document.messages:
+        return document.prompt + document.text
+    text = render(document.messages, tokenizer, document.where)
+    bos = tokenizer.bos_token
+    adds_bos = bos is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return text.removeprefix(str(bos)) if adds_bos else text
+
+
+def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
+    """Shuffle a stream, a buffer at a time."""
+    generator = random.Random(seed)
+    while batch := list(_buffer(texts)):
+        generator.shuffle(batch)
+        yield from batch
+
+
+def _buffer(texts: Iterator[str]) -> Iterator[str]:
+    """Take as many texts as are shuffled at once."""
+    num_characters = 0
+    for text in itertools.islice(texts, SHUFFLED_DOCUMENTS):
+        yield text
+        num_characters += len(text)
+        if num_characters >= SHUFFLED_CHARACTERS:
+            return

@@ -1,0 +1,99 @@
+"""Calibration samples that the dense model writes itself."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slimgpt.data.samples import tokens_needed
+from slimgpt.errors import DataError, NumericalError
+
+log = logging.getLogger(__name__)
+
+TEXT_LENGTH, TEXTS_AT_ONCE = 128, 128  # tokens of a text that the model writes
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+) -> Tensor:
+    """Let the dense model write its own calibration samples, at temperature 1.
+
+    It writes many short texts at once, which takes hardly more time than one, and they are joined
+    and cut into samples.
+
+    Parameters
+    ----------
+    model, tokenizer
+        The model and its tokenizer, which must name a token to begin with (BOS, else EOS).
+    nsamples, seqlen, seed : int
+        Number of samples, tokens of each, seed.
+
+    Returns
+    -------
+    Tensor
+        int64, (nsamples, seqlen), on the CPU.
+
+    Raises
+    ------
+    DataError
+        If the tokenizer has neither BOS nor EOS, or more than `MAX_TOKENS` are asked for.
+    NumericalError
+        If the model's probabilities are not finite.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise DataError(
+            "the tokenizer has neither BOS nor EOS, so the model cannot start a text",
+            hint="name texts for --calibration, without self",
+        )
+    needed, length = tokens_needed(nsamples, seqlen), min(TEXT_LENGTH, seqlen)
+    prompts = torch.tensor([[first]] * -(-needed // length))
+    generate: Any = model.generate
+    texts = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for prompt in prompts.to(model.device).split(TEXTS_AT_ONCE):
+            log.info("sampling from the model: text %d of %d", len(texts), len(prompts))
+            texts += generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                repetition_penalty=1.0,
+                logits_processor=LogitsProcessorList([_Draw()]),
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+            ).cpu()
+    return torch.cat(texts)[:needed].view(nsamples, seqlen)
+
+
+class _Draw(LogitsProcessor):
+    """Draw the next token, and leave it as the only one.
+
+    One random number a text; sampling in `generate` takes one a token of the vocabulary, which on
+    a CPU costs as much as a small model.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        upto = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        if not upto[:, -1].isfinite().all():
+            raise NumericalError(
+                f"the logits of token {input_ids.shape[-1] + 1} of a text that the model writes "
+                f"are not finite in {str(scores.dtype).removeprefix('torch.')}",
+                hint="give --dtype float32; if that does not help, the weights are broken",
+            )
+        # In (0, 1], so that what has no probability is never the first to reach it.
+        number = upto[:, -1:] * (1 - torch.rand(len(upto), 1, device=upto.device))
+        drawn = torch.searchsorted(upto, number)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0)

@@ -1,0 +1,191 @@
+"""Perplexity and benchmark tasks of a model, beside those of a base model.
+
+Shape suffixes: ``N`` windows, ``T`` tokens of a window, ``C`` hidden size, ``L`` layers.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimgpt.checkpoint.card import keep_results
+from slimgpt.checkpoint.results import PERPLEXITY_FILE, TASKS_FILE
+from slimgpt.config import EvalConfig
+from slimgpt.data.datasets import check_dataset, describe_dataset
+from slimgpt.data.samples import evaluation_tokens
+from slimgpt.errors import DataError, NumericalError
+from slimgpt.evaluation.perplexity import EvalResult, mean_losses, usable_lengths
+from slimgpt.evaluation.tasks import Score, load_tasks, run_tasks
+from slimgpt.models.comparison import check_same_dtype, check_same_vocabulary
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import find_model
+from slimgpt.models.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+# Results that agree in these differ in the model alone.
+TEXT_PROTOCOL = itemgetter("data_sha256", "seqlen", "base", "dtype")
+
+TASK_PROTOCOL = itemgetter("task", "metric", "num_docs", "num_fewshot", "data", "base", "dtype")
+
+
+@dataclass(frozen=True)
+class TaskResult(Score):
+    """Score of the model on a task, and of the base.
+
+    Attributes
+    ----------
+    model, base : str, str or None
+        The models: hub ids, or names of local folders.
+    dtype : str
+        Precision in which they ran.
+    base_value, base_stderr : float or None
+        The base's score and standard error.
+    """
+
+    model: str
+    base: str | None
+    dtype: str
+    base_value: float | None
+    base_stderr: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured: on each text and window length, and in each task."""
+
+    perplexity: tuple[EvalResult, ...]
+    tasks: tuple[TaskResult, ...]
+
+
+def evaluate(model: str, **options: Any) -> Evaluation:
+    """Measure perplexity and run tasks; in a directory of SlimGPT's, also fill the model card.
+
+    Parameters
+    ----------
+    model : str
+        A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``; dense or pruned.
+    **options
+        The fields of `slimgpt.config.EvalConfig`, for example ``data=("pydocs",)``.
+
+    Returns
+    -------
+    Evaluation
+        Perplexity for each text and window length; metrics for each task.
+
+    Raises
+    ------
+    SlimGPTError
+        If an option, a model or the data is wrong, a text is shorter than one window, a package
+        for the tasks is missing, or the outputs of a model are not finite. What ends a measurement,
+        this or another exception, has what was measured before as its attribute ``measured``.
+
+    Examples
+    --------
+    >>> import slimgpt
+    >>> slimgpt.evaluate("slim", data=("pydocs",), seqlen=(512,),
+    ...                  against="smollm2-135m")  # doctest: +SKIP
+    """
+    config = EvalConfig.create(**options)
+    source = find_model(model)
+    base_source = find_model(config.against) if config.against else None
+    for name in config.data:
+        check_dataset(name, "evaluation")
+    tokenizer = load_tokenizer(source)
+    if base_source and config.data:
+        check_same_vocabulary(source, base_source)
+    if base_source and config.dtype == "auto":
+        check_same_dtype([source, base_source])
+    texts = {
+        name: evaluation_tokens(name, tokenizer, config.max_tokens, config.text_field)
+        for name in config.data
+    }
+    for name, tokens in texts.items():
+        if len(tokens) < min(config.seqlen):
+            raise DataError(
+                f"{name} has {len(tokens)} tokens, less than one window of {min(config.seqlen)}",
+                hint="give a longer text, more --max-tokens or a smaller --seqlen",
+            )
+    tasks = load_tasks(config.tasks, config.data_dir, config.num_fewshot) if config.tasks else None
+    live = load_model(source, config.dtype, config.device)
+    base = load_model(base_source, config.dtype, config.device) if base_source else None
+    subjects: dict[str, Any] = {
+        "model": source.title,
+        "base": base_source.title if base_source else None,
+        "dtype": str(live.dtype).removeprefix("torch."),
+    }
+
+    perplexity: list[EvalResult] = []
+    scores: list[TaskResult] = []
+    try:
+        for name, tokens in texts.items():
+            for seqlen in usable_lengths(config.seqlen, [live, base or live], len(tokens)):
+                log.info("evaluating on %s, windows of %d tokens", name, seqlen)
+                perplexity.append(_on_text(live, base, name, tokens, seqlen, subjects))
+                keep_results(source.directory, PERPLEXITY_FILE, perplexity[-1:], TEXT_PROTOCOL)
+        if tasks:
+            size = config.limit, config.batch_size
+            ours = run_tasks(tasks, live, tokenizer, *size)
+            scores = _compared(ours, [None] * len(ours), subjects | {"base": None})
+            if base and base_source:
+                theirs = run_tasks(tasks, base, load_tokenizer(base_source), *size)
+                scores = _compared(ours, theirs, subjects)
+    except BaseException as err:
+        vars(err)["measured"] = Evaluation(tuple(perplexity), tuple(scores))
+        raise
+    finally:
+        keep_results(source.directory, TASKS_FILE, scores, TASK_PROTOCOL)
+    return Evaluation(tuple(perplexity), tuple(scores))
+
+
+def _on_text(
+    model: PreTrainedModel,
+    base: PreTrainedModel | None,
+    name: str,
+    tokens: Tensor,
+    seqlen: int,
+    subjects: dict[str, Any],
+) -> EvalResult:
+    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    losses = mean_losses(model, base, windows)
+    return EvalResult(
+        **subjects,
+        data=describe_dataset(name, "evaluation"),
+        data_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+        seqlen=seqlen,
+        tokens=windows.numel() - len(windows),
+        perplexity=_perplexity(losses.nll),
+        base_perplexity=_perplexity(losses.base_nll) if base else None,
+        kl_divergence=losses.kl_divergence if base else None,
+        layer_errors=losses.layer_errors,
+    )
+
+
+def _perplexity(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        raise NumericalError(
+            f"the perplexity is too large for a number: the mean loss is {nll:.0f} nats per token",
+            hint="the weights are broken: download or write the model again",
+        ) from None
+
+
+def _compared(
+    ours: Sequence[Score], theirs: Sequence[Score | None], subjects: dict[str, Any]
+) -> list[TaskResult]:
+    return [
+        TaskResult(
+            **asdict(score),
+            **subjects,
+            base_value=other.value if other else None,
+            base_stderr=other.stderr if other else None,
+        )
+        for score, other in zip(ours, theirs, strict=True)
+    ]

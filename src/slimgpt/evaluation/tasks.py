@@ -1,0 +1,440 @@
+"""Benchmark tasks of lm-eval on a live model, with their data from the hub or from local files.
+
+Prompts, metrics and standard errors are lm-eval's own; local files only take the place of the
+data set in a task's config.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.config import did_you_mean
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+from slimgpt.evaluation.local_tasks import (
+    FIELDS_HINT,
+    SPLIT_KEYS,
+    check_answers,
+    find_files,
+    local_dataset,
+    tested_split,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that are reported with their mean.
+
+    Attributes
+    ----------
+    metrics : dict
+        Metric of each task, or of each group of tasks, which gets a mean of its own; names are
+        lm-eval's.
+    num_fewshot : int
+        Solved examples in front of a question.
+    weight_by_size : bool
+        Whether a mean is over documents rather than over tasks.
+    """
+
+    metrics: dict[str, str]
+    num_fewshot: int
+    weight_by_size: bool = False
+
+
+SUITES = {
+    # acc_norm (per byte of the answer) wherever lm-eval defines it.
+    "commonsense": Suite(
+        {
+            "boolq": "acc",
+            "piqa": "acc_norm",
+            "hellaswag": "acc_norm",
+            "winogrande": "acc",
+            "arc_easy": "acc_norm",
+            "arc_challenge": "acc_norm",
+            "openbookqa": "acc_norm",
+        },
+        num_fewshot=0,
+    ),
+    "mmlu": Suite(
+        {
+            "mmlu_humanities": "acc",
+            "mmlu_social_sciences": "acc",
+            "mmlu_stem": "acc",
+            "mmlu_other": "acc",
+        },
+        num_fewshot=5,
+        weight_by_size=True,
+    ),
+    "longbench": Suite(
+        {
+            "longbench_single": "score",
+            "longbench_multi": "score",
+            "longbench_summarization": "score",
+            "longbench_fewshot": "score",
+        },
+        num_fewshot=0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task, or a mean over tasks.
+
+    Attributes
+    ----------
+    task, metric : str
+        lm-eval's names, a filter other than ``none`` after a comma; or the name of a mean.
+    value, stderr : float, float or None
+        The metric and its standard error.
+    higher_is_better : bool
+        Whether more of the metric is better.
+    num_docs : int
+        Questions answered.
+    num_fewshot : int
+        Solved examples in front of each.
+    data : str
+        Data set or file, and split; for a mean, over how many tasks it is.
+    lm_eval : str
+        Version of lm-eval, and of the task.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    num_docs: int
+    num_fewshot: int
+    data: str
+    lm_eval: str
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks with their data, ready to be run on any model; from `load_tasks`.
+
+    Attributes
+    ----------
+    tasks : dict
+        lm-eval's task objects, by name.
+    data : dict
+        Where the data of each is from.
+    means : dict
+        The means to report, as suites of single tasks; there may be no data for some of these.
+    """
+
+    tasks: dict[str, Any]
+    data: dict[str, str]
+    means: dict[str, Suite]
+
+
+class _Chosen(NamedTuple):
+    """lm-eval's configs of tasks and their local files, by name; the means to report."""
+
+    configs: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Path]]
+    means: dict[str, Suite]
+
+
+def check_tasks(
+    names: Sequence[str], data_dir: Path | None = None, num_fewshot: int | None = None
+) -> None:
+    """Check what can be checked before `load_tasks`, and raise what that raises."""
+    _choose(names, data_dir, num_fewshot)
+
+
+def load_tasks(
+    names: Sequence[str], data_dir: Path | None = None, num_fewshot: int | None = None
+) -> TaskSet:
+    """Load tasks and their data.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Keys of `SUITES`, or tasks, groups and tags of lm-eval.
+    data_dir : Path, optional
+        Folder with the data (see `find_split`); by default it comes from the hub. Tasks of a
+        suite or group that have no file there are left out, with a warning.
+    num_fewshot : int, optional
+        Solved examples in front of a question; by default the suite's or the task's number.
+
+    Raises
+    ------
+    MissingDependencyError
+        If lm-eval, or a package that a task needs, is not installed.
+    ConfigError
+        If lm-eval has no such task, the folder does not exist, or a task runs code of the hub or of
+        the model.
+    DataError
+        If the data of a task cannot be had, or a local file has a question without an answer.
+    """
+    configs, files, means = _choose(names, data_dir, num_fewshot)
+    tasks, data = {}, {}
+    for task, config in configs.items():
+        local = files.get(task, {})
+        tasks[task] = _load_task(task, config, local, _manager())
+        split = tested_split(config)
+        data[task] = local[split].name if local else f"{config.get('dataset_path')}, {split}"
+    return TaskSet(tasks, data, means)
+
+
+def run_tasks(
+    found: TaskSet,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> list[Score]:
+    """Run tasks on a model.
+
+    Parameters
+    ----------
+    found : TaskSet
+        From `load_tasks`.
+    model, tokenizer
+        A causal language model, dense or pruned, and its tokenizer.
+    limit : int, optional
+        Only the first documents of each task.
+    batch_size : int
+        Requests in one forward pass; changes the time, not the scores.
+    """
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+
+    log.info("running %s", ", ".join(found.tasks))
+    make_lm: Any = huggingface.HFLM  # its decorators hide its signature
+    simple_evaluate: Any = evaluator.simple_evaluate
+    lm = make_lm(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    # The commit that lm-eval looks up is that of the current folder.
+    no_commit = _replaced(evaluator, "get_git_commit_hash", lambda: None)
+    with _no_code_from_the_hub(), no_commit, _counting_truncations() as truncations:
+        results = simple_evaluate(
+            lm,
+            tasks=list(found.tasks.values()),
+            task_manager=_manager(),
+            limit=limit,
+            log_samples=False,
+        )
+    if truncations:
+        log.warning(
+            "at least %d prompts did not fit into the model's %d tokens and lost their beginning, "
+            "solved examples first",
+            len(truncations),
+            lm.max_length,
+        )
+    scores = []
+    for task in found.tasks:
+        values = results["results"][task]
+        wanted = {mean.metrics[task] for mean in found.means.values() if task in mean.metrics}
+        for key, value in values.items():
+            metric, comma, filter_ = key.partition(",")
+            if not comma or metric.endswith("_stderr") or (wanted and metric not in wanted):
+                continue
+            stderr = values[f"{metric}_stderr,{filter_}"]
+            scores.append(
+                Score(
+                    task=task,
+                    metric=metric if filter_ == "none" else key,
+                    value=float(value),
+                    stderr=None if stderr == "N/A" else float(stderr),
+                    higher_is_better=results["higher_is_better"][task].get(metric, True),
+                    num_docs=values["sample_len"],
+                    num_fewshot=results["n-shot"][task],
+                    data=found.data[task],
+                    lm_eval=f"{version('lm-eval')}, task version {results['versions'][task]}",
+                )
+            )
+    means = (_average(name, mean, scores) for name, mean in found.means.items())
+    return [*scores, *(mean for mean in means if mean)]
+
+
+@cache
+def _manager() -> Any:
+    """The index of lm-eval's tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Have a module use something else for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _no_code_from_the_hub() -> AbstractContextManager[None]:
+    """Refuse the metrics that the package evaluate would download as scripts and run."""
+    import evaluate
+
+    def refuse(path: str, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(
+            f"the metric {path!r} is code from the hub, which is not run",
+            hint="leave out the task that needs it",
+        )
+
+    return _replaced(evaluate, "load", refuse)
+
+
+@contextmanager
+def _counting_truncations() -> Iterator[list[str]]:
+    """Collect lm-eval's messages about prompts that are longer than the context."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "truncat" in record.getMessage().lower():
+                messages.append(record.getMessage())
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level, logger.propagate
+    collector = Collector()
+    logger.addHandler(collector)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
+        logger.level, logger.propagate = before
+
+
+def _choose(names: Sequence[str], data_dir: Path | None, num_fewshot: int | None) -> _Chosen:
+    if find_spec("lm_eval") is None:
+        raise MissingDependencyError("lm-eval", "--tasks", "pip install 'slimgpt[eval]'")
+    if data_dir and not data_dir.is_dir():
+        raise ConfigError(
+            f"the data directory {data_dir} does not exist", hint="correct --data-dir"
+        )
+    manager = _manager()
+    means: dict[str, Suite] = {}
+    shots: dict[str, int | None] = {}
+    for name in names:
+        suite = SUITES.get(name)
+        if suite:
+            means |= _means(name, suite, manager)
+            shots |= dict.fromkeys(means[name].metrics, suite.num_fewshot)
+        else:
+            for task in _expand(name, manager):
+                shots.setdefault(task, None)
+    if num_fewshot is not None:
+        shots = dict.fromkeys(shots, num_fewshot)
+    configs = {
+        task: (manager.task_index[task].cfg or {})
+        | ({} if number is None else {"num_fewshot": number})
+        for task, number in shots.items()
+    }
+    files: dict[str, dict[str, Path]] = {}
+    if data_dir:
+        files = find_files(configs, data_dir, required=set(names))
+        configs = {task: configs[task] for task in files}
+    return _Chosen(configs, files, means)
+
+
+def _expand(name: str, manager: Any) -> list[str]:
+    """The single tasks of a task, group or tag of lm-eval."""
+    if name not in manager.task_index:
+        raise ConfigError(
+            f"lm-eval has no task {name!r}",
+            hint=f"{did_you_mean(name, list(SUITES))}, or any task that `lm-eval ls tasks` lists",
+        )
+    entry = manager.task_index[name]
+    if name in manager.all_groups:
+        members = entry.cfg["task"]
+        if not all(isinstance(member, str) for member in members):
+            raise ConfigError(
+                f"the group {name!r} changes the tasks in it", hint="name its tasks one by one"
+            )
+    elif name in manager.all_tags:
+        members = sorted(entry.tags)
+    else:
+        return [name]
+    return [task for member in members for task in _expand(member, manager)]
+
+
+def _means(name: str, suite: Suite, manager: Any) -> dict[str, Suite]:
+    """The means of a suite in terms of single tasks: of each of its groups, and of all."""
+    means, all_metrics = {}, {}
+    for member, metric in suite.metrics.items():
+        metrics = dict.fromkeys(_expand(member, manager), metric)
+        all_metrics |= metrics
+        if list(metrics) != [member]:
+            means[member] = replace(suite, metrics=metrics)
+    return means | {name: replace(suite, metrics=all_metrics)}
+
+
+def _average(name: str, mean: Suite, scores: list[Score]) -> Score | None:
+    from lm_eval.api import metrics
+
+    members = [score for score in scores if mean.metrics.get(score.task) == score.metric]
+    if not members:
+        return None
+    values = [score.value for score in members]
+    sizes = [score.num_docs for score in members]
+    stderrs = [score.stderr for score in members if score.stderr is not None]
+    stderr = None
+    if len(stderrs) == len(members):
+        stderr = float(
+            metrics.pooled_sample_stderr(stderrs, sizes)
+            if mean.weight_by_size
+            else metrics.unweighted_mean_stderr(stderrs)
+        )
+    return Score(
+        task=name,
+        metric="mean",
+        value=metrics.aggregate_subtask_metrics(values, sizes, mean.weight_by_size),
+        stderr=stderr,
+        higher_is_better=members[0].higher_is_better,
+        num_docs=sum(sizes),
+        num_fewshot=members[0].num_fewshot,
+        data=f"{len(members)} of {len(mean.metrics)} tasks",
+        lm_eval=members[0].lm_eval.rpartition(",")[0],
+    )
+
+
+def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manager: Any) -> Any:
+    if config.get("unsafe_code"):
+        raise ConfigError(
+            f"the task {task!r} runs what the model writes, which is not done",
+            hint="run it with lm-eval itself, in a sandbox",
+        )
+    changes = {"num_fewshot": config["num_fewshot"]} if "num_fewshot" in config else {}
+    try:
+        if files:
+            dataset = local_dataset(files, config["dataset_path"])
+            splits = {key: config.get(key) for key in SPLIT_KEYS}
+            changes |= {key: split if split in files else None for key, split in splits.items()}
+            changes["custom_dataset"] = lambda **_: dataset
+        with _no_code_from_the_hub():
+            found = manager.load([{"group": task, "task": [{"task": task, **changes}]}])
+        loaded = found["tasks"][task]
+        if files:
+            check_answers(loaded, files[tested_split(config)])
+        return loaded
+    except (ConfigError, DataError):
+        raise
+    except ImportError as err:  # the extras of lm-eval are named after its tasks
+        package = f"lm-eval[{task.partition('_')[0]}]"
+        raise MissingDependencyError(
+            package, f"the task {task!r}", f"pip install '{package}'"
+        ) from err
+    except Exception as err:  # whatever went wrong on the way, there is no data
+        source = ", ".join(map(str, files.values())) or f"the hub ({config.get('dataset_path')})"
+        raise DataError(
+            f"cannot load the task {task} from {source}: {' '.join(str(err).split())[:200]}",
+            hint=FIELDS_HINT,
+        ) from err

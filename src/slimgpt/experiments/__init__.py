@@ -1,0 +1,1 @@
+"""Recipes: tables of many runs."""

@@ -1,0 +1,1 @@
+"""Convert a model for other engines."""

@@ -1,0 +1,209 @@
+"""The tokenizer part of a GGUF file: llama.cpp must turn a prompt into the same ids."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
+from gguf.constants import Keys
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
+from slimgpt.errors import ExportError, MissingDependencyError
+from slimgpt.models.gguf_reading import open_gguf
+from slimgpt.models.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
+from slimgpt.models.source import SMOLLM2_ALIAS, Source, embedded_model, find_file
+from slimgpt.models.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) -> None:
+    """Add the tokenizer of a checkpoint to a GGUF file.
+
+    If the model is a GGUF file, or was made from the embedded one, and the tokens are the same,
+    that file's own entries are copied; otherwise they are made from the checkpoint's tokenizer.
+
+    Parameters
+    ----------
+    writer : GGUFWriter
+        Before its header is written.
+    source : Source
+        The checkpoint.
+    config : PreTrainedConfig
+        Its config: the vocabulary is filled up to ``vocab_size``.
+
+    Raises
+    ------
+    ExportError
+        If llama.cpp has no such tokenizer.
+    """
+    tokenizer = load_tokenizer(source)
+    original = _original_gguf(source)
+    fields = open_gguf(original).fields if original else {}
+    tokens = fields[Keys.Tokenizer.LIST].contents() if fields else []
+    if tokens and tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokens)))):
+        log.info("the tokenizer is copied from %s", original)
+        _copy(writer, fields)
+    else:
+        log.info("the tokenizer is made from that of %s", source.name)
+        _convert(writer, tokenizer, config)
+    # Always stated, because what llama.cpp does without depends on the pre-tokenizer.
+    adds_bos, adds_eos = _surroundings(tokenizer)
+    writer.add_add_bos_token(adds_bos)
+    writer.add_add_eos_token(adds_eos)
+
+
+def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
+    for name, field in fields.items():
+        if name.startswith("tokenizer.") and name not in (
+            Keys.Tokenizer.ADD_BOS,
+            Keys.Tokenizer.ADD_EOS,
+        ):
+            kind, *inner = field.types
+            sub_type = inner[-1] if kind == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type)
+
+
+def _original_gguf(source: Source) -> Path | None:
+    """The GGUF file that a checkpoint is; the embedded one if it was made from that."""
+    if not source.gguf_file:
+        report = find_file(source, REPORT_FILE)
+        if report is None:
+            return None
+        if read_report(report, PruningReport)["base_model"] != SMOLLM2_ALIAS:
+            return None
+        try:
+            source = embedded_model()
+        except MissingDependencyError:
+            return None
+    return Path(source.location) / str(source.gguf_file)
+
+
+def _convert(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> None:
+    backend: Any = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    if model["type"] != "BPE":
+        raise ExportError(
+            f"llama.cpp's BPE cannot compute a {model['type']} tokenizer",
+            hint="tokenizers that can be written are byte-level BPE and SentencePiece BPE",
+        )
+    is_byte_level = not model["byte_fallback"]
+    _check_normalizer(state["normalizer"], is_byte_level)
+    tokens, types = _tokens(state, config.vocab_size)
+    writer.add_tokenizer_model("gpt2" if is_byte_level else "llama")
+    if is_byte_level:
+        name = pre_tokenizer_name(backend)
+        if name is None:
+            raise ExportError(
+                "llama.cpp has no known name for the way in which this tokenizer splits text: "
+                f"{state['pre_tokenizer']}",
+                hint=f"names that are known: {', '.join(PRE_TOKENIZERS)}",
+            )
+        writer.add_tokenizer_pre(name)
+    else:
+        scores = _sentencepiece_scores(state)
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        writer.add_add_space_prefix(_adds_space(state))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        config.save_pretrained(directory)
+        special = SpecialVocab(directory, load_merges=is_byte_level, n_vocab=config.vocab_size)
+    special.add_special_token = {}
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _check_normalizer(normalizer: dict[str, Any] | None, is_byte_level: bool) -> None:
+    """Refuse changes to the text before it is split, but for those that llama.cpp makes too."""
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    kinds = {step["type"] for step in steps}
+    known = {"NFC"} if is_byte_level else {"Prepend", "Replace"}
+    if kinds - known:
+        raise ExportError(
+            f"this tokenizer changes text in a way that llama.cpp does not: {normalizer}",
+            hint=f"normalizers that can be written: none, {', '.join(sorted(known))}",
+        )
+    if "NFC" in kinds:
+        log.warning("llama.cpp does not normalise Unicode (NFC) as this tokenizer does")
+
+
+def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Whether BOS is put before a prompt, and EOS after it."""
+    ids = tokenizer("a", add_special_tokens=False).input_ids
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    for before, after in product((False, True), repeat=2):
+        if tokenizer("a").input_ids == bos * before + ids + eos * after:
+            return before, after
+    raise ExportError(
+        "this tokenizer puts tokens other than BOS and EOS around a prompt",
+        hint="remove them from the post_processor in its tokenizer.json",
+    )
+
+
+def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
+    """Texts and types of all ids; ids without a token are filled up."""
+    texts = {index: text for text, index in state["model"]["vocab"].items()}
+    types = dict.fromkeys(texts, TokenType.NORMAL)
+    if state["model"]["byte_fallback"]:
+        unknown = state["model"]["unk_token"]
+        for index, text in texts.items():
+            if text == unknown:
+                types[index] = TokenType.UNKNOWN
+            elif len(text) == 6 and text.startswith("<0x"):
+                types[index] = TokenType.BYTE
+    for added in state["added_tokens"]:
+        index = added["id"]
+        texts[index] = added["content"]
+        if types.get(index) != TokenType.UNKNOWN:
+            types[index] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if max(texts) >= vocab_size:
+        raise ExportError(
+            f"the tokenizer has ids up to {max(texts)}, but the model only {vocab_size} embeddings",
+            hint="remove the tokens that were added from tokenizer.json, or add embeddings for "
+            "them: model.resize_token_embeddings(...)",
+        )
+    ids = range(vocab_size)
+    return (
+        [texts.get(index, f"[PAD{index}]") for index in ids],
+        [types.get(index, TokenType.UNUSED) for index in ids],
+    )
+
+
+def _sentencepiece_scores(state: dict[str, Any]) -> dict[str, float]:
+    """Scores that make llama.cpp merge in the order of the merges.
+
+    llama.cpp merges any two neighbours that make a known piece, best score first. That is the
+    same as merging by rank if every way to make a piece is among the merges, and they are grouped
+    by piece, as they are when they come from a SentencePiece model.
+    """
+    vocab = state["model"]["vocab"].keys() - {token["content"] for token in state["added_tokens"]}
+    merges = [tuple(merge) for merge in state["model"]["merges"]]
+    pieces = [piece for piece, _ in groupby(left + right for left, right in merges)]
+    ways = sum(
+        piece[:cut] in vocab and piece[cut:] in vocab
+        for piece in vocab
+        for cut in range(1, len(piece))
+    )
+    if len(set(pieces)) != len(pieces) or ways != len(set(merges)):
+        raise ExportError(
+            "this tokenizer merges characters in a way that llama.cpp does not: "
+            f"{len(merges)} merges for {ways} ways to make a piece from two others",
+            hint="export a model with the tokenizer that its SentencePiece model gave",
+        )
+    return {piece: -float(rank) for rank, piece in enumerate(pieces)}
+
+
+def _adds_space(state: dict[str, Any]) -> bool:
+    """Whether a space is put before the text, by the normalizer or the pre-tokenizer."""
+    text = json.dumps([state["normalizer"], state["pre_tokenizer"]])
+    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"always"' in text

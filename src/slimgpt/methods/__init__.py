@@ -1,0 +1,1 @@
+"""What decides which units go; one file for each method."""

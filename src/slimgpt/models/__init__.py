@@ -1,0 +1,1 @@
+"""Find, check and load checkpoints, and where their prunable tensors are."""

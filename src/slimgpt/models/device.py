@@ -1,0 +1,73 @@
+"""The device a model runs on, and the precision of its products there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimgpt.errors import ConfigError
+
+BFLOAT16_PRODUCTS = ("amx_bf16", "avx512_bf16", "bf16")  # by their names on x86 and ARM
+
+
+def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a model of this type is run in: bfloat16 for float32 where the CPU has such products.
+
+    Statistics and solver have more precision. (torch 2.6 cannot tell what the CPU has.)
+    """
+    has = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+    is_slow = device.type == "cpu" and dtype == torch.float32
+    return torch.bfloat16 if is_slow and any(map(has.get, BFLOAT16_PRODUCTS)) else dtype
+
+
+def fast_products(weight: Tensor) -> torch.autocast:
+    """Compute the products with a weight in its `fast_dtype`."""
+    dtype = fast_dtype(weight.device, weight.dtype)
+    return torch.autocast(weight.device.type, dtype, enabled=dtype != weight.dtype)
+
+
+@contextmanager
+def products_of(batch: Tensor) -> Iterator[None]:
+    """For products in float32 of the numbers in a batch, on a CPU.
+
+    Units for bfloat16 multiply such numbers without loss, since they have 8 bits, and sum up in
+    float32. (torch before 2.9 cannot be told to use them.)
+    """
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or batch.dtype != torch.bfloat16:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def find_device(name: str) -> torch.device:
+    """Turn the option ``device`` into a device.
+
+    Raises
+    ------
+    ConfigError
+        If this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise ConfigError(
+            f"there is no device {name!r}: {err}", hint="use --device auto or --device cpu"
+        ) from None
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    number = available.get(device.type, 1)
+    if (device.index or 0) >= number:
+        raise ConfigError(
+            f"device {name!r} is not available: {number} {device.type.upper()} devices were found",
+            hint="use --device auto or --device cpu",
+        )
+    return device

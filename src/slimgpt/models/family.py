@@ -1,0 +1,229 @@
+"""Where the prunable tensors of each model family are.
+
+A family is one JSON file in the folder ``families``; a new family needs no code. Both sublayers of
+a block, attention and FFN, have one form: a norm, a module whose input projections make the
+columns of one output projection, and units (key/value groups, channels) that own equal shares of
+the rows of the former and of the columns of the latter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from slimgpt.allocation.shapes import BlockShape
+from slimgpt.errors import UnsupportedModelError
+
+PRUNED_PREFIX = "slimgpt_"
+
+
+class SublayerSpec(BaseModel):
+    """Names inside a block.
+
+    Attributes
+    ----------
+    norm, module : str
+        The norm before the sublayer, and the sublayer.
+    inputs, output : tuple of str, str
+        Linear layers of the module: those that lose rows, and the one that loses columns.
+    widths : tuple of str
+        Config keys that scale with the units; the first is the number of units itself.
+    bias : str
+        Config key, in some of the model types, that gives these linear layers biases.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    norm: str
+    module: str
+    inputs: tuple[str, ...]
+    output: str
+    widths: tuple[str, ...]
+    bias: str
+
+
+class Family(BaseModel):
+    """One JSON file: which models it describes, and where their blocks and sublayers are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_types: tuple[str, ...]
+    decoder: str
+    blocks: str
+    attention: SublayerSpec
+    ffn: SublayerSpec
+
+    @property
+    def linears(self) -> list[str]:
+        """Names of the linear layers of both sublayers."""
+        return [n for spec in (self.attention, self.ffn) for n in (*spec.inputs, spec.output)]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A sublayer of a live model.
+
+    Attributes
+    ----------
+    kind : str
+        ``attention`` or ``ffn``.
+    spec : SublayerSpec
+        Its names.
+    norm, module : nn.Module
+        The norm before it, and the sublayer itself.
+    """
+
+    kind: str
+    spec: SublayerSpec
+    norm: nn.Module
+    module: nn.Module
+    num_units: int
+
+    @property
+    def output(self) -> nn.Linear:
+        """The projection whose columns are solved for."""
+        return _linear(self.module, self.spec.output)
+
+    @property
+    def inputs(self) -> dict[str, nn.Linear]:
+        """The projections that lose the matching rows, by name."""
+        return {name: _linear(self.module, name) for name in self.spec.inputs}
+
+    @property
+    def unit_size(self) -> int:
+        """Columns of the output projection that one unit owns."""
+        return self.output.in_features // self.num_units
+
+    @property
+    def unit_params(self) -> int:
+        """Parameters that go with one unit."""
+        tensors = [self.output.weight, *(p for m in self.inputs.values() for p in m.parameters())]
+        return sum(tensor.numel() for tensor in tensors) // self.num_units
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer of a live model, bound to its family.
+
+    Attributes
+    ----------
+    index, name : int, str
+        Its place, and its name in the model.
+    module : nn.Module
+        The layer.
+    attention, ffn : Sublayer
+        Its two halves.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    attention: Sublayer
+    ffn: Sublayer
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        """Attention and FFN, in the order of computation."""
+        return self.attention, self.ffn
+
+    def output_name(self, sublayer: Sublayer) -> str:
+        """Name in the model of the output projection of one of them."""
+        return self.linear_name(sublayer, sublayer.spec.output)
+
+    def linear_name(self, sublayer: Sublayer, name: str) -> str:
+        """Name in the model of a linear layer of one of its sublayers."""
+        return f"{self.name}.{sublayer.spec.module}.{name}"
+
+    @property
+    def shape(self) -> BlockShape:
+        """What can be removed from the block."""
+        return BlockShape(
+            self.attention.num_units,
+            self.attention.unit_params,
+            self.ffn.num_units,
+            self.ffn.unit_params,
+        )
+
+
+@cache
+def load_families() -> dict[str, Family]:
+    """Every family, by model type."""
+    texts = (
+        path.read_text(encoding="utf-8")
+        for path in files("slimgpt.models").joinpath("families").iterdir()
+        if path.name.endswith(".json")
+    )
+    found = [Family.model_validate_json(text) for text in texts]
+    return {model_type: family for family in found for model_type in family.model_types}
+
+
+def family_of(model_type: str) -> Family:
+    """Find the family of a model type; a pruned model is of the family of its original.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If no family has this model type; lists those that are supported.
+    """
+    families = load_families()
+    family = families.get(model_type.removeprefix(PRUNED_PREFIX))
+    if family is None:
+        raise UnsupportedModelError(
+            f"models of type {model_type!r} are not supported",
+            hint=f"supported model types: {', '.join(sorted(families))}",
+        )
+    return family
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The stack of blocks of a causal language model, without its head."""
+    return model.get_submodule(family_of(model.config.model_type).decoder)
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """The blocks of a causal language model."""
+    blocks = decoder_of(model).get_submodule(family_of(model.config.model_type).blocks)
+    return cast(nn.ModuleList, blocks)
+
+
+def bind(model: Any) -> Iterator[Block]:
+    """Bind each block of a causal language model to its family, first to last.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model with its ``config``; pruned or not.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's type belongs to no family.
+    """
+    family = family_of(model.config.model_type)
+    layers = zip(blocks_of(model), model.config.per_layer_config, strict=True)
+    for index, (module, config) in enumerate(layers):
+        attention, ffn = (
+            Sublayer(
+                kind=kind,
+                spec=spec,
+                norm=module.get_submodule(spec.norm),
+                module=module.get_submodule(spec.module),
+                num_units=getattr(config, spec.widths[0]),
+            )
+            for kind, spec in (("attention", family.attention), ("ffn", family.ffn))
+        )
+        yield Block(index, f"{family.decoder}.{family.blocks}.{index}", module, attention, ffn)
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    found = module.get_submodule(name)
+    if not isinstance(found, nn.Linear):
+        raise UnsupportedModelError(
+            f"{name} is a {type(found).__name__}, but only plain linear layers can be pruned",
+            hint="prune first, quantise or add adapters afterwards",
+        )
+    return found

@@ -1,0 +1,290 @@
+"""What a GGUF file holds: checked before a model is built, and what transformers' loader drops.
+
+The loader takes a file's counts as they are, and ignores scaled rotary frequencies, biases that
+the model type does not always have, and every tensor that it has no name for.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from slimgpt.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Scalings of the rotary frequencies that do not depend on the length of the text.
+STATIC_ROPE = ("linear", "llama3")
+
+# What gguf raises for a file that is cut off, damaged or no GGUF file.
+_READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError)
+
+_BROKEN = "the file is damaged or is no GGUF file: download or write it again"
+
+_LINEARS = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
+
+_WEIGHTS = rf"(?:token_embd|output_norm|output|blk\.\d+\.(?:attn_norm|ffn_norm|{_LINEARS}))\.weight"
+
+# Tensors of the graphs whose models transformers can build, beside those that all have.
+_TENSORS = {
+    "llama": rf"{_WEIGHTS}|rope_freqs\.weight|blk\.\d+\.(?:{_LINEARS})\.bias",
+    "qwen2": rf"{_WEIGHTS}|blk\.\d+\.attn_[qkv]\.bias",
+    "qwen3": rf"{_WEIGHTS}|blk\.\d+\.attn_[qk]_norm\.weight",
+}
+
+
+@dataclass(frozen=True)
+class GGUFContent:
+    """Metadata and tensors of a GGUF file.
+
+    Attributes
+    ----------
+    file : Path
+        The file.
+    values : dict
+        Metadata with one value; for an array its length.
+    shapes : dict
+        For each tensor its shape, the fastest dimension first as GGUF has it.
+    rope_factors : tuple of float
+        What the rotary frequencies are divided by; empty where the file does not say.
+    """
+
+    file: Path
+    values: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    rope_factors: tuple[float, ...]
+
+    @property
+    def arch(self) -> str:
+        """llama.cpp's name of the graph."""
+        return str(self.values.get("general.architecture"))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of this graph, e.g. ``block_count``."""
+        return self.values.get(f"{self.arch}.{key}", default)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the tokenizer has."""
+        return self.values.get("tokenizer.ggml.tokens", 0)
+
+
+def open_gguf(file: Path) -> "GGUFReader":
+    """Open a GGUF file.
+
+    Raises
+    ------
+    ConfigError
+        If it is damaged, or no GGUF file.
+    """
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file)
+    except _READ_ERRORS as err:
+        raise _broken(file, err) from None
+
+
+def read_gguf(file: Path) -> GGUFContent:
+    """Read metadata and names of tensors of a GGUF file, and hold them against one another.
+
+    Raises
+    ------
+    ConfigError
+        If the file is damaged, or no GGUF file.
+    UnsupportedModelError
+        If its numbers are not those of its tensors, or it has tensors of no known use.
+    """
+    stat = file.stat()
+    return _read(file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=16)
+def _read(file: Path, *_: int) -> GGUFContent:
+    """Read a file; what else is given tells one state of it from another."""
+    from gguf import GGUFValueType
+
+    reader = open_gguf(file)
+    try:
+        values = {
+            name: len(field.data) if field.types[0] == GGUFValueType.ARRAY else field.contents()
+            for name, field in reader.fields.items()
+        }
+        shapes = {t.name: tuple(int(size) for size in t.shape) for t in reader.tensors}
+        factors = [t.data.ravel().tolist() for t in reader.tensors if t.name == ROPE_FACTORS]
+    except _READ_ERRORS as err:
+        raise _broken(file, err) from None
+    content = GGUFContent(file, values, shapes, tuple(factors[0]) if factors else ())
+    if content.arch in _TENSORS:
+        _check_names(content)
+        _check_numbers(content)
+    if content.arch == "llama":
+        _check_biases(content)
+    return content
+
+
+def _broken(file: Path, err: Exception) -> ConfigError:
+    # gguf indexes beyond the end of a file that is cut off.
+    reason = "it is cut off" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
+    return ConfigError(f"cannot load {file}: {reason}", hint=_BROKEN)
+
+
+def _check_names(content: GGUFContent) -> None:
+    unknown = [n for n in content.shapes if not re.fullmatch(_TENSORS[content.arch], n)]
+    if unknown:
+        raise UnsupportedModelError(
+            f"{content.file.name} has {len(unknown)} tensors that models of type "
+            f"{content.arch!r} do not have, first {unknown[0]}",
+            hint="the model would be computed without them: use the checkpoint that the file was "
+            "made from",
+        )
+
+
+def _check_biases(content: GGUFContent) -> None:
+    """Refuse a model of LLaMA's graph with biases in some of the projections of a sublayer."""
+    found = {name.split(".")[2] for name in content.shapes if name.endswith(".bias")}
+    for prefix in ("attn", "ffn"):
+        wanted = {name for name in _LINEARS.split("|") if name.startswith(prefix)}
+        if 0 < len(found & wanted) < len(wanted):
+            raise UnsupportedModelError(
+                f"{content.file.name} has biases of {', '.join(sorted(found & wanted))} alone, "
+                f"where models of type {content.arch!r} have those of {prefix} all or none",
+                hint="use the checkpoint that the file was made from",
+            )
+
+
+def _check_numbers(content: GGUFContent) -> None:
+    """Compare what the metadata says with the tensors, whose sizes the file's own size bounds."""
+    shapes = content.shapes
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+    width, rows = _shape(content, "token_embd.weight")
+    queries, keys, channels = (
+        _shape(content, f"blk.0.{name}.weight")[1] for name in ("attn_q", "attn_k", "ffn_up")
+    )
+    heads, kv_heads = content.get("attention.head_count"), content.get("attention.head_count_kv")
+    _check_number(content, "block_count", len(blocks), "blocks")
+    _check_number(content, "embedding_length", width, "columns of token_embd.weight")
+    _check_number(content, "feed_forward_length", channels, "rows of blk.0.ffn_up.weight")
+    if content.get("vocab_size", content.num_tokens) != rows or content.num_tokens > rows:
+        stated = content.get("vocab_size", "not given")
+        found = f"{content.num_tokens} tokens and {rows} rows of token_embd.weight"
+        raise _mismatch(content, "vocab_size", stated, found)
+    for name, count, size in (("head_count", heads, queries), ("head_count_kv", kv_heads, keys)):
+        if not isinstance(count, int) or count < 1 or size % count:
+            raise _mismatch(content, f"attention.{name}", count, f"{size} rows of its projection")
+
+
+def _shape(content: GGUFContent, name: str) -> tuple[int, int]:
+    shape = content.shapes.get(name, ())
+    if len(shape) != 2:
+        raise UnsupportedModelError(
+            f"{content.file.name} has no matrix {name}",
+            hint="the file is incomplete, or the vocabulary alone: download or write it again",
+        )
+    return shape
+
+
+def _check_number(content: GGUFContent, key: str, found: int, what: str) -> None:
+    if content.get(key) != found:
+        raise _mismatch(content, key, content.get(key), f"{found} {what}")
+
+
+def _mismatch(content: GGUFContent, key: str, stated: Any, found: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{content.file.name}: its metadata says {key} {stated}, but it has {found}", hint=_BROKEN
+    )
+
+
+def complete_config(config: PreTrainedConfig, content: GGUFContent) -> None:
+    """Add to a config what transformers does not read from a GGUF file.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        As transformers reads it; is changed.
+    content : GGUFContent
+        Of the same file.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the file scales its rotary frequencies in a way that transformers cannot compute.
+    """
+    biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+    for key, name in biases.items():
+        if hasattr(config, key):
+            setattr(config, key, name in content.shapes)
+    if hasattr(config, "head_dim") and content.get("attention.key_length"):
+        config.head_dim = content.get("attention.key_length")
+    config.rope_parameters = _rope_parameters(config, content)
+
+
+def rope_factors(config: PreTrainedConfig) -> Tensor:
+    """What llama.cpp must divide the plain rotary frequencies by to have those of a config.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of a model with one of the scalings `STATIC_ROPE`.
+
+    Returns
+    -------
+    Tensor
+        One factor for each pair of dimensions of a head, float32.
+    """
+    scaled, _ = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, device="cpu")
+    exponents = torch.arange(len(scaled)) / len(scaled)
+    return config.rope_parameters["rope_theta"] ** -exponents / scaled
+
+
+def _rope_parameters(config: PreTrainedConfig, content: GGUFContent) -> dict[str, Any]:
+    """The rotary embeddings of a file as transformers has them."""
+    plain = {"rope_type": "default", "rope_theta": content.get("rope.freq_base", 10000.0)}
+    kind = content.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise _unknown_rope(content, f"of the type {kind!r}")
+    scale = content.get("rope.scaling.factor", content.get("rope.scale_linear", 0.0))
+    scale = scale if scale and kind == "linear" else 1.0
+    factors = torch.tensor(content.rope_factors or (1.0,)) * scale
+    if not (factors.isfinite() & (factors > 0)).all():
+        raise _unknown_rope(content, "by factors that are not positive")
+    largest = float(f"{factors.max().item():.6g}")
+    if _is_close(factors, torch.full_like(factors, largest)):
+        return plain if largest == 1 else plain | {"rope_type": "linear", "factor": largest}
+    for exponent in range(4, 21):
+        # Those of LLaMA 3, whose file does not say how long the texts of the first training were.
+        candidate = plain | {
+            "rope_type": "llama3",
+            "factor": largest,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 2**exponent,
+        }
+        config.rope_parameters = candidate
+        if _is_close(factors, rope_factors(config)):
+            return candidate
+    raise _unknown_rope(
+        content, f"by {len(factors)} factors of {factors.min():.4g} to {factors.max():.4g}"
+    )
+
+
+def _is_close(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=0)
+
+
+def _unknown_rope(content: GGUFContent, how: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{content.file.name} scales its rotary frequencies {how}, which cannot be read from GGUF",
+        hint=f"scalings that can: {', '.join(STATIC_ROPE)} (low_freq_factor 1, high_freq_factor "
+        "4); use the checkpoint that the file was made from",
+    )

@@ -1,0 +1,352 @@
+"""What the weight files of a checkpoint hold, by their headers, and whether a model fits it."""
+
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slimgpt.errors import ConfigError, SlimGPTError, UnsupportedModelError
+from slimgpt.models.config_checks import explain, read_object
+from slimgpt.models.family import family_of
+
+# What transformers raises for files that are missing, broken or need another package.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    struct.error,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+# Floating-point types by their names in a safetensors file.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+HEAD = "lm_head"
+
+# Buffers that older versions of transformers saved: they follow from the config.
+_BUFFERS = (
+    r"rotary_emb\.(inv_freq|(cos|sin)_cached)$",
+    r"(^|\.)position_ids$",
+    r"\.attn\.(masked_)?bias$",
+)
+
+# Ends of the names by which the usual quantised formats store their scales and packed values.
+_QUANTISED = re.compile(
+    r"(_scale(_inv|_2)?|_scales|_blocks|\.scales|\.(qweight|qzeros|g_idx|SCB|absmax|quant_map"
+    r"|weight_packed|weight_zero_point|weight_format)|\.quant_state\..*)$"
+)
+
+_DEQUANTISE = (
+    "take the model's version in bfloat16, or load this one with transformers, dequantise it "
+    "(model.dequantize()) and save it; prune that, and quantise the result"
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes
+    ----------
+    read : callable
+        Reads it.
+    shape : tuple of int
+        Its shape.
+    dtype : str
+        Its type, by the name in a safetensors file.
+    """
+
+    read: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _ShardIndex(BaseModel):
+    """The file that says which tensor is in which file; both keys are what transformers needs."""
+
+    model_config = ConfigDict(strict=True)
+
+    metadata: dict[str, Any]
+    weight_map: dict[str, str]
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn what a library raises for a user's file into an error about that file.
+
+    Parameters
+    ----------
+    what : str
+        The file, or what is in it, and the model.
+
+    Raises
+    ------
+    ConfigError
+        In place of the library's error.
+    """
+    try:
+        yield
+    except SlimGPTError:
+        raise
+    except LOAD_ERRORS as err:
+        raise cannot_load(what, err) from err
+
+
+def cannot_load(what: str, err: Exception) -> ConfigError:
+    """Error for what transformers or safetensors could not read."""
+    reason = " ".join(str(err).split())[:300] or type(err).__name__
+    if re.search(r"can't allocate memory|not enough memory|out of memory", reason):
+        return ConfigError(
+            f"there is not enough memory to load {what}: {reason}",
+            hint="close other programs, choose a smaller --dtype, or take a larger machine",
+        )
+    return ConfigError(
+        f"cannot load {what}: {reason}",
+        hint="check that the files are whole, or for a hub id the name and the network; only "
+        "safetensors and GGUF are loaded, never pickles",
+    )
+
+
+def read_index(file: Path) -> set[str]:
+    """Read which files a sharded checkpoint consists of.
+
+    Parameters
+    ----------
+    file : Path
+        ``model.safetensors.index.json``.
+
+    Returns
+    -------
+    set of str
+        Bare names: the files lie beside the index.
+
+    Raises
+    ------
+    ConfigError
+        If the file is no such index.
+    UnsupportedModelError
+        If it names files that lie elsewhere.
+    """
+    try:
+        names = set(_ShardIndex.model_validate(read_object(file)).weight_map.values())
+    except ValidationError as err:
+        raise ConfigError(
+            f"{file} is no index of weights: {explain(err)}",
+            hint='it has "metadata", an object, and "weight_map", from tensors to files; '
+            "download or write it again",
+        ) from None
+    for name in sorted(names):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UnsupportedModelError(
+                f"{file} names the file {name!r}; only names of *.safetensors files beside it are "
+                "read, without a folder",
+                hint="move the files beside the index and correct it, or download the model again",
+            )
+    return names
+
+
+def read_headers(model: str, files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Find the tensors in the safetensors files of a checkpoint.
+
+    Parameters
+    ----------
+    model : str
+        Its name, for errors.
+    files : sequence of Path
+        Its files.
+
+    Raises
+    ------
+    ConfigError
+        If a file is missing or broken, or a tensor is in two of them.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        with loading(f"the file {file.name} of {model}"), safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                if name in stored:
+                    raise ConfigError(
+                        f"{model}: the tensor {name} is in {file.name} and in another file too",
+                        hint="the files are of different checkpoints: download or write them again",
+                    )
+                entry, read = opened.get_slice(name), partial(read_tensor, file, name)
+                stored[name] = StoredTensor(read, tuple(entry.get_shape()), entry.get_dtype())
+    return stored
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Read one tensor of a safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
+
+
+def match_config(
+    model: str, stored: Mapping[str, StoredTensor], config: PreTrainedConfig
+) -> dict[str, StoredTensor]:
+    """Check stored tensors against a config, before any part of the model is built.
+
+    Parameters
+    ----------
+    model : str
+        Its name, for errors.
+    stored : dict
+        From `read_headers`.
+    config : PreTrainedConfig
+        The model's config.
+
+    Returns
+    -------
+    dict
+        The tensors by their names in the causal language model. A checkpoint of the bare decoder
+        has them without their first part.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the tensors are quantised or have no floating-point type, or there are more or fewer
+        blocks than the config says.
+    """
+    family = family_of(config.model_type)
+    prefix = f"{family.decoder}."
+    if not any(name.startswith(prefix) for name in stored):
+        stored = {
+            name if name.startswith(f"{HEAD}.") else prefix + name: tensor
+            for name, tensor in stored.items()
+        }
+    _check_types(model, stored)
+    block = re.compile(rf"{re.escape(prefix + family.blocks)}\.(\d+)\.")
+    found = [int(match[1]) for match in map(block.match, stored) if match]
+    number = max(found, default=-1) + 1
+    if number != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{model}: its config has num_hidden_layers={config.num_hidden_layers}, but its files "
+            f"hold {number} blocks with {len(stored)} tensors in all",
+            hint="correct config.json, or download or write the checkpoint again",
+        )
+    return dict(stored)
+
+
+def fit_tensors(
+    model: str, stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
+) -> dict[str, StoredTensor]:
+    """Check that stored tensors are those of a model: all of them, and no others.
+
+    Parameters
+    ----------
+    model : str
+        Its name, for errors.
+    stored : dict
+        From `match_config`.
+    skeleton : PreTrainedModel
+        The model without weights.
+
+    Returns
+    -------
+    dict
+        The stored tensors, with one that the config ties to another under both names.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If tensors are missing or have another shape, belong to no part of the model, or differ
+        where the config says that they are one.
+    """
+    stored, wanted = dict(stored), skeleton.state_dict()
+    for name, origin in skeleton.all_tied_weights_keys.items():
+        if name in stored:
+            first = stored.setdefault(origin, stored[name])
+            if first is not stored[name] and not torch.equal(stored[name].read(), first.read()):
+                raise UnsupportedModelError(
+                    f"{model}: the config ties {name} to {origin}, but they differ",
+                    hint="set tie_word_embeddings to false in its config.json",
+                )
+        wanted.pop(name)
+    _check_no_others(model, stored, skeleton)
+    problems = [
+        f"{name} ({_described(tensor.shape)}, but {_described(stored[name].shape)} in the file)"
+        if name in stored
+        else name
+        for name, tensor in wanted.items()
+        if name not in stored or stored[name].shape != tensor.shape
+    ]
+    if problems == [f"{HEAD}.weight"]:
+        (kind,) = (getattr(skeleton.config, "architectures", None) or ["the bare decoder"])[:1]
+        raise UnsupportedModelError(
+            f"{model} lacks {HEAD}.weight: it is a checkpoint of {kind}, which has no head for "
+            "language modelling",
+            hint="take the checkpoint of the causal language model; if its head shares the weights "
+            "of the embedding, set tie_word_embeddings to true in config.json",
+        )
+    if problems:
+        raise incomplete(model, problems)
+    return stored
+
+
+def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:
+    """Error for a checkpoint without some tensors, or with other shapes of them."""
+    return UnsupportedModelError(
+        f"{model} lacks {len(problems)} weights or has them in another shape, first "
+        f"{min(problems)}",
+        hint="the checkpoint is incomplete, or its config.json is that of another: download or "
+        "write it again",
+    )
+
+
+def unused(model: str, names: Sequence[str]) -> UnsupportedModelError:
+    """Error for tensors that belong to no part of the model."""
+    listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return UnsupportedModelError(
+        f"{model} holds {len(names)} tensors that its model does not use and that would be lost: "
+        f"{listed}",
+        hint="if they are not needed, load the model with transformers and save it again; if they "
+        "are, correct config.json, or this kind of model cannot be pruned",
+    )
+
+
+def _check_types(model: str, stored: Mapping[str, StoredTensor]) -> None:
+    for name in stored:
+        if _QUANTISED.search(name):
+            raise UnsupportedModelError(
+                f"{model} is quantised: it holds the scales or packed values {name}",
+                hint=_DEQUANTISE,
+            )
+    harmless = re.compile("|".join(_BUFFERS))
+    for name, tensor in stored.items():
+        if tensor.dtype not in DTYPES and not harmless.search(name):
+            raise UnsupportedModelError(
+                f"{model}: the tensor {name} has the type {tensor.dtype}, not one of "
+                f"{', '.join(DTYPES)}",
+                hint=_DEQUANTISE,
+            )
+
+
+def _check_no_others(
+    model: str, stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
+) -> None:
+    patterns = [*_BUFFERS, *(skeleton._keys_to_ignore_on_load_unexpected or ())]
+    harmless, known = re.compile("|".join(f"(?:{p})" for p in patterns)), skeleton.state_dict()
+    others = [name for name in stored if name not in known and not harmless.search(name)]
+    if others:
+        raise unused(model, others)
+
+
+def _described(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))

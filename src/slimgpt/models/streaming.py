@@ -1,0 +1,116 @@
+"""A model whose blocks are in memory one at a time."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import zip_longest
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.models.family import Block, bind, blocks_of, decoder_of, family_of
+from slimgpt.models.loading import build_skeleton
+from slimgpt.models.weights import Weights, saved_tensors
+from slimgpt.runtime.environment import trim_heap
+
+
+class StreamedModel:
+    """A skeleton, and the weights for the part of it that is at work.
+
+    Parameters
+    ----------
+    skeleton : PreTrainedModel
+        The model with its parameters on the meta device.
+    weights : Weights
+        Where they are read from.
+    device : torch.device
+        Where they go.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, weights: Weights, device: torch.device) -> None:
+        weights.check(skeleton)
+        self.skeleton, self.weights, self.device = skeleton, weights, device
+
+    @contextmanager
+    def whole(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+        """The model with all of its weights, which it has inside the context, in this type."""
+        names, dtype = saved_tensors(self.skeleton), dtype or self.weights.dtype
+        self._fill(self.skeleton, {name: self.weights.read(name).to(dtype) for name in names})
+        self.skeleton.tie_weights()
+        try:
+            yield self.skeleton
+        finally:
+            self._release(self.skeleton)
+            self.skeleton.tie_weights()
+
+    @contextmanager
+    def without_blocks(self) -> Iterator[PreTrainedModel]:
+        """The model without its blocks: the head comes right after the embedding."""
+        decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
+        name = family_of(self.skeleton.config.model_type).blocks
+        decoder.set_submodule(name, nn.ModuleList())
+        try:
+            with self.whole() as model:
+                yield model
+        finally:
+            decoder.set_submodule(name, blocks)
+
+    def anew(self) -> "StreamedModel":
+        """The same with a skeleton of its own."""
+        skeleton = build_skeleton(self.skeleton.config, self.weights.dtype)
+        return StreamedModel(skeleton, self.weights, self.device)
+
+    @contextmanager
+    def around_blocks(self) -> Iterator[PreTrainedModel]:
+        """The model with the weights of its decoder, except those of the blocks."""
+        decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
+        prefix = family_of(self.skeleton.config.model_type).decoder
+        parts = {n: part for n, part in decoder.named_children() if part is not blocks}
+        for name, part in parts.items():
+            self._fill(part, self._read(f"{prefix}.{name}", part))
+        try:
+            yield self.skeleton
+        finally:
+            for part in parts.values():
+                self._release(part)
+
+    def blocks(self, backward: bool = False) -> Iterator[Block]:
+        """Yield each block with its weights, which it has until the next one is asked for.
+
+        First to last, or `backward`. On a GPU the next block is read into pinned memory meanwhile.
+        """
+        blocks = list(bind(self.skeleton))[:: -1 if backward else 1]
+        reads_ahead = self.device.type == "cuda"
+        with ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for block, following in zip_longest(blocks, blocks[1:]):
+                ahead = ahead or reader.submit(self._read, block.name, block.module)
+                tensors, ahead = ahead.result(), None
+                if reads_ahead and following:
+                    ahead = reader.submit(self._read, following.name, following.module)
+                self._fill(block.module, tensors)
+                del tensors
+                yield block
+                self._release(block.module)
+                trim_heap()
+
+    def _read(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
+        names = [name for name, _ in module.named_parameters()]
+        tensors = {name: self.weights.read(f"{prefix}.{name}") for name in names}
+        if self.device.type == "cuda":
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+    def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        # Only memory that is pinned may be let go before it has been copied.
+        pinned = self.device.type == "cuda"
+        moved = {name: t.to(self.device, non_blocking=pinned) for name, t in tensors.items()}
+        module.load_state_dict(moved, strict=False, assign=True)
+
+    def _release(self, module: nn.Module) -> None:
+        """Keep the shapes of the parameters, and the type that they are read in; buffers stay."""
+        for child in module.modules():
+            for name, parameter in child.named_parameters(recurse=False):
+                empty = parameter.to("meta", self.weights.dtype)
+                setattr(child, name, nn.Parameter(empty, requires_grad=False))

@@ -1,0 +1,99 @@
+"""Load a checkpoint's tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
+
+from slimgpt.errors import MissingDependencyError
+from slimgpt.models.gguf_reading import GGUFContent
+from slimgpt.models.loading import gguf_content
+from slimgpt.models.pre_tokenizers import PRE_TOKENIZERS
+from slimgpt.models.source import Source, find_file
+from slimgpt.models.stored import cannot_load
+from slimgpt.runtime.files import read_json
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    SENTENCEPIECE_FILE,
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        If it has none, a file of it is broken, or the hub cannot be reached.
+    MissingDependencyError
+        If it is a SentencePiece model, and a package that reads these is not installed.
+    """
+    content = gguf_content(source)
+    try:
+        if content:
+            # Not by the auto class: it prefers a tokenizer.json that lies beside the file.
+            tokenizer = PreTrainedTokenizerFast(
+                gguf_file=source.gguf_file, name_or_path=source.location
+            )
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+        tokenizer("a")
+    except Exception as err:  # tokenizers raises no other class
+        _check_tokenizer_files(source)
+        raise cannot_load(f"the tokenizer of {source.name}", err) from err
+    return _as_in_the_file(tokenizer, content) if content else tokenizer
+
+
+def tokenizer_files(source: Source) -> dict[str, Path]:
+    """Find the files that a tokenizer is made of, by name; none for a GGUF file.
+
+    Raises
+    ------
+    ConfigError
+        If the hub cannot be reached.
+    """
+    return {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+
+
+def _check_tokenizer_files(source: Source) -> None:
+    """Say which file or package is at fault where a tokenizer does not load."""
+    files = tokenizer_files(source)
+    for name, file in files.items():
+        if name.endswith(".json"):
+            read_json(file)
+    if SENTENCEPIECE_FILE in files and "tokenizer.json" not in files:
+        found = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+        for package, is_there in found.items():
+            if not is_there:
+                raise MissingDependencyError(
+                    package,
+                    f"the SentencePiece model {files[SENTENCEPIECE_FILE]}",
+                    "pip install 'slimgpt[sentencepiece]' (sentencepiece and protobuf)",
+                )
+
+
+def _as_in_the_file(tokenizer: Any, content: GGUFContent) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file with its tokens alone, splitting text as the file says.
+
+    transformers heeds only some of the names for the latter, and adds tokens of its own.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = state["added_tokens"]
+    state["added_tokens"] = [token for token in tokens if token["id"] < content.num_tokens]
+    backend: Any = Tokenizer.from_str(json.dumps(state))
+    if known := PRE_TOKENIZERS.get(content.values.get("tokenizer.ggml.pre", "")):
+        backend.pre_tokenizer, backend.model.ignore_merges = known
+    return PreTrainedTokenizerFast(**tokenizer.init_kwargs | {"tokenizer_object": backend})

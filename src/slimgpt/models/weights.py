@@ -1,0 +1,178 @@
+"""Read the weights of a checkpoint tensor by tensor, and write files the same way."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from slimgpt.errors import UnsupportedModelError
+from slimgpt.models.loading import load_model, read_stored, weight_files
+from slimgpt.models.source import Source
+from slimgpt.models.stored import DTYPES, StoredTensor, fit_tensors, loading
+
+
+class Weights:
+    """The tensors of a model, read when they are asked for.
+
+    Parameters
+    ----------
+    source : Source
+        The model.
+    tensors : dict
+        By name.
+    dtype : torch.dtype
+        What tensors are converted to.
+    files : sequence of Path
+        Where they come from.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tensors: Mapping[str, StoredTensor],
+        dtype: torch.dtype,
+        files: Sequence[Path],
+    ) -> None:
+        self.source, self.dtype = source, dtype
+        self._tensors, self.files = dict(tensors), files
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names of all tensors, with their shapes."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def check(self, skeleton: PreTrainedModel) -> None:
+        """Check that a model can be filled, and that no tensor is left over.
+
+        Parameters
+        ----------
+        skeleton : PreTrainedModel
+            The model without weights.
+
+        Raises
+        ------
+        UnsupportedModelError
+            See `slimgpt.models.stored.fit_tensors`.
+        """
+        self._tensors = fit_tensors(self.source.name, self._tensors, skeleton)
+
+    def add_biases(self, skeleton: PreTrainedModel) -> None:
+        """Let the biases that a model has, and the checkpoint has not, be zero."""
+        for name, parameter in saved_tensors(skeleton).items():
+            if name.endswith(".bias") and name not in self._tensors:
+                zeros = partial(torch.zeros, parameter.shape)
+                self._tensors[name] = StoredTensor(zeros, tuple(parameter.shape), "F32")
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises
+        ------
+        ConfigError
+            If the file is broken.
+        UnsupportedModelError
+            If the tensor has values that are not finite.
+        """
+        with loading(f"the tensor {name} of {self.source.name}"):
+            tensor = self._tensors[name].read().to(self.dtype)
+        if not tensor.isfinite().all():
+            raise UnsupportedModelError(
+                f"{self.source.name}: the tensor {name} has values that are not finite",
+                hint="the checkpoint is broken, or overflows in this --dtype",
+            )
+        return tensor
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state of a model less the tensors that are tied to others."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") -> Weights:
+    """Find the tensors of a checkpoint; their values are read later.
+
+    A GGUF file is the exception: transformers dequantises it as a whole, so it is held in memory.
+
+    Parameters
+    ----------
+    source : Source
+        From `find_model`.
+    config : PreTrainedConfig
+        Its config.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        ``auto`` is that of the checkpoint, float32 for GGUF.
+
+    Raises
+    ------
+    ConfigError
+        If a file is missing or broken, or the hub cannot be reached.
+    """
+    if source.gguf_file:
+        model = load_model(source, dtype, "cpu")
+        state = {
+            name: StoredTensor(partial(torch.Tensor.detach, tensor), tuple(tensor.shape), "F32")
+            for name, tensor in saved_tensors(model).items()
+        }
+        return Weights(source, state, model.dtype, weight_files(source))
+    tensors = read_stored(source, config)
+    target = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    if not isinstance(target, torch.dtype):
+        target = DTYPES[next(iter(tensors.values())).dtype]
+    return Weights(source, tensors, target, weight_files(source))
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What `write_file` was given for the header of a safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def write_file(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Write a safetensors file one tensor after the other.
+
+    Parameters
+    ----------
+    file : Path
+        Is overwritten.
+    tensors : dict
+        Names, shapes and types; the values too if `read` is not given.
+    metadata : dict
+        For the header.
+    read : callable, optional
+        Gives the values of a name, so that not more than one tensor need be in memory.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in tensors:
+            values = tensors[name] if read is None else read(name)
+            out.write(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,1 @@
+"""The main job: prune a model block by block."""

@@ -1,0 +1,132 @@
+"""Let all weights of a pruned FFN follow the output that it should have.
+
+The solver changes the output projection alone, for which least squares are exact. The projections
+in front of it can make up for removed channels too, but no formula tells how. So all of them take
+some steps down the gradient of the same squared error: of one FFN at a time, on the calibration
+tokens.
+
+Shape suffixes: ``N`` samples, ``T`` tokens, ``C`` hidden size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from slimgpt.calibration.activations import Stream
+from slimgpt.models.device import fast_dtype, fast_products
+from slimgpt.models.family import Sublayer
+from slimgpt.runtime.distributed import add_up, own_batches
+
+STEP_TOKENS, CHUNK_TOKENS = 512, 4096
+
+RATE = 0.015  # of the root mean square of a weight; falls to 0
+
+WARM_UP = 8  # steps
+
+BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients has no meaning
+
+
+@torch.enable_grad()
+def refit(
+    ffn: Sublayer, dense: Sublayer, stream: Stream, correction: float, epochs: int, seed: int
+) -> float:
+    """Bring the output of a pruned FFN nearer to its target, in steps of Adam on all its weights.
+
+    The target is (1 − α) y + α (h* − h), as in `slimgpt.solver.hessian.prepare`: y is the output
+    of the FFN as it was, h the residual stream before it, h* that of the dense model after it. A
+    step takes tokens from anywhere in the samples of all processes. Where the error of some tokens
+    is not lower afterwards, the weights stay as they were.
+
+    Parameters
+    ----------
+    ffn : Sublayer
+        After pruning; its weights are changed, and in float32 meanwhile.
+    dense : Sublayer
+        Before pruning.
+    stream : Stream
+        The residual stream before the FFN, but that of the dense model after it.
+    correction : float
+        α, from 0 to 1; of no effect if the stream has no dense model.
+    epochs : int
+        How often each token is seen.
+    seed : int
+        For the order of the tokens.
+
+    Returns
+    -------
+    float
+        Squared error of those tokens, after over before; 1 where the weights stay.
+    """
+    # As `own_part` has shared them out.
+    num_batches = int(add_up(torch.tensor(len(stream.batches()))))
+    seqlen, num_own = stream.hidden_NTC.shape[1], stream.hidden_NTC.shape[:2].numel()
+    start = own_batches(num_batches).start * stream.batch_size * seqlen
+    num_tokens = int(add_up(torch.tensor(num_own)))
+
+    def steps(rows_T: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        """Input and target of the tokens that this process has, a step at a time."""
+        is_own_T = (rows_T >= start) & (rows_T < start + num_own)
+        pair = _input_and_target(dense, stream, correction, rows_T[is_own_T] - start)
+        sizes = [int(part.sum()) for part in is_own_T.split(STEP_TOKENS)]
+        return zip(*(tensor.split(sizes) for tensor in pair), strict=True)
+
+    def tried_error() -> float:
+        with torch.no_grad():
+            errors = [_squared_error(ffn, *step) for step in steps(tried_T)]
+            return float(add_up(torch.stack(errors).sum()))
+
+    dtype = ffn.output.weight.dtype
+    ffn.module.float()
+    weights = [linear.weight.requires_grad_() for linear in (*ffn.inputs.values(), ffn.output)]
+    before = [weight.detach().clone() for weight in weights]
+    rates = [RATE * float(weight.square().mean().sqrt()) for weight in before]
+    groups = [{"params": [w], "lr": rate} for w, rate in zip(weights, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
+    num_steps = epochs * -(-num_tokens // STEP_TOKENS)
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARM_UP, 1 - step / num_steps))
+    generator = torch.Generator().manual_seed(seed)
+    tried_T = torch.randperm(num_tokens, generator=generator)[:CHUNK_TOKENS]
+    error = tried_error()
+    for _ in range(epochs):
+        for rows_T in torch.randperm(num_tokens, generator=generator).split(CHUNK_TOKENS):
+            for step in steps(rows_T):
+                gradients = torch.autograd.grad(_squared_error(ffn, *step), weights)
+                for weight, gradient in zip(weights, gradients, strict=True):
+                    weight.grad = add_up(gradient)
+                optimizer.step()
+                schedule.step()
+    gain = tried_error() / error if error else 1.0
+    is_better = gain < 1
+    for weight, old in zip(weights, before, strict=True):
+        weight.requires_grad_(False).grad = None
+        if not is_better:
+            weight.copy_(old)
+    ffn.module.to(dtype)
+    return gain if is_better else 1.0
+
+
+def _squared_error(ffn: Sublayer, input_TC: Tensor, target_TC: Tensor) -> Tensor:
+    dtype, device = input_TC.dtype, input_TC.device
+    # Gradients underflow in float16.
+    products = torch.bfloat16 if dtype.itemsize < 4 else fast_dtype(device, dtype)
+    with torch.autocast(device.type, products, enabled=products != torch.float32):
+        output_TC = ffn.module(input_TC)
+    return (output_TC - target_TC).square().sum()
+
+
+@torch.no_grad()
+def _input_and_target(
+    dense: Sublayer, stream: Stream, correction: float, rows_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of some tokens: input_TC in the model's dtype, target_TC in float32."""
+    weight = dense.output.weight
+    hidden_TC = stream.hidden_NTC.flatten(0, 1)[rows_T].to(weight.device)
+    input_TC = dense.norm(hidden_TC)
+    with fast_products(weight):
+        target_TC = dense.module(input_TC).float()
+    if stream.dense_NTC is not None:
+        dense_TC = stream.dense_NTC.flatten(0, 1)[rows_T]
+        target_TC.lerp_(dense_TC.to(target_TC) - hidden_TC, correction)
+    return input_TC, target_TC

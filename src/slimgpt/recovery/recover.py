@@ -1,0 +1,329 @@
+"""Recover a pruned model with a little training, and write it as the same kind of checkpoint.
+
+Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) with the settings of SlimGPT (arXiv 2412.18110,
+section 4.1), all weights, or adapters that also learn from the dense model (Hinton et al. 2015,
+arXiv 1503.02531). The training loop is `transformers.Trainer`.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+
+from slimgpt.checkpoint.card import write_card
+from slimgpt.checkpoint.results import RECOVERY_FILE, REPORT_FILE, PruningReport, read_report
+from slimgpt.checkpoint.tokenizer import write_tokenizer
+from slimgpt.checkpoint.writer import add_older_rope_keys
+from slimgpt.config import RecoverConfig, did_you_mean
+from slimgpt.data.datasets import check_dataset, describe_dataset
+from slimgpt.data.examples import training_examples
+from slimgpt.data.samples import evaluation_tokens
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+from slimgpt.models.comparison import check_same_vocabulary
+from slimgpt.models.loading import load_config, load_model, usable_seqlen
+from slimgpt.models.source import SMOLLM2_ALIAS, Source, find_file, find_model
+from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
+from slimgpt.models.weights import open_weights, weight_files
+from slimgpt.recovery.trainer import (
+    METRICS_FILE,
+    TENSORBOARD_DIR,
+    Examples,
+    MetricsWriter,
+    last_checkpoint,
+    make_trainer,
+    metrics_lines,
+    pad_batch,
+    read_metrics,
+    trainable,
+    training_arguments,
+)
+from slimgpt.runtime.distributed import TIME_LIMIT, from_main, is_main, training_together
+from slimgpt.runtime.environment import computation, peak_memory, versions
+from slimgpt.runtime.files import describe_file, writing
+from slimgpt.runtime.run_directory import Run, open_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """A finished run.
+
+    Attributes
+    ----------
+    output : Path
+        The directory with the recovered model.
+    report : dict
+        The content of ``recovery_report.json``.
+    """
+
+    output: Path
+    report: dict[str, Any]
+
+
+def recover(
+    model: str, output: str | Path, *, restart: bool = False, **options: Any
+) -> RecoverResult:
+    """Train a pruned model and write it as a checkpoint of the same kind.
+
+    The same call goes on from the last checkpoint of a run that was interrupted.
+
+    Parameters
+    ----------
+    model : str
+        A directory with a pruned model, or any model of a supported family.
+    output : str or Path
+        Directory for the result; must not exist, be empty, or hold an interrupted run.
+    restart : bool
+        Throw away what an interrupted run has left.
+    **options
+        The fields of `slimgpt.config.RecoverConfig`, for example ``method="distill"``.
+
+    Returns
+    -------
+    RecoverResult
+        Where the model is, and the report with both curves.
+
+    Raises
+    ------
+    SlimGPTError
+        If an option, a model or the data is wrong, a package is missing, or the interrupted run
+        had other options. Nothing is half-written then.
+
+    Examples
+    --------
+    >>> import slimgpt
+    >>> slimgpt.recover("slim", "recovered", method="distill", max_steps=100)  # doctest: +SKIP
+    """
+    config = RecoverConfig.create(**options)
+    output = Path(output)
+    source = find_model(model)
+    if find_file(source, RECOVERY_FILE):
+        raise ConfigError(
+            f"{model} has been recovered already",
+            hint="recover the pruned model, with more --epochs or --max-steps",
+        )
+    teacher = _find_teacher(source, config) if config.method == "distill" else None
+    check_dataset(config.data, "calibration")
+    check_dataset(config.eval_data, "evaluation")
+    check_packages(config)
+    model_config = load_config(source)
+    seqlen = usable_seqlen(config.seqlen, model_config)
+    config = config.model_copy(update={"seqlen": seqlen})
+    PartialState(timeout=TIME_LIMIT)  # joins the other processes of torchrun
+    arguments = training_arguments(model_config, config, output)
+    with open_run(output) if is_main() else nullcontext() as run:
+        tokenizer = load_tokenizer(source)
+        examples = training_examples(
+            config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
+        )
+        held_out = _held_out_windows(config, tokenizer)
+        if run:
+            identity = _identity(source, teacher, config, arguments, examples, held_out)
+            run.identify(identity, restart)
+        if not from_main(run and run.is_written):
+            _train(source, teacher, tokenizer, examples, held_out, config, arguments)
+            if run:
+                _write(run, source, teacher, tokenizer, config, len(examples))
+        if run:
+            run.publish()
+    report = from_main(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
+    return RecoverResult(output, report)
+
+
+def _identity(
+    source: Source,
+    teacher: Source | None,
+    config: RecoverConfig,
+    arguments: TrainingArguments,
+    examples: Examples,
+    held_out: Examples,
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    models = {"model": source} | ({"teacher": teacher} if teacher else {})
+    return {
+        **{role: model.title for role, model in models.items()},
+        **{f"{role} config": _config_sha256(model) for role, model in models.items()},
+        **{
+            f"{role}'s {file.name}": describe_file(file)
+            for role, model in models.items()
+            for file in (*weight_files(model), *tokenizer_files(model).values())
+        },
+        **config.model_dump(mode="json", exclude={"teacher", "report_to"}),
+        "examples_sha256": _sha256(examples),
+        "held_out_sha256": _sha256(held_out),
+        "device": arguments.device.type,
+        "processes": arguments.world_size,
+        **computation(),
+        **_versions(config),
+    }
+
+
+def _versions(config: RecoverConfig) -> dict[str, str]:
+    return versions("accelerate") if config.method == "full" else versions("accelerate", "peft")
+
+
+def _train(
+    source: Source,
+    teacher: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    held_out: Examples,
+    config: RecoverConfig,
+    arguments: TrainingArguments,
+) -> None:
+    """Train up to the checkpoint of the last step, from the last one that there is."""
+    state = Path(str(arguments.output_dir))
+    checkpoint, before = from_main(is_main() and last_checkpoint(state)) or (None, None)
+    if before:
+        log.info("resuming after step %d", before.global_step)
+        if before.global_step >= before.max_steps:
+            return
+    arguments.eval_on_start = not checkpoint
+    pad_token: Any = tokenizer.pad_token_id or 0
+    trainer = make_trainer(
+        trainable(source, config),
+        load_model(teacher, config.dtype, str(arguments.device)) if teacher else None,
+        config,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        data_collator=partial(pad_batch, pad_token=pad_token),
+        callbacks=[MetricsWriter(state / METRICS_FILE)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    log.info("training on %d examples of %s", len(examples), config.data)
+    with writing(state.parent), training_together():
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _report(
+    source: Source,
+    teacher: Source | None,
+    config: RecoverConfig,
+    num_examples: int,
+    state: TrainerState,
+) -> dict[str, Any]:
+    metrics = [read_metrics(entry) for entry in state.log_history]
+    cost = state.log_history[-1]
+    return {
+        # The report goes to the hub with the model, so it holds no local paths.
+        "model": source.title,
+        "teacher": teacher.title if teacher else None,
+        "config": config.model_dump(mode="json", exclude={"teacher"})
+        | {"data": Path(config.data).name, "eval_data": Path(config.eval_data).name},
+        "data": describe_dataset(config.data, "calibration"),
+        "held_out": describe_dataset(config.eval_data, "evaluation"),
+        "num_examples": num_examples,
+        "steps": state.global_step,
+        "train_loss": [[m["step"], m["loss"]] for m in metrics if "loss" in m],
+        "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
+        "seconds": round(cost["seconds"], 3),
+        "peak_memory_bytes": max(cost["peak_memory_bytes"], peak_memory() or 0) or None,
+        "versions": _versions(config),
+    }
+
+
+def _find_teacher(source: Source, config: RecoverConfig) -> Source:
+    """The model to distil from, which must have the vocabulary of the one that is trained."""
+    name, report = config.teacher, find_file(source, REPORT_FILE)
+    if name is None and report:
+        base = read_report(report, PruningReport)["base_model"]
+        if "/" in base or base == SMOLLM2_ALIAS:  # else the folder of a local model
+            name = base
+    if name is None:
+        raise ConfigError(
+            f"{source.name} has no pruning report that says where on the hub its base model is",
+            hint="name the model to distil from as --teacher",
+        )
+    teacher = find_model(name)
+    check_same_vocabulary(source, teacher)
+    return teacher
+
+
+def check_packages(config: RecoverConfig) -> None:
+    """Check that the packages for the method and the trackers are installed."""
+    if config.method != "full" and find_spec("peft") is None:
+        raise MissingDependencyError(
+            "peft", f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
+        )
+    for tracker in config.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            known = did_you_mean(tracker, list(INTEGRATION_TO_CALLBACK))
+            raise ConfigError(f"no tracker {tracker!r}", hint=known)
+        if tracker not in get_available_reporting_integrations():
+            raise MissingDependencyError(tracker, "this tracker", f"pip install {tracker}")
+
+
+def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    tokens = evaluation_tokens(
+        config.eval_data, tokenizer, config.eval_tokens, config.text_field
+    ).tolist()
+    starts = range(0, len(tokens) - config.seqlen + 1, config.seqlen)
+    windows = [tokens[start : start + config.seqlen] for start in starts]
+    if not windows:
+        raise DataError(
+            f"{config.eval_data} has {len(tokens)} tokens, less than one window of {config.seqlen}",
+            hint="give a longer --eval-data, more --eval-tokens or a smaller --seqlen",
+        )
+    return [{"input_ids": window, "labels": window} for window in windows]
+
+
+def _config_sha256(source: Source) -> str:
+    return hashlib.sha256(load_config(source).to_json_string().encode()).hexdigest()
+
+
+def _sha256(examples: Examples) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example).encode())
+    return digest.hexdigest()
+
+
+def _write(
+    run: Run,
+    source: Source,
+    teacher: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RecoverConfig,
+    num_examples: int,
+) -> None:
+    """Merge what was trained into the weights as they are in the checkpoint, and save them."""
+    last: Any = last_checkpoint(run.state)
+    trained, state = last
+    model: Any
+    if config.method == "full":
+        dtype = open_weights(source, load_config(source)).dtype
+        model = load_model(Source(trained, trained), str(dtype).removeprefix("torch."), "cpu")
+    else:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(load_model(source, device="cpu"), trained)
+        model = model.merge_and_unload()
+    log.info("saving to %s", run.output)
+    with run.product() as directory:
+        model.save_pretrained(directory)
+        add_older_rope_keys(directory)
+        write_tokenizer(source, tokenizer, directory)
+        (directory / METRICS_FILE).write_text(metrics_lines(state), encoding="utf-8")
+        report = _report(source, teacher, config, num_examples, state)
+        text = json.dumps(report, indent=1) + "\n"
+        (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
+        if (run.state / TENSORBOARD_DIR).is_dir():
+            shutil.copytree(run.state / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)
+        if pruning_report := find_file(source, REPORT_FILE):
+            shutil.copyfile(pruning_report, directory / REPORT_FILE)
+            write_card(directory)

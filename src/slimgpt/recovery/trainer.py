@@ -1,0 +1,285 @@
+"""The training of a recovery: LoRA, full, or distillation, by the Trainer of transformers."""
+
+import json
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from slimgpt.config import RecoverConfig
+from slimgpt.data.examples import IGNORED
+from slimgpt.errors import ConfigError, NumericalError
+from slimgpt.models.device import find_device
+from slimgpt.models.family import family_of
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import Source
+from slimgpt.runtime.distributed import from_main, training_together
+from slimgpt.runtime.environment import peak_memory
+from slimgpt.runtime.files import describe_file, reading, write_atomically
+from slimgpt.runtime.run_directory import CHECKSUMS_FILE, Run
+
+log = logging.getLogger(__name__)
+
+Examples = list[dict[str, list[int]]]
+
+METRICS_FILE = "metrics.jsonl"
+
+TENSORBOARD_DIR = "runs"
+
+
+class RecoveryTrainer(Trainer):
+    """Trainer whose checkpoints have checksums, and the last of which stays.
+
+    It raises an ``OSError`` when a checkpoint cannot be written.
+    """
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        with training_together():
+            try:
+                super()._save_checkpoint(*args)
+            except RuntimeError as err:  # torch.save has no type of its own
+                if "gloo" in str(err).lower():
+                    raise
+                raise OSError(str(err)) from err
+        from_main(None)  # all have written what is theirs
+        if self.is_world_process_zero():
+            state = Path(str(self.args.output_dir))
+            newest = state / f"checkpoint-{self.state.global_step}"
+            files = sorted(path for path in newest.rglob("*") if path.is_file())
+            sums = {file.relative_to(newest).as_posix(): describe_file(file) for file in files}
+            write_atomically(newest / CHECKSUMS_FILE, json.dumps(sums) + "\n")
+            for older in set(state.glob("checkpoint-*")) - {newest}:
+                shutil.rmtree(older)
+
+
+class Distiller(RecoveryTrainer):
+    """Trainer whose loss has the KL divergence to a teacher added.
+
+    Parameters
+    ----------
+    teacher : PreTrainedModel
+        Of the same vocabulary as the model; in evaluation mode, on the device of training.
+    kl_weight : float
+        Weight of KL(teacher ‖ model), which is a mean over the same tokens as the loss: those
+        with a label, of all examples of a step.
+    **kwargs
+        Of the `Trainer`.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, kl_weight: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._teacher, self._kl_weight = teacher, kl_weight
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Add the divergence to the loss of the labels, in training only."""
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
+        if model.training:
+            read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                target = self._teacher(**read, use_cache=False).logits
+            is_label = inputs["labels"][:, 1:] != IGNORED
+            divergence = functional.kl_div(
+                outputs["logits"][:, :-1][is_label].float().log_softmax(-1),
+                target[:, :-1][is_label].float().log_softmax(-1),
+                reduction="sum",
+                log_target=True,
+            )
+            # The number is of all processes, over which the gradient is averaged.
+            weight = self._kl_weight * self.accelerator.num_processes / num_items_in_batch
+            loss = loss + weight * divergence
+        return (loss, outputs) if return_outputs else loss
+
+
+class MetricsWriter(TrainerCallback):
+    """Writes every metric to ``metrics.jsonl`` and to the log."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Keep the metrics of the steps that are not run again."""
+        self._start, self._first_step = time.monotonic(), state.global_step
+        before = state.log_history[-1] if state.log_history else {}
+        self._seconds_before = before.get("seconds", 0.0)
+        self._peak_before = before.get("peak_memory_bytes", 0)
+        if state.is_world_process_zero:
+            self._file.write_text(metrics_lines(state), encoding="utf-8")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Append the newest metrics; note the cost in the log, which checkpoints have."""
+        seconds = time.monotonic() - self._start
+        state.log_history[-1] |= {
+            "seconds": self._seconds_before + seconds,
+            "peak_memory_bytes": max(self._peak_before, peak_memory() or 0),
+        }
+        entry = read_metrics(state.log_history[-1])
+        for key in ("loss", "perplexity"):
+            if not math.isfinite(entry.get(key, 0.0)):
+                raise NumericalError(
+                    f"the training has diverged: {key} {entry[key]} at step {entry['step']}",
+                    hint="begin anew with a lower --learning-rate and --restart",
+                )
+        if not state.is_world_process_zero or list(entry) == ["step"]:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if "perplexity" in entry:
+            log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
+        else:
+            left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
+            steps = entry["step"], state.max_steps
+            log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
+
+
+def metrics_lines(state: TrainerState) -> str:
+    """Format the log of the Trainer as JSON lines."""
+    return "".join(json.dumps(read_metrics(entry)) + "\n" for entry in state.log_history)
+
+
+def read_metrics(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of an entry in the Trainer's log: all but what it cost."""
+    kept = {
+        key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in entry
+    }
+    if "eval_loss" in entry:  # whose exp may overflow
+        kept["perplexity"] = torch.tensor(entry["eval_loss"], dtype=torch.float64).exp().item()
+    return kept
+
+
+def last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
+    """The last checkpoint that is whole; its files are compared with their checksums."""
+    whole = [file.parent for file in state.glob(f"checkpoint-*/{CHECKSUMS_FILE}")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if newest is None:
+        return None
+    with reading(newest / CHECKSUMS_FILE):
+        sums = json.loads((newest / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        names = list(sums)
+    for name in names:
+        with reading(newest / name):
+            if describe_file(newest / name) != sums[name]:
+                raise ValueError("its checksum does not match")
+    return str(newest), TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+
+
+def training_arguments(
+    model_config: PreTrainedConfig, config: RecoverConfig, output: Path
+) -> TrainingArguments:
+    """Translate our options into those of the Trainer."""
+    device = find_device(config.device)
+    dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if device.index is not None:
+        raise ConfigError(
+            f"--device {config.device} cannot be chosen for training",
+            hint="set CUDA_VISIBLE_DEVICES and give --device cuda",
+        )
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ConfigError("float16 cannot be trained on a CPU", hint="use --dtype bfloat16")
+    num_processes = PartialState().num_processes
+    at_once = config.micro_batch_size * num_processes
+    if config.batch_size % at_once:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is no multiple of {at_once}: "
+            f"micro_batch_size={config.micro_batch_size} in {num_processes} processes",
+            hint=f"choose a --batch-size that {at_once} divides, or other --micro-batch-size",
+        )
+    arguments = TrainingArguments(
+        output_dir=str(Run(output).state),
+        run_name=output.name,
+        report_to=list(config.report_to) or "none",
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=1,  # more are averaged wrongly if processes share an odd number
+        gradient_accumulation_steps=config.batch_size // at_once,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        disable_tqdm=True,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # or the Trainer would use nn.DataParallel
+    return arguments
+
+
+def trainable(source: Source, config: RecoverConfig) -> Any:
+    """The model with what is trained in float32: adapters, or all weights."""
+    set_seed(config.seed)
+    if config.method == "full":
+        return load_model(source, "float32", "cpu").requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(source, config.dtype, "cpu")
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=family_of(model.config.model_type).linears,
+    )
+    return get_peft_model(model, lora)
+
+
+def make_trainer(
+    model: Any, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
+) -> Trainer:
+    """Make the Trainer, with a teacher if there is one."""
+    if teacher is None:
+        return RecoveryTrainer(model=model, **kwargs)
+    return Distiller(teacher, config.kl_weight, model=model, **kwargs)
+
+
+def pad_batch(examples: Examples, pad_token: int) -> dict[str, Tensor]:
+    """Batch examples of different lengths, padded on the right to a multiple of 32 tokens.
+
+    Kernels that are compiled for a length, as on CPUs, are then compiled for a few.
+    """
+    ids = [example["input_ids"] for example in examples]
+    length = math.ceil(max(map(len, ids)) / 32) * 32
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded(ids, pad_token),
+        "labels": padded([example["labels"] for example in examples], IGNORED),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+    }

@@ -1,0 +1,285 @@
+"""One HTML page of all that is known of a pruned model. It needs no other file and no network."""
+
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from slimgpt.benchmarking.results import BenchResult
+from slimgpt.checkpoint.results import (
+    PERPLEXITY_FILE,
+    RECOVERY_FILE,
+    REPORT_FILE,
+    SPEED_FILE,
+    TASKS_FILE,
+    PruningReport,
+    RecoveryReport,
+    read_report,
+    read_typed,
+)
+from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig
+from slimgpt.data.datasets import short_name
+from slimgpt.errors import ConfigError, MissingDependencyError
+from slimgpt.evaluation.evaluate import TaskResult
+from slimgpt.evaluation.perplexity import EvalResult
+from slimgpt.models.comparison import check_same_vocabulary
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import Source, find_model
+from slimgpt.models.tokenizer import load_tokenizer
+from slimgpt.runtime.files import write_atomically, writing
+from slimgpt.runtime.locks import writing_alone
+
+log = logging.getLogger(__name__)
+
+PAGE_FILE = "report.html"
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils when",
+    "To bake bread at home, you need",
+    "Once upon a time, a small robot",
+)
+
+
+def report(output: str | Path, **options: Any) -> Path:
+    """Write ``report.html`` into the directory of a pruned model.
+
+    The page shows what SlimGPT has written there: the pruning report, the results of evaluations
+    and benchmarks, the recovery report. Where there is nothing to show, there is no section.
+
+    Parameters
+    ----------
+    output : str or Path
+        The directory.
+    **options
+        The fields of `slimgpt.config.ReportConfig`, for example ``against="smollm2-135m"``.
+
+    Returns
+    -------
+    Path
+        The file; the same inputs give the same bytes.
+
+    Raises
+    ------
+    SlimGPTError
+        If an option is wrong, the directory has no pruning report, or a package is missing.
+
+    Examples
+    --------
+    >>> import slimgpt
+    >>> slimgpt.report("slim", against="smollm2-135m")  # doctest: +SKIP
+    """
+    config = ReportConfig.create(**options)
+    directory = Path(output)
+    for package in ("jinja2", "matplotlib"):
+        if find_spec(package) is None:
+            raise MissingDependencyError(package, "a report", "pip install 'slimgpt[report]'")
+    if not (directory / REPORT_FILE).is_file():
+        raise ConfigError(
+            f"{directory} has no {REPORT_FILE}",
+            hint="name a directory that `slimgpt prune` or `slimgpt recover` has written",
+        )
+    recovery = directory / RECOVERY_FILE
+    results = {
+        "pruning": read_report(directory / REPORT_FILE, PruningReport),
+        "perplexity": _results(directory / PERPLEXITY_FILE, EvalResult),
+        "tasks": _results(directory / TASKS_FILE, TaskResult),
+        "speeds": _results(directory / SPEED_FILE, BenchResult),
+        "recovery": read_report(recovery, RecoveryReport) if recovery.is_file() else None,
+    }
+    samples = _continuations(directory, config.against, config) if config.against else []
+    page = _render(**results, samples=samples, config=config)
+    file = directory / PAGE_FILE
+    with writing(file), writing_alone(file):
+        write_atomically(file, page)
+    return file
+
+
+def _results(file: Path, kind: type) -> list[dict[str, Any]]:
+    """The results in a file, if there is one."""
+    return [asdict(result) for result in read_typed(file, list[kind])] if file.is_file() else []
+
+
+def _continuations(directory: Path, against: str, config: ReportConfig) -> list[dict[str, str]]:
+    """What the base and the model make of each prompt, greedily."""
+    prompts = _prompts(config.prompts) if config.prompts else PROMPTS
+    sources = [find_model(against), find_model(str(directory))]
+    check_same_vocabulary(sources[1], sources[0])
+    texts = [_generate(source, prompts, config) for source in sources]
+    return [
+        {"prompt": prompt, "base": base, "model": ours}
+        for prompt, base, ours in zip(prompts, *texts, strict=True)
+    ]
+
+
+def _prompts(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(
+            f"cannot read --prompts {file}: {err}", hint="give a text file in UTF-8"
+        ) from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompts {file} has no prompt", hint="write one on each line")
+    return prompts
+
+
+def _generate(source: Source, prompts: Sequence[str], config: ReportConfig) -> list[str]:
+    tokenizer = load_tokenizer(source)
+    model: Any = load_model(source, config.dtype, config.device)
+    end = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+        if length + config.new_tokens > context:
+            raise ConfigError(
+                f"a prompt of {length} tokens and {config.new_tokens} new ones exceed the context "
+                f"of {source.name}, {context}",
+                hint="give shorter prompts or fewer --new-tokens",
+            )
+        log.info("%s goes on with: %s", source.name, prompt)
+        ids = model.generate(**inputs.to(model.device), max_new_tokens=config.new_tokens)
+        texts.append(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+    return texts
+
+
+def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results: Any) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("slimgpt.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "millions": _millions,
+        "number": _number,
+        "short_name": short_name,
+    }
+    commands = [_command("prune", pruning["base_model"], pruning["config"], PruneConfig)]
+    if recovery:
+        chosen = recovery["config"] | ({"teacher": t} if (t := recovery["teacher"]) else {})
+        commands.append(_command("recover", recovery["model"], chosen, RecoverConfig))
+    return environment.get_template("report.html.j2").render(
+        pruning=pruning,
+        recovery=recovery,
+        figures=_figures(pruning, results["perplexity"], recovery),
+        headline_perplexity=_longest_window(results["perplexity"]),
+        headline_speed=next((s for s in results["speeds"] if len(s["costs"]) > 1), None),
+        commands=commands,
+        **results,
+    )
+
+
+def _figures(
+    pruning: dict[str, Any], perplexity: list[dict[str, Any]], recovery: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The charts for which there is data, by name."""
+    from slimgpt.reporting import charts
+
+    blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
+    widths, depth = [width["num_channels"] for width in pruning["widths"]], range(len(blocks))
+    errors = {
+        name: (depth, [block[kind]["relative_error"] for block in blocks])
+        for name, kind in (("attention", "attention"), ("FFN", "ffn"))
+    }
+    kept = [block["attention"]["keep"] for block in blocks]
+    before = [shape["num_groups"] for shape in pruning["shapes"]]
+    drawn = {
+        "ratios": charts.bars(
+            f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
+            f"{ratios[-1]:.1%} of the last.",
+            {"": ratios},
+            (f"all blocks: {pruning['block_ratio']:.1%}", pruning["block_ratio"]),
+            percent=True,
+        ),
+        "heads": charts.unit_map(
+            f"Map of the key/value groups: {sum(map(len, kept))} of {sum(before)} are kept.",
+            kept,
+            before,
+        ),
+        "widths": charts.bars(
+            f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
+            f"{widths[-1]:,} in the last.",
+            {"kept": widths, "before": [shape["num_channels"] for shape in pruning["shapes"]]},
+        ),
+        "errors": charts.lines(
+            "Curves of the relative error of attention and FFN in each block; the largest is "
+            f"{max(max(y) for _, y in errors.values()):.1%}.",
+            errors,
+            percent=True,
+        ),
+    }
+    compared = [result for result in perplexity if result["layer_errors"]]
+    label = "{0}, windows of {seqlen}"
+    if len({(result["base"], result["dtype"]) for result in compared}) > 1:
+        label += ", from {base} in {dtype}"
+    distances = {
+        label.format(short_name(result["data"]), **result): (depth, result["layer_errors"])
+        for result in compared
+    }
+    if distances:
+        last = next(iter(distances.values()))[1][-1]
+        drawn["distances"] = charts.lines(
+            f"Curves of the distance from the base after each block: {last:.1%} after the last.",
+            distances,
+            percent=True,
+        )
+    if recovery:
+        for name, title in (("train_loss", "loss"), ("held_out_perplexity", "perplexity")):
+            steps, values = zip(*recovery[name], strict=True)
+            drawn[name] = charts.lines(
+                f"Curve of the {title} over the steps: {values[0]:.2f} at first, "
+                f"{values[-1]:.2f} at last.",
+                {"": (steps, values)},
+                "step",
+            )
+    return drawn
+
+
+def _longest_window(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first result with the longest window, if possible one with a base."""
+
+    def rank(result: dict[str, Any]) -> tuple[bool, int]:
+        return result["base_perplexity"] is not None, result["seqlen"]
+
+    return max(results, key=rank, default=None)
+
+
+def _command(
+    verb: str, model: str, config: dict[str, Any], options: type[PruneConfig | RecoverConfig]
+) -> str:
+    """The command line of a run: the options that differ from the defaults."""
+    defaults = options.create().model_dump(mode="json")
+    lines = [shlex.join(["slimgpt", verb, model]), "--output OUT"]
+    for name, value in config.items():
+        if value == defaults[name]:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            lines.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(shlex.join([flag, text]))
+    return " \\\n  ".join(lines)
+
+
+def _millions(count: float) -> str:
+    """A large number in millions or billions."""
+    unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
+    return f"{count / unit:.3g} {name}"
+
+
+def _number(value: float) -> str:
+    """Three digits of a number, or all those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,68 @@
+"""Versions, machine and memory: what a result depends on beside its inputs, and what it costs."""
+
+import ctypes
+import gc
+import os
+import platform
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def computation() -> dict[str, Any]:
+    """What decides, beside its inputs, how a computation on the CPU rounds."""
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "oneDNN": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, of the packages that every result depends on, and of these."""
+    packages = ("slimgpt", "torch", "transformers", "safetensors", *packages)
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where unknown (Windows)."""
+    if sys.platform == "win32":
+        return None
+    if sys.platform == "linux":  # where ru_maxrss starts at that of the parent process
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, which glibc keeps in pieces between those in use."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+def reset_peak_memory() -> bool:
+    """Have `peak_memory` begin anew; False where the system cannot (all but Linux)."""
+    gc.collect()
+    trim_heap()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def machine() -> str:
+    """Name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())

@@ -1,0 +1,476 @@
+"""A run: its output directory, the state that outlives an interruption, and its cost.
+
+While a run is going on, ``OUT/.slimgpt`` holds its manifest and what is finished: blocks, or
+checkpoints of the training. A file appears by a write to a temporary name, a sync to disk and a
+rename, but for the checkpoints, which the Trainer writes; each has a checksum, which is compared
+before the file is used. The finished product is put together in ``OUT/.slimgpt/result``, listed in
+the manifest and then moved into ``OUT``, ``config.json`` last.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from slimgpt.errors import DamagedRunError, OtherRunError, RunStateError
+from slimgpt.runtime.files import describe_file, reading, replacing, sync, write_atomically, writing
+
+STATE_DIR = ".slimgpt"
+
+LAST_FILE = "config.json"
+
+GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
+
+WIDTHS_FILE = "widths.json"
+
+CHECKSUMS_FILE = "checksums.json"  # of a checkpoint of the training, written last
+
+# What a sweep over the blocks is for: to measure, or to prune.
+Stage = Literal["survey", "block"]
+
+_PROGRESS = (
+    GENERATED_FILE,
+    SCORES_FILE,
+    WIDTHS_FILE,
+    "survey-*.safetensors",
+    "block-*.safetensors",
+    f"checkpoint-*/{CHECKSUMS_FILE}",
+)
+
+_MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
+
+_CHECKSUM_SUFFIX, _TEMPORARY_SUFFIX = ".sha256", ".tmp"
+
+_MARK = '{"slimgpt": '  # what a manifest begins with
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is and what it has made.
+
+    Attributes
+    ----------
+    identity : dict
+        All that the result depends on, as JSON values.
+    product : dict or None
+        Names of the product's files, relative to the output directory, and their descriptions;
+        None until it is complete.
+    """
+
+    identity: dict[str, Any]
+    product: dict[str, str] | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> "Manifest":
+        """Read and check a manifest.
+
+        Raises
+        ------
+        RunStateError
+            If it is not what was written, or names files outside of the output directory.
+        """
+        with reading(file):
+            values = json.loads(file.read_text(encoding="utf-8"))
+            manifest = cls(values["identity"], values["product"])
+            if values["slimgpt"] != manifest._checksum:
+                raise ValueError("its checksum does not match")
+            for name in manifest.product or ():
+                path = PurePosixPath(name)
+                if not path.parts or path.is_absolute() or ".." in path.parts:
+                    raise ValueError(f"{name!r} is not a name inside the output directory")
+        return manifest
+
+    def write(self, file: Path) -> None:
+        """Write it in one step."""
+        write_atomically(file, json.dumps({"slimgpt": self._checksum} | asdict(self)) + "\n")
+
+    @property
+    def _checksum(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Run:
+    """The output directory of a run, and its state.
+
+    Attributes
+    ----------
+    output : Path
+        The output directory.
+    """
+
+    output: Path
+
+    @property
+    def state(self) -> Path:
+        """Directory of the state."""
+        return self.output / STATE_DIR
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the output directory holds a product, and no state any more."""
+        return (self.output / LAST_FILE).exists() and not self.state.exists()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the product is complete, if perhaps not yet in its place."""
+        return self._has_manifest and self._is_written(Manifest.read(self._manifest))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the state."""
+        return sum(path.stat().st_size for path in self.state.rglob("*") if path.is_file())
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to go on with: what costs time to make again."""
+        return any(next(self.state.glob(pattern), None) for pattern in _PROGRESS)
+
+    def block_file(self, index: int, stage: Stage = "block") -> str:
+        """Name in the state of the result of a block."""
+        return f"{stage}-{index:05d}.safetensors"
+
+    def has(self, name: str) -> bool:
+        """Whether the state has a file, which is then whole."""
+        return (self.state / name).exists()
+
+    @contextmanager
+    def saving(self, name: str) -> Iterator[Path]:
+        """Write a file of the state; its checksum is there before it has its name.
+
+        Yields
+        ------
+        Path
+            The temporary name.
+
+        Raises
+        ------
+        RunStateError
+            If it cannot be written.
+        """
+        file = self.state / name
+        with writing(self.output), replacing(file) as temporary:
+            yield temporary
+            write_atomically(_checksum_file(file), describe_file(temporary) + "\n")
+
+    def saved(self, name: str) -> Path:
+        """Find a file of the state, and compare it with its checksum.
+
+        Raises
+        ------
+        RunStateError
+            If it is not what was written.
+        """
+        file = self.state / name
+        with reading(file):
+            if describe_file(file) != _checksum_file(file).read_text(encoding="utf-8").strip():
+                raise ValueError("its checksum does not match")
+        return file
+
+    def discard(self, name: str) -> None:
+        """Remove a file of the state that is no longer needed."""
+        for file in (self.state / name, _checksum_file(self.state / name)):
+            file.unlink()
+
+    def identify(self, identity: dict[str, Any], restart: bool) -> None:
+        """Compare with the identity of an interrupted run, or note that of a new one.
+
+        Parameters
+        ----------
+        identity : dict
+            All that the result depends on, as JSON values.
+        restart : bool
+            Throw away the state of an interrupted run.
+
+        Raises
+        ------
+        OtherRunError
+            If the interrupted run has another identity and anything to go on with; names what
+            differs.
+        RunStateError
+            If the run to throw away is finished, the state is damaged, or the output directory
+            has a file that the product will have.
+        """
+        now = json.loads(json.dumps(identity))
+        if restart:
+            is_published = False
+            with suppress(DamagedRunError):  # which is thrown away as well
+                is_published = self._is_published(Manifest.read(self._manifest))
+            if is_published:
+                raise _occupied(self.output)
+            self._forget()
+        elif not (self.has_begun or self.is_written):
+            self._forget()
+        if not self._has_manifest:
+            with writing(self.output):
+                Manifest(now).write(self._manifest)
+        manifest = Manifest.read(self._manifest)
+        before = manifest.identity
+        differences = {
+            key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in before | now
+            if before.get(key) != now.get(key)
+        }
+        if differences:
+            raise OtherRunError(
+                f"{self.output} holds an interrupted run that differs: "
+                + "; ".join(differences.values()),
+                hint=_how_to_go_on(before, differences.keys()),
+            )
+        if not self._is_written(manifest):
+            self._check_free([LAST_FILE])
+
+    @contextmanager
+    def product(self) -> Iterator[Path]:
+        """Put the finished product together.
+
+        Yields
+        ------
+        Path
+            An empty directory for its files; they are synced to disk when the block ends.
+        """
+        draft, result = self.state / _DRAFT, self.state / _RESULT
+        with writing(self.output):
+            manifest = Manifest.read(self._manifest)
+            self._withdraw(manifest)
+            _remove(draft)
+            draft.mkdir()
+            yield draft
+            for path in (*draft.rglob("*"), draft):
+                sync(path)
+            draft.rename(result)
+            sync(self.state)
+            files = sorted(path for path in result.rglob("*") if path.is_file())
+            product = {file.relative_to(result).as_posix(): describe_file(file) for file in files}
+            Manifest(manifest.identity, product).write(self._manifest)
+
+    def publish(self) -> None:
+        """Move the finished product to its place.
+
+        Raises
+        ------
+        RunStateError
+            If the output directory has files of the same names or cannot be written, or the
+            product is no longer what was written.
+        """
+        manifest, result = Manifest.read(self._manifest), self.state / _RESULT
+        if self._is_published(manifest):
+            return
+        paths = sorted(result.iterdir(), key=lambda path: path.name == LAST_FILE)
+        self._check_free([path.name for path in paths])
+        for name, description in (manifest.product or {}).items():
+            file = next((f for f in (result / name, self.output / name) if f.is_file()), result)
+            with reading(file):
+                if file == result or describe_file(file) != description:
+                    raise ValueError(f"{name} is not what was written")
+        with writing(self.output):
+            for path in paths:
+                if path.name == LAST_FILE:
+                    sync(self.output)
+                path.rename(self.output / path.name)
+            sync(self.output)
+
+    @property
+    def _manifest(self) -> Path:
+        return self.state / _MANIFEST
+
+    @property
+    def _has_manifest(self) -> bool:
+        return self._manifest.exists()
+
+    def _is_written(self, manifest: Manifest) -> bool:
+        has_result = (self.state / _RESULT).exists() and manifest.product is not None
+        return has_result or self._is_published(manifest)
+
+    def _is_published(self, manifest: Manifest) -> bool:
+        """Whether the last file of the product is in its place."""
+        last = self.output / LAST_FILE
+        return (
+            manifest.product is not None
+            and last.is_file()
+            and describe_file(last) == manifest.product.get(LAST_FILE)
+        )
+
+    def _check_free(self, names: list[str]) -> None:
+        if taken := [name for name in names if (self.output / name).exists()]:
+            raise RunStateError(
+                f"{self.output} has other files of these names: {', '.join(taken)}",
+                hint="move them away, then give the same command again",
+            )
+
+    def _check_ours(self) -> None:
+        """Refuse a state directory that this program has not made, before anything is changed."""
+        state = self.state
+        if not (state.is_symlink() or state.exists()):
+            return
+        problem = None
+        entries = [] if state.is_symlink() else _walk(state)
+        if state.is_symlink() or not state.is_dir():
+            problem = "is no directory, but a link or a file"
+        elif links := [path for path in entries if path.is_symlink()]:
+            problem = f"has a link, {links[0].relative_to(state)}"
+        elif self._has_manifest:
+            with self._manifest.open(encoding="utf-8", errors="replace") as opened:
+                if opened.read(len(_MARK)) != _MARK:
+                    problem = f"has a {_MANIFEST} that is not of slimgpt"
+        elif strangers := [path for path in entries if not _is_passing(path)]:
+            problem = f"has no {_MANIFEST}, but {strangers[0].relative_to(state)}"
+        if problem:
+            raise RunStateError(
+                f"{state} {problem}, so it is not the state of an interrupted run",
+                hint="choose another --output, or move it away",
+            )
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether there is nothing to go on with."""
+        if not self._has_manifest:
+            return True
+        try:
+            manifest = Manifest.read(self._manifest)
+        except DamagedRunError:
+            return False
+        return self._is_published(manifest) or not (self.has_begun or self._is_written(manifest))
+
+    def _withdraw(self, manifest: Manifest) -> None:
+        """Take the part of an unfinished product that is in its place away again."""
+        result = self.state / _RESULT
+        if result.exists():  # from here on the product is not complete
+            _remove(self.state / _DRAFT)
+            result.rename(self.state / _DRAFT)
+        output = self.output.resolve()
+        for name, description in (manifest.product or {}).items():
+            file = (self.output / name).resolve()
+            if file.is_relative_to(output) and file.is_file():
+                if describe_file(file) == description:
+                    file.unlink()
+                with suppress(OSError):  # that it is not empty
+                    if file.parent != output:
+                        file.parent.rmdir()
+
+    def _forget(self) -> None:
+        """Remove the state, but for the lock; an unfinished product first, the manifest last."""
+        with suppress(DamagedRunError):
+            manifest = Manifest.read(self._manifest)
+            if not self._is_published(manifest):
+                self._withdraw(manifest)
+        for path in sorted(self.state.iterdir(), key=lambda path: path.name == _MANIFEST):
+            if path.name != _LOCK:
+                _remove(path)
+
+
+@contextmanager
+def open_run(output: Path) -> Iterator[Run]:
+    """Take possession of an output directory.
+
+    Parameters
+    ----------
+    output : Path
+        The output directory: missing, empty, or with the state of a run.
+
+    Yields
+    ------
+    Run
+        Its state is removed when the product is published, or when there is nothing to go on with.
+
+    Raises
+    ------
+    RunStateError
+        If the output has other files or a state that is not ours, another process works on it,
+        or it cannot be written.
+    """
+    run = Run(output)
+    with writing(output):
+        if "\0" in str(output):
+            raise OSError("a path cannot have a null character")
+        if output.exists() and not output.is_dir():
+            raise RunStateError(
+                f"the output {output} exists and is not a directory",
+                hint="choose another --output",
+            )
+        run._check_ours()
+        if output.is_dir() and not run.state.exists() and any(output.iterdir()):
+            raise _occupied(output)
+        is_new = not output.exists()
+        run.state.mkdir(parents=True, exist_ok=True)
+        lock = locked(run.state / _LOCK, output)
+    try:
+        yield run
+    finally:
+        if run._is_over:
+            run._forget()
+            (run.state / _LOCK).unlink()  # while it is held: who comes next has another one
+            with suppress(OSError):
+                run.state.rmdir()
+                if is_new:
+                    output.rmdir()  # unless it has the product
+        lock.release()
+
+
+def locked(file: Path, output: Path) -> FileLock:
+    """Lock an output directory by a file.
+
+    Raises
+    ------
+    RunStateError
+        If another process has locked it.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RunStateError(
+            f"another process is working on {output}",
+            hint="wait for it to end, or choose another --output",
+        ) from None
+    return lock
+
+
+def _checksum_file(file: Path) -> Path:
+    return file.with_name(file.name + _CHECKSUM_SUFFIX)
+
+
+def _walk(directory: Path) -> list[Path]:
+    """Everything in a directory, without following links."""
+    return [
+        Path(folder, name)
+        for folder, folders, names in os.walk(directory)
+        for name in (*folders, *names)
+    ]
+
+
+def _is_passing(path: Path) -> bool:
+    """Whether a file is one that a run may leave before it has its manifest."""
+    return path.name == _LOCK or path.suffix == _TEMPORARY_SUFFIX
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _occupied(output: Path) -> RunStateError:
+    return RunStateError(
+        f"the output directory {output} exists and is not empty",
+        hint="choose another --output, or remove it first",
+    )
+
+
+def _how_to_go_on(before: dict[str, Any], differences: Any) -> str:
+    variables = {
+        "threads": f"OMP_NUM_THREADS={before.get('threads')}",
+        "CPU capability": f"ATEN_CPU_CAPABILITY={str(before.get('CPU capability')).lower()}",
+    }
+    wanted = [setting for key, setting in variables.items() if key in differences]
+    if len(wanted) == len(differences):
+        return f"set {' and '.join(wanted)} to go on with it, or --restart to throw it away"
+    return "give the same options to go on with it, or --restart to throw it away"

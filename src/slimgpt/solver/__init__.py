@@ -1,0 +1,1 @@
+"""Optimal Brain Surgeon on one output projection. No Hugging Face in here."""

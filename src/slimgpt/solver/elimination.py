@@ -1,0 +1,371 @@
+"""Optimal Brain Surgeon for one linear layer y = W x: what to remove, and how to make up for it.
+
+Pure functions on tensors. Columns of W are removed in units: a key/value group of attention is a
+unit of many columns of ``o_proj``, an FFN channel is a unit of one column of ``down_proj``.
+
+Shape suffixes: ``O`` out features, ``I`` in features (columns), ``K`` kept columns, ``R`` removed
+columns, ``U`` units, ``S`` columns of a unit, ``P`` pivots (columns removed together), ``C``
+candidates for removal.
+
+References
+----------
+Hassibi & Stork 1992, "Second order derivatives for network pruning: Optimal Brain Surgeon".
+Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slimgpt.solver.hessian import Problem
+
+
+class Elimination(NamedTuple):
+    """What was removed from a layer, and what is left.
+
+    Attributes
+    ----------
+    order : Tensor
+        Removed units, in the order of removal.
+    errors : Tensor
+        tr(ΔW (H + D) ΔWᵀ) that each of them added, and, where asked for, that further ones would;
+        float64.
+    kept_K : Tensor
+        Indices of the columns that are left, sorted.
+    weight_OK : Tensor
+        Their weights, which change the layer's output least: W H_:K (H_KK)⁻¹ (least squares).
+        Of the type of the problem's weight.
+    error : float
+        E‖Δy‖², the mean squared change of the output, summed over the out features.
+    """
+
+    order: Tensor
+    errors: Tensor
+    kept_K: Tensor
+    weight_OK: Tensor
+    error: float
+
+
+def unit_errors(
+    weight_OI: Tensor,
+    inverse_II: Tensor,
+    unit_size: int,
+    method: Literal["exact", "diagonal"] = "exact",
+) -> Tensor:
+    """Error of removing each unit alone, with optimal compensation by all other columns.
+
+    Parameters
+    ----------
+    weight_OI : Tensor
+        The layer's weight.
+    inverse_II : Tensor
+        H⁻¹.
+    unit_size : int
+        Consecutive columns that form a unit; divides I.
+    method : {"exact", "diagonal"}
+        ``exact``: with L_u L_uᵀ = (H⁻¹)_uu, ε_u = ‖L_u⁻¹ W_uᵀ‖²_F (grouped Cholesky, SlimGPT
+        section 3.2), summed as tr(L_u⁻¹ W_uᵀ W_u L_u⁻ᵀ). ``diagonal``: Σ_j ‖w_j‖²/(L_u)²_jj as in
+        the code released with the paper, which leaves out the updates inside the unit.
+
+    Returns
+    -------
+    Tensor
+        errors_U, tr(ΔW H ΔWᵀ) for each unit.
+    """
+    grams_USS = _unit_grams(weight_OI.T, unit_size).to(inverse_II)
+    return _unit_errors(grams_USS, _unit_blocks(inverse_II, unit_size), method)
+
+
+def eliminate_units(
+    problem: Problem,
+    num_remove: int,
+    unit_size: int,
+    method: Literal["exact", "diagonal"] = "exact",
+    num_further: int = 0,
+) -> Elimination:
+    """Remove units of several columns one after the other, always the one of least error.
+
+    Parameters
+    ----------
+    problem : Problem
+        The layer.
+    num_remove : int
+        Number of units to remove.
+    unit_size : int
+        Consecutive columns that form a unit.
+    method : {"exact", "diagonal"}
+        See `unit_errors`.
+    num_further : int
+        How many more units to remove, for their errors only; `order` is without them.
+    """
+    stops = sorted({num_remove, num_remove + num_further})
+    rest = _Rest(problem, stops[-1] * unit_size)
+    inverse_USS = _unit_blocks(problem.inverse_II, unit_size)
+    grams_USS = _unit_grams(rest.weight_KO, unit_size).to(inverse_USS)
+    columns_S = torch.arange(unit_size, device=inverse_USS.device)
+    order, errors, left = [], [], []
+    for stop in stops:
+        while len(order) < stop:
+            errors_U = _unit_errors(grams_USS, inverse_USS, method)
+            least = int(errors_U.argmin())
+            pivots_P = least * unit_size + columns_S
+            order.append(int(rest.columns_K[pivots_P[0]]) // unit_size)
+            root_PK, half_PO = rest.factorize(pivots_P)
+            errors.append(half_PO.square().sum())  # also where `errors_U` is approximate
+            root_UPS, cross_UPS = (
+                rows_PK.view(unit_size, -1, unit_size).transpose(0, 1)
+                for rows_PK in (root_PK, rest.cross(root_PK, half_PO))
+            )
+            inverse_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
+            lost_USS = cross_UPS.mT @ root_UPS
+            grams_USS -= lost_USS + lost_USS.mT
+            left_U = rest.remove(pivots_P, root_PK, half_PO)[::unit_size] // unit_size
+            inverse_USS, grams_USS = inverse_USS[left_U], grams_USS[left_U]
+        left = left or [rest.elimination(order, errors)]
+    return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
+
+
+def eliminate_channels(
+    problem: Problem, num_remove: int, panel_size: int = 192, num_further: int = 0
+) -> Elimination:
+    """Remove single columns one after the other, always the one of least ‖w_j‖²/(H⁻¹)_jj.
+
+    The next `panel_size` pivots are found among half as many more columns, those of least error
+    now, from their blocks of H⁻¹ and WᵀW alone. What the removal of these pivots means for all
+    columns then takes a few matrix products (see `_Rest`). Pivots from the first one on that a
+    column outside of the candidates would have beaten are discarded, so the order is that of one
+    removal at a time.
+
+    Parameters
+    ----------
+    problem : Problem
+        The layer.
+    num_remove : int
+        Number of columns to remove.
+    panel_size : int
+        Pivots chosen at once; changes the speed only.
+    num_further : int
+        How many more columns to remove, for their errors only; `order` is without them.
+
+    Returns
+    -------
+    Elimination
+        Nested: the first n entries of the order are the elimination of n columns.
+    """
+    stops = sorted({num_remove, num_remove + num_further})
+    rest = _Rest(problem, stops[-1])
+    norms_K = _squares(rest.weight_KO)
+    inverse_K = problem.inverse_II.diagonal()
+    order, errors, left = [], [], []
+    for stop in stops:
+        while len(order) < stop:
+            size = min(panel_size, stop - len(order))
+            ranked_K = (norms_K.clamp(min=0) / inverse_K).argsort(stable=True)
+            candidates_C = ranked_K[: 3 * size // 2].sort().values
+            weight_CO = rest.weight_KO[candidates_C].double()
+            inverse_CC = rest.inverse(candidates_C, candidates_C)
+            chosen, errors_P = _eliminate_one_by_one(weight_CO @ weight_CO.T, inverse_CC, size)
+
+            pivots_P = candidates_C[chosen]
+            root_PK, half_PO = rest.factorize(pivots_P)
+            cross_PK = rest.cross(root_PK, half_PO)
+            norms_PK = norms_K - cross_PK.mul_(root_PK).mul_(2).cumsum_(dim=0)
+            inverse_PK = inverse_K - root_PK.square().cumsum_(dim=0)
+            others_PK = norms_PK[:-1].clamp(min=0) / inverse_PK[:-1]
+            others_P = others_PK.index_fill_(1, candidates_C, torch.inf).amin(dim=1)
+            valid = 1 + int((errors_P[1:] <= others_P).cumprod(dim=0).sum())
+
+            order += rest.columns_K[pivots_P[:valid]].tolist()
+            errors += errors_P[:valid]
+            left_K = rest.remove(pivots_P[:valid], root_PK[:valid], half_PO[:valid])
+            norms_K, inverse_K = norms_PK[valid - 1, left_K], inverse_PK[valid - 1, left_K]
+        left = left or [rest.elimination(order, errors)]
+    return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
+
+
+def eliminate_channel_groups(
+    problem: Problem, num_remove: int, min_group: int = 64, max_group: int = 1024
+) -> Elimination:
+    """Remove single columns in batches of least ‖w_j‖²/(H⁻¹)_jj (Dynamic Group Size).
+
+    As in the code released with the paper: with c columns to remove the first batch has
+    (c − 512)/2, each next one (b − 512)/2 columns, clamped to the two bounds and to what is left;
+    W and H⁻¹ are updated after each batch.
+
+    Parameters
+    ----------
+    problem : Problem
+        The layer.
+    num_remove : int
+        Number of columns to remove.
+    min_group, max_group : int
+        Bounds of the size of a batch.
+    """
+    rest = _Rest(problem, num_remove)
+    inverse_K = problem.inverse_II.diagonal()
+    order, errors = [], []
+    group = num_remove
+    while len(order) < num_remove:
+        group = min(max((group - 512) // 2, min_group), max_group)
+        errors_K = _squares(rest.weight_KO) / inverse_K
+        pivots_P = errors_K.argsort(stable=True)[: min(group, num_remove - len(order))]
+        order += rest.columns_K[pivots_P].tolist()
+        root_PK, half_PO = rest.factorize(pivots_P)
+        errors += half_PO.square().sum(dim=1)
+        left_K = rest.remove(pivots_P, root_PK, half_PO)
+        inverse_K = (inverse_K - root_PK.square().sum(dim=0))[left_K]
+    return rest.elimination(order, errors)
+
+
+def _squares(weight_KO: Tensor) -> Tensor:
+    """Squared norm of each row."""
+    return torch.linalg.vector_norm(weight_KO, dim=1, dtype=torch.float64).square()
+
+
+def _unit_grams(weight_IO: Tensor, unit_size: int) -> Tensor:
+    """W_uᵀ W_u of each unit."""
+    weight_USO = weight_IO.view(-1, unit_size, weight_IO.shape[1])
+    return weight_USO @ weight_USO.mT
+
+
+def _unit_blocks(inverse_II: Tensor, unit_size: int) -> Tensor:
+    """The block of each unit on the diagonal of H⁻¹."""
+    num_units = len(inverse_II) // unit_size
+    inverse_USUS = inverse_II.view(num_units, unit_size, num_units, unit_size)
+    return inverse_USUS.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
+
+
+def _unit_errors(grams_USS: Tensor, inverse_USS: Tensor, method: str) -> Tensor:
+    factors_USS = torch.linalg.cholesky(inverse_USS)
+    if method == "diagonal":
+        pivots_US = factors_USS.diagonal(dim1=1, dim2=2)
+        norms_US = grams_USS.diagonal(dim1=1, dim2=2).clamp(min=0)
+        return (norms_US / pivots_US.square()).sum(dim=1)
+    eye_SS = torch.eye(inverse_USS.shape[1]).to(inverse_USS)
+    solved_USS = torch.linalg.solve_triangular(factors_USS, eye_SS, upper=False)
+    return (solved_USS @ grams_USS).mul_(solved_USS).sum(dim=(1, 2)).clamp(min=0)
+
+
+class _Rest:
+    """The columns that are left: W, which makes up for those removed, and what H⁻¹ has lost.
+
+    Let M be the inverse of what is left of H, P the columns removed next (the pivots), and
+    L Lᵀ = M_PP. Then
+
+        W ← W − Yᵀ R,  Y = L⁻¹ W_Pᵀ,
+        M ← M − Rᵀ R,  R = L⁻¹ M_P:,
+
+    and the error is ‖Y‖²_F, in the order of P and pivot by pivot. M itself is never updated: the
+    rows of R of all removals are kept (together they are a Cholesky factor of H⁻¹), and blocks of M
+    are formed from them when they are asked for. All of this is float64, but for W and the
+    products with it, which have the type of W: float32 is twice as fast, and as exact as the
+    weight that comes out. The last columns move to where pivots were, so that what is left stays
+    in one piece; arguments are positions, `columns_K` has the indices.
+    """
+
+    def __init__(self, problem: Problem, capacity: int) -> None:
+        weight_IO, inverse_II = problem.weight_OI.T, problem.inverse_II
+        self.columns_K = torch.arange(len(weight_IO), device=weight_IO.device)
+        self.weight_KO = weight_IO.clone(memory_format=torch.contiguous_format)
+        self._root_KR = inverse_II.new_empty(len(inverse_II), capacity)
+        self._num_removed = 0
+        self._error = 0.0
+        self._problem = problem
+
+    def inverse(self, rows: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        """M at the rows and columns."""
+        inverse_II, root_KR = self._problem.inverse_II, self._root_KR[:, : self._num_removed]
+        block = inverse_II[self.columns_K[rows]][:, self.columns_K[columns]]
+        return block.addmm_(root_KR[rows], root_KR[: len(self.columns_K)][columns].T, alpha=-1)
+
+    def factorize(self, pivots_P: Tensor) -> tuple[Tensor, Tensor]:
+        """R and Y of removing the pivots next."""
+        inverse_PK = self.inverse(pivots_P)
+        factor_PP = torch.linalg.cholesky(inverse_PK[:, pivots_P])
+        return (
+            torch.linalg.solve_triangular(factor_PP, inverse_PK, upper=False),
+            torch.linalg.solve_triangular(
+                factor_PP, self.weight_KO[pivots_P].double(), upper=False
+            ),
+        )
+
+    def cross(self, root_PK: Tensor, half_PO: Tensor) -> Tensor:
+        """Q of removing these pivots, by which A = WᵀW becomes A − Qᵀ R − Rᵀ Q.
+
+        Q = Y W − T R, where T + Tᵀ = Y Yᵀ and T is lower triangular, so that it holds for the
+        first pivots alone, too.
+        """
+        inner_PP = half_PO @ half_PO.T
+        inner_PP.diagonal().mul_(0.5)
+        product_PK = half_PO.to(self.weight_KO) @ self.weight_KO.T
+        return product_PK.to(root_PK).addmm_(inner_PP.tril_(), root_PK, alpha=-1)
+
+    def remove(self, pivots_P: Tensor, root_PK: Tensor, half_PO: Tensor) -> Tensor:
+        """Remove pivots; gives the former positions of what is left, in the order it has now."""
+        num_left = len(self.columns_K) - len(pivots_P)
+        is_left_K = torch.ones_like(self.columns_K, dtype=torch.bool)
+        is_left_K[pivots_P] = False
+        left_K = torch.arange(num_left, device=pivots_P.device)
+        free = ~is_left_K[:num_left]
+        last = num_left + is_left_K[num_left:].nonzero().squeeze(1)
+        left_K[free] = last
+
+        dtype = self.weight_KO.dtype
+        self.weight_KO.addmm_(root_PK.T.to(dtype), half_PO.to(dtype), alpha=-1)
+        end = self._num_removed + len(pivots_P)
+        self._root_KR[: len(self.columns_K), self._num_removed : end] = root_PK.T
+        self._num_removed = end
+        removed_P = self.columns_K[pivots_P]
+        self._error += float(half_PO.square().sum()) - self._damping_error(removed_P, 0)
+        for rows in (self.columns_K, self.weight_KO, self._root_KR[:, :end]):
+            rows[:num_left][free] = rows[last]
+        self.columns_K, self.weight_KO = self.columns_K[:num_left], self.weight_KO[:num_left]
+        return left_K
+
+    def _damping_error(self, columns_K: Tensor, weight_KO: Tensor | float) -> float:
+        """What the change of some columns costs in tr(ΔW D ΔWᵀ)."""
+        change_KO = self._problem.weight_OI.T[columns_K].sub_(weight_KO)
+        return float(self._problem.added_I[columns_K] @ _squares(change_KO))
+
+    def elimination(self, order: list[int], errors: list[Tensor]) -> Elimination:
+        """What has been removed, and what is left."""
+        kept_K, positions_K = self.columns_K.sort()
+        weight_KO = self.weight_KO[positions_K]
+        error = self._error - self._damping_error(kept_K, weight_KO)
+        return Elimination(
+            torch.tensor(order, dtype=torch.long, device=kept_K.device),
+            torch.stack(errors) if errors else self._root_KR.new_empty(0),
+            kept_K,
+            weight_KO.T,
+            max(error, 0.0),
+        )
+
+
+def _eliminate_one_by_one(
+    gram_CC: Tensor, inverse_CC: Tensor, num_remove: int
+) -> tuple[list[int], Tensor]:
+    """Remove single columns, always the one of least ‖w_j‖²/M_jj, from small blocks of WᵀW and M.
+
+    With A = WᵀW, the removal of pivot p is M ← M − r rᵀ and A ← A − q rᵀ − r qᵀ, where
+    r = M_:p/√M_pp and q = A_:p/√M_pp − ½ (A_pp/M_pp) r. Only the diagonals are updated; a row is
+    formed when it is the pivot's. In numpy on the CPU, where a call costs least.
+    """
+    gram, inverse = gram_CC.numpy(force=True), inverse_CC.numpy(force=True)
+    norms, pivots = gram.diagonal().copy(), inverse.diagonal().copy()
+    r, q = np.empty((2, num_remove, len(norms)))
+    order, errors = [], []
+    for k in range(num_remove):
+        scores = norms.clip(min=0) / pivots
+        p = int(scores.argmin())
+        order.append(p)
+        errors.append(scores[p])
+        r_p, q_p, root = r[:k, p], q[:k, p], np.sqrt(pivots[p])
+        r[k] = (inverse[p] - r_p @ r[:k]) / root
+        q[k] = (gram[p] - q_p @ r[:k] - r_p @ q[:k]) / root
+        q[k] -= (q[k, p] / root / 2) * r[k]
+        norms -= 2 * r[k] * q[k]
+        pivots -= r[k] ** 2
+        norms[p], pivots[p] = np.inf, 1.0
+    return order, gram_CC.new_tensor(errors)
