@@ -27,7 +27,7 @@ STATIC_ROPE = ("linear", "llama3")
 
 # What gguf raises for a file that is cut off, damaged or no GGUF file.
 _READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError)
-_BROKEN = "the file is damaged or is no GGUF file: download or write it again"
+BROKEN_GGUF = "the file is damaged or is no GGUF file: download or write it again"
 
 _LINEARS = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
 _WEIGHTS = rf"(?:token_embd|output_norm|output|blk\.\d+\.(?:attn_norm|ffn_norm|{_LINEARS}))\.weight"
@@ -132,7 +132,7 @@ def _read(file: Path, *_: int) -> GGUFContent:
 def _broken(file: Path, err: Exception) -> ConfigError:
     # gguf indexes beyond the end of a file that is cut off.
     reason = "it is cut off" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
-    return ConfigError(f"cannot load {file}: {reason}", hint=_BROKEN)
+    return ConfigError(f"cannot load {file}: {reason}", hint=BROKEN_GGUF)
 
 
 def _check_names(content: GGUFContent) -> None:
@@ -197,7 +197,8 @@ def _check_number(content: GGUFContent, key: str, found: int, what: str) -> None
 
 def _mismatch(content: GGUFContent, key: str, stated: Any, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{content.file.name}: its metadata says {key} {stated}, but it has {found}", hint=_BROKEN
+        f"{content.file.name}: its metadata says {key} {stated}, but it has {found}",
+        hint=BROKEN_GGUF,
     )
 
 

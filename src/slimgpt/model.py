@@ -51,7 +51,7 @@ from slimgpt.errors import (
 )
 from slimgpt.families import family_of
 from slimgpt.files import read_json
-from slimgpt.gguf_reading import GGUFContent, complete_config, read_gguf
+from slimgpt.gguf_reading import BROKEN_GGUF, GGUFContent, complete_config, read_gguf
 from slimgpt.pre_tokenizers import PRE_TOKENIZERS
 from slimgpt.stored import (
     LOAD_ERRORS,
@@ -228,7 +228,9 @@ def load_config(source: Source) -> PreTrainedConfig:
         raise cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
     if content:
-        complete_config(config, content)
+        with loading(f"the config of {source.name}"):
+            complete_config(config, content)
+        check_model_config(source.name, config.to_dict(), hint=BROKEN_GGUF)
     if source.directory:
         with suppress(ConfigError):  # files that cannot be read may not be needed
             read_stored(source, config)
