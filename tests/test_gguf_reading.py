@@ -320,6 +320,23 @@ def test_damaged_files_are_errors_about_the_file(base: Path, tmp_path: Path) -> 
     assert all(error.hint for error in errors)
 
 
+@pytest.mark.parametrize(("values", "size"), [([1] * 4, 4), (["a"] * 4, 8)])
+def test_arrays_longer_than_the_file(values: list[Any], size: int, tmp_path: Path) -> None:
+    file = tmp_path / "long.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_array("llama.odd", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    content = file.read_bytes()
+    start = content.index(b"llama.odd") + len(b"llama.odd") + 8
+    file.write_bytes(content[:start] + (2**60).to_bytes(8, "little") + content[start + 8 :])
+    message = f"llama.odd has {2**60} values of {size} bytes or more, but .* bytes follow"
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(find_model(str(file)))
+    assert error.value.hint
+
+
 @pytest.mark.parametrize("command", ["eval", "prune", "export"])
 def test_a_damaged_file_on_the_command_line(command: str, tmp_path: Path, run: Run) -> None:
     file = tmp_path / "model.gguf"

@@ -83,10 +83,30 @@ def open_gguf(file: Path) -> "GGUFReader":
     ConfigError
         If it is damaged, or no GGUF file.
     """
-    from gguf import GGUFReader
+    from gguf import GGUFReader, GGUFValueType
+
+    class BoundedReader(GGUFReader):
+        """Reader that goes through no array that is longer than the file."""
+
+        def _get_str(self, offset: int) -> Any:
+            self._last = super()._get_str(offset)
+            return self._last
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                (kind,), (count,) = self._get(orig_offs, "u4"), self._get(orig_offs + 4, "u8")
+                scalar = self.gguf_scalar_to_np.get(GGUFValueType(kind))
+                size = scalar().itemsize if scalar else 8  # of the length of a string
+                left = len(self.data) - orig_offs - 12
+                if int(count) * size > left:
+                    key = bytes(self._last[1])[:100].decode(errors="replace")
+                    raise ValueError(
+                        f"{key} has {count} values of {size} bytes or more, but {left} bytes follow"
+                    )
+            return super()._get_field_parts(orig_offs, raw_type)
 
     try:
-        return GGUFReader(file)
+        return BoundedReader(file)
     except _READ_ERRORS as err:
         raise _broken(file, err) from None
 
