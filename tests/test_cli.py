@@ -541,14 +541,14 @@ def test_results_of_another_form_are_set_aside(content: str, run: Run, slim: Pat
 def test_what_was_measured_outlives_a_failure(
     run: Run, slim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = perplexity.mean_losses
+    measure = evaluate.mean_losses
 
     def fail_at_32(live: object, base: object, windows: torch.Tensor) -> object:
         if windows.shape[1] == 32:
             raise NumericalError("the outputs are not finite", hint="none")
         return measure(live, base, windows)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(perplexity, "mean_losses", fail_at_32)
+    monkeypatch.setattr(evaluate, "mean_losses", fail_at_32)
     code, out, err = run("eval", slim, *EVALUATION, "16,32", "--json")
     assert code == 1
     assert "error: the outputs are not finite" in err
@@ -564,7 +564,7 @@ def test_perplexity_beyond_all_numbers(
     run: Run, slim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = perplexity.Losses(800.0, 0.0, 0.0, None)
-    monkeypatch.setattr(perplexity, "mean_losses", lambda *args: losses)
+    monkeypatch.setattr(evaluate, "mean_losses", lambda *args: losses)
     code, _, err = run("eval", slim, *EVALUATION, "16")
     assert code == 1
     assert "the mean loss is 800 nats per token" in err
@@ -591,12 +591,13 @@ def test_results_are_not_written_where_a_link_leads(run: Run, slim: Path, tmp_pa
 
 def test_two_evaluations_keep_the_results_of_both(slim: Path) -> None:
     code = (
-        "import sys; from slimgpt import card; from slimgpt.evaluation import EvalResult\n"
+        "import sys; from slimgpt.checkpoint import card\n"
+        "from slimgpt.evaluation.perplexity import EvalResult\n"
         "from pathlib import Path\n"
         "for n in range(20):\n"
         "    r = EvalResult('m', None, 'float32', sys.argv[2], sys.argv[2], n + 2, 1, 1., None,\n"
         "                   None, None)\n"
-        "    card.keep_results(Path(sys.argv[1]), card.PERPLEXITY_FILE, [r],\n"
+        "    card.keep_results(Path(sys.argv[1]), "eval/perplexity.json", [r],\n"
         "                      lambda r: (r['data'], r['seqlen']))\n"
     )
     processes = [

@@ -143,6 +143,36 @@ def test_a_lost_process_ends_the_job_and_it_resumes(
     assert json.loads(again.stdout)["output"] == str(output)
 
 
+def test_a_lost_process_ends_the_training(
+    slim_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    program = tmp_path / "dies.py"
+    program.write_text(
+        "import os, signal\n"
+        "from slimgpt import cli, recovery\n"
+        "training_step = recovery.RecoveryTrainer.training_step\n"
+        "def dies(trainer, *args):\n"
+        "    if trainer.state.global_step == 1 and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return training_step(trainer, *args)\n"
+        "recovery.RecoveryTrainer.training_step = dies\n"
+        "cli.main()\n"
+    )
+    arguments = ["recover", str(slim_checkpoint("llama")), "--output", str(tmp_path / "out")]
+    arguments += ["--method=full", "--data=pydocs", "--max-examples=8", "--eval-data=pydocs"]
+    arguments += ["--eval-tokens=128", "--seqlen=64", "--max-steps=3", "--batch-size=2"]
+    arguments += ["--micro-batch-size=1", "--device=cpu"]
+    # torchrun ends the other process too, but later than that notices.
+    died = torchrun(2, "--monitor-interval=2", program, *arguments)
+    assert died.returncode != 0
+    errors = [line for line in died.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, died.stderr
+    assert "another process of this job has ended" in errors[0]
+    assert "hint: see its message" in died.stderr
+    assert "recovery.py" not in died.stderr  # no traceback
+    assert "internal error" not in died.stderr
+
+
 def test_more_processes_than_batches_of_the_survey(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimgpt
-from slimgpt.errors import ConfigError, NumericalError, RunStateError
+from slimgpt.errors import ConfigError, NumericalError, ResourceError, RunStateError
 from slimgpt.experiments import runner
 from slimgpt.experiments.recipe import Cell, RecipeConfig, expand, read_recipe
 from slimgpt.experiments.tables import draw, to_markdown
@@ -430,7 +430,6 @@ def test_a_cell_without_memory_fails_alone(
     ("err", "message"),
     [
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-        (OSError(28, "No space left on device"), "no space left"),
         (PermissionError(13, "Permission denied"), "cannot be read or written"),
         (ZeroDivisionError("surprise"), "internal error: ZeroDivisionError: surprise"),
     ],
@@ -449,6 +448,31 @@ def test_whatever_ends_a_cell_does_not_end_the_recipe(
     (error,) = result.errors
     assert message in error
     assert "evaluate" in result.report["cells"][1]
+
+
+@pytest.mark.parametrize(
+    "err",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        RuntimeError("PytorchStreamWriter failed: No space left on device"),
+        ResourceError("no space left: No space left on device", hint="free some space"),
+    ],
+)
+def test_a_full_disk_ends_the_recipe(
+    err: Exception, recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        raise err
+
+    monkeypatch.setattr(runner, "prune", fail)
+    with pytest.raises(ResourceError, match="no space left") as error:
+        slimgpt.run_recipe(recipe(grid={"ratio": [0.3, 0.4]}), tmp_path / "out")
+    assert "free some space" in str(error.value.hint)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"machine": 3}'])

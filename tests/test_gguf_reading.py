@@ -13,7 +13,7 @@ from llama_cpp import LlamaCpp
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import slimgpt
-from slimgpt.errors import SlimGPTError, UnsupportedModelError
+from slimgpt.errors import ConfigError, SlimGPTError, UnsupportedModelError
 from slimgpt.models.loading import load_config, load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import load_tokenizer
@@ -231,6 +231,45 @@ def test_counts_beyond_the_tensors_are_refused(
     assert "hint: the file is damaged" in err
 
 
+IMPOSSIBLE = [
+    ({"llama.context_length": 0}, "max_position_embeddings=0"),
+    ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps=-1.0"),
+    ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps=nan"),
+    ({"llama.rope.freq_base": 0.0}, "rope_parameters.rope_theta=0.0"),
+    ({"llama.rope.freq_base": float("inf")}, "rope_parameters.rope_theta=inf"),
+    ({"tokenizer.ggml.bos_token_id": 2**31}, "bos_token_id=2147483648, but the vocabulary"),
+    ({"tokenizer.ggml.eos_token_id": 320}, "eos_token_id=320, but the vocabulary has tokens"),
+    ({"llama.attention.head_count_kv": 32}, "num_attention_heads=8 is no multiple of"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), IMPOSSIBLE)
+def test_impossible_metadata_is_checked_as_a_config_is(
+    values: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    file = rewrite(base, tmp_path / "odd.gguf", values)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(find_model(str(file)))
+    assert "the file is damaged" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "context_length",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.scaling.factor",
+    ],
+)
+def test_text_in_place_of_a_number(key: str, base: Path, tmp_path: Path) -> None:
+    file = rewrite(base, tmp_path / "odd.gguf", {f"llama.{key}": "many"})
+    with pytest.raises(ConfigError, match=r"the config of .*odd.gguf") as error:
+        load_config(find_model(str(file)))
+    assert error.value.hint
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -281,6 +320,23 @@ def test_damaged_files_are_errors_about_the_file(base: Path, tmp_path: Path) -> 
                 errors.append(err)
     assert len(errors) > len(damaged)
     assert all(error.hint for error in errors)
+
+
+@pytest.mark.parametrize(("values", "size"), [([1] * 4, 4), (["a"] * 4, 8)])
+def test_arrays_longer_than_the_file(values: list[Any], size: int, tmp_path: Path) -> None:
+    file = tmp_path / "long.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_array("llama.odd", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    content = file.read_bytes()
+    start = content.index(b"llama.odd") + len(b"llama.odd") + 8
+    file.write_bytes(content[:start] + (2**60).to_bytes(8, "little") + content[start + 8 :])
+    message = f"llama.odd has {2**60} values of {size} bytes or more, but .* bytes follow"
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(find_model(str(file)))
+    assert error.value.hint
 
 
 @pytest.mark.parametrize("command", ["eval", "prune", "export"])

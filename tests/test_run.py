@@ -20,7 +20,8 @@ import slimgpt
 from slimgpt.calibration import activations
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
 from slimgpt.models import device, weights
-from slimgpt.pruning import block, prune, sensitivity, sequential
+from slimgpt.pruning import block as module
+from slimgpt.pruning import prune, sensitivity, sequential
 from slimgpt.runtime.files import describe_file
 from slimgpt.runtime.run_directory import STATE_DIR, Manifest, Stage, open_run
 
@@ -89,7 +90,7 @@ def fail_at_block(
     def prune_block(block: Any, *args: Any) -> Any:
         if block.index == index and args[-1] == in_survey:
             raise error
-        return block.prune_block(block, *args)
+        return module.prune_block(block, *args)
 
     monkeypatch.setattr(sequential, "prune_block", prune_block)
 
@@ -99,7 +100,7 @@ def test_finished_blocks_are_not_solved_again(
 ) -> None:
     model, output = interrupted
     solved = []
-    prune_block = block.prune_block
+    prune_block = sequential.prune_block
     monkeypatch.setattr(
         sequential,
         "prune_block",
@@ -135,7 +136,7 @@ def test_an_interrupted_survey_goes_on(
         slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     monkeypatch.undo()
     solved = []
-    prune_block = block.prune_block
+    prune_block = sequential.prune_block
     monkeypatch.setattr(
         sequential,
         "prune_block",
@@ -348,7 +349,7 @@ def test_a_second_process_is_refused(
             with pytest.raises(RunStateError, match="another process is working on") as raised:
                 slimgpt.prune(model, output, **OPTIONS)
             seen.append(raised.value)
-        return block.prune_block(block, *args)
+        return module.prune_block(block, *args)
 
     monkeypatch.setattr(sequential, "prune_block", prune_block)
     slimgpt.prune(model, output, **OPTIONS)

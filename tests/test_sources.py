@@ -26,6 +26,7 @@ from slimgpt.errors import ConfigError, DataError, SlimGPTError, UnsupportedMode
 from slimgpt.models.device import find_device
 from slimgpt.models.loading import cannot_load, load_config, load_generation_config, load_model
 from slimgpt.models.source import SMOLLM2_ALIAS, Source, find_model
+from slimgpt.models.tokenizer import tokenizer_files
 from slimgpt.models.weights import open_weights, weight_files
 
 Tensors = dict[str, Tensor]
@@ -634,3 +635,33 @@ def test_files_that_are_nested_too_deeply(model: Path, file: str, depth: int) ->
     with pytest.raises(ConfigError, match=f"cannot read .*{file}") as error:
         read_all(model)
     assert error.value.hint
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja", "merges.txt"])
+def test_links_out_of_a_model_are_not_copied(
+    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, secret = tmp_path / "model", tmp_path / "secret"
+    shutil.copytree(tiny_checkpoint("llama"), model)
+    secret.write_text("a key")
+    (model / name).symlink_to(secret)
+    with pytest.raises(UnsupportedModelError, match="outside of the model's directory") as error:
+        slimgpt.prune(str(model), tmp_path / "out", calibration="pydocs", nsamples=2, seqlen=16)
+    assert "put a copy" in str(error.value.hint)
+    assert not list((tmp_path / "out").rglob(name))
+
+
+def test_links_in_a_model_and_in_the_cache_of_the_hub_are_read(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    shutil.copytree(tiny_checkpoint("llama"), snapshot)
+    blob = tmp_path / "models--a--b" / "blobs" / "1"
+    blob.parent.mkdir()
+    (snapshot / "tokenizer.json").rename(blob)
+    (snapshot / "tokenizer.json").symlink_to(Path("../../blobs/1"))
+    assert tokenizer_files(find_model(snapshot)).keys() >= {"tokenizer.json"}
+    shutil.move(blob, snapshot / "own.json")
+    (snapshot / "tokenizer.json").unlink()
+    (snapshot / "tokenizer.json").symlink_to("own.json")
+    assert tokenizer_files(find_model(snapshot)).keys() >= {"tokenizer.json"}

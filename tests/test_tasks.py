@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,11 @@ import torch
 from conftest import make_tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from slimgpt.errors import ConfigError, DataError, MissingDependencyError
+import slimgpt
+from slimgpt.errors import ConfigError, DataError, MissingDependencyError, SlimGPTError
 from slimgpt.evaluation import tasks
 from slimgpt.evaluation.local_tasks import find_split
-from slimgpt.evaluation.tasks import load_tasks, run_tasks
+from slimgpt.evaluation.tasks import Score, TaskSet, load_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -52,6 +56,10 @@ FILES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 SUBJECTS = {"astronomy": "stem", "anatomy": "stem", "marketing": "other"}
+
+
+def run_tasks(found: TaskSet, model: Any, tokenizer: Any, **options: Any) -> list[Score]:
+    return [s for scores in tasks.run_tasks(found, model, tokenizer, **options) for s in scores]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -277,3 +285,112 @@ def test_mistakes(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tasks, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="lm-eval"):
         load_tasks(["piqa"], data_dir)
+
+
+ROW = json.dumps(PIQA[0])
+HALF = json.dumps(PIQA[0] | {"goal": "\ud83d"})
+BOOLQ = '{"question": "is it", "passage": "It is."}'
+BAD_FILES = [
+    ("piqa", "piqa_valid.jsonl", f"{ROW}\n[1]\n", "line 2 is a list, not a row"),
+    ("piqa", "piqa_valid.jsonl", f'{ROW}\n{{"goal": "a"}}\n', "line 2 lacks the field 'sol1'"),
+    ("piqa", "piqa_valid.jsonl", HALF, "line 1 has half of a surrogate pair"),
+    ("piqa", "piqa_valid.jsonl", "", "piqa_valid.jsonl has no rows"),
+    ("boolq", "boolq_validation.jsonl", BOOLQ, "line 1 lacks the field 'answer'"),
+    (
+        "boolq",
+        "boolq_validation.jsonl",
+        BOOLQ.replace("}", ', "answer": "maybe"}'),
+        "line 1 has the answer 'maybe', which is none",
+    ),
+    (
+        "boolq",
+        "boolq_validation.jsonl",
+        BOOLQ.replace("}", ', "answer": null}'),
+        "line 1 has the answer None, which is none",
+    ),
+    ("mmlu_anatomy", "mmlu/test/anatomy_test.csv", "why?,0,1,A\n", "row 1 has 4 columns, not 6"),
+    ("mmlu_anatomy", "mmlu/test/anatomy_test.csv", "why?,0,1,2,3,E\n", "row 1 has the answer 'E'"),
+    ("mmlu_anatomy", "mmlu/test/anatomy_test.csv", "", "anatomy_test.csv has no rows"),
+    (
+        "mmlu_anatomy",
+        "mmlu/test/anatomy_test.csv",
+        'a,0,1,2,3,A\n"b"c,0,1,2,3,A\n',
+        "cannot read .*anatomy_test.csv, after row 1: ",
+    ),
+    ("mmlu_anatomy", "mmlu/test/anatomy_test.csv", b"\xff,0,1,2,3,A\n", "after row 0: 'utf-8'"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "content", "message"), BAD_FILES)
+def test_bad_files(
+    data_dir: Path, name: str, file: str, content: str | bytes, message: str
+) -> None:
+    is_text = isinstance(content, str)
+    (data_dir / file).write_bytes(content.encode() if is_text else content)
+    with pytest.raises(DataError, match=message) as error:
+        load_tasks([name], data_dir)
+    assert error.value.hint
+
+
+def test_groups_that_change_their_tasks() -> None:
+    with pytest.raises(ConfigError, match="'mmlu_continuation' changes the tasks in it") as error:
+        tasks.check_tasks(["mmlu_continuation"])
+    assert error.value.hint == "name its tasks one by one"
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (ConnectionError("no network"), DataError, "piqa from the hub .*: no network"),
+        (ImportError("no module"), MissingDependencyError, r"piqa' needs the package 'lm-eval"),
+    ],
+)
+def test_data_that_cannot_be_had(
+    raised: Exception, error: type[SlimGPTError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(error, match=message) as found:
+        load_tasks(["piqa"])
+    assert found.value.hint
+
+
+@pytest.mark.parametrize(
+    ("against", "ends_in_run", "expected"),
+    [
+        (False, 2, [("piqa", None)]),
+        (True, 3, [("piqa", "base")]),
+        (True, 4, [("piqa", "base"), ("winogrande", None)]),
+    ],
+    ids=["alone", "second-task", "second-task-of-the-base"],
+)
+def test_scores_are_kept_when_a_later_task_fails(
+    against: bool,
+    ends_in_run: int,
+    expected: list[tuple[str, str | None]],
+    data_dir: Path,
+    slim_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, base = tmp_path / "slim", tmp_path / "base"
+    for directory in (model, base):
+        shutil.copytree(slim_checkpoint("llama"), directory)
+    run_task, runs = tasks._run_task, []
+
+    def fail(*args: Any) -> list[Score]:
+        runs.append(args)
+        if len(runs) == ends_in_run:
+            raise MemoryError
+        return run_task(*args)
+
+    monkeypatch.setattr(tasks, "_run_task", fail)
+    options = {"tasks": ["piqa", "winogrande"], "data_dir": data_dir, "limit": 1, "data": ()}
+    with pytest.raises(MemoryError) as error:
+        slimgpt.evaluate(str(model), **options | ({"against": str(base)} if against else {}))
+    kept = json.loads((model / "eval" / "tasks.json").read_text())
+    found = list(dict.fromkeys((score["task"], score["base"]) for score in kept))
+    assert found == expected
+    assert [asdict(score) for score in vars(error.value)["measured"].tasks] == kept

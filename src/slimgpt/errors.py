@@ -92,6 +92,11 @@ class MissingDependencyError(SlimGPTError):
         )
 
 
+def is_disk_full(err: BaseException) -> bool:
+    """Whether there is no space left where something was written."""
+    return getattr(err, "errno", None) in _FULL or any(words in str(err) for words in _NO_SPACE)
+
+
 def resource_error(err: BaseException) -> SlimGPTError | None:
     """Tell what the machine refuses from a fault of the program.
 
@@ -114,7 +119,7 @@ def resource_error(err: BaseException) -> SlimGPTError | None:
             f"out of memory: {text[:300]}" if text else "out of memory",
             hint="use fewer or shorter samples, smaller batches, a smaller --dtype, or the CPU",
         )
-    if getattr(err, "errno", None) in _FULL or any(words in text for words in _NO_SPACE):
+    if is_disk_full(err):
         return ResourceError(
             f"no space left: {text[:300]}",
             hint="free some space on the disk, then give the same command again",

@@ -6,8 +6,9 @@ Shape suffixes: ``N`` windows, ``T`` tokens of a window, ``C`` hidden size, ``L`
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from operator import itemgetter
 from typing import Any
 
@@ -131,16 +132,20 @@ def evaluate(model: str, **options: Any) -> Evaluation:
                 keep_results(source.directory, PERPLEXITY_FILE, perplexity[-1:], TEXT_PROTOCOL)
         if tasks:
             size = config.limit, config.batch_size
-            ours = run_tasks(tasks, live, tokenizer, *size)
-            scores = _compared(ours, [None] * len(ours), subjects | {"base": None})
+            theirs: Iterator[list[Score] | None] = repeat(None)
             if base and base_source:
                 theirs = run_tasks(tasks, base, load_tokenizer(base_source), *size)
-                scores = _compared(ours, theirs, subjects)
+            for ours in run_tasks(tasks, live, tokenizer, *size):
+                nothing = [None] * len(ours)
+                found = _compared(ours, nothing, subjects | {"base": None})
+                try:
+                    found = _compared(ours, next(theirs) or nothing, subjects)
+                finally:
+                    scores += found
+                    keep_results(source.directory, TASKS_FILE, found, TASK_PROTOCOL)
     except BaseException as err:
         vars(err)["measured"] = Evaluation(tuple(perplexity), tuple(scores))
         raise
-    finally:
-        keep_results(source.directory, TASKS_FILE, scores, TASK_PROTOCOL)
     return Evaluation(tuple(perplexity), tuple(scores))
 
 

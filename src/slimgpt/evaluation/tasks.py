@@ -194,8 +194,8 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None = None,
     batch_size: int = 8,
-) -> list[Score]:
-    """Run tasks on a model.
+) -> Iterator[list[Score]]:
+    """Run tasks on a model, one after the other.
 
     Parameters
     ----------
@@ -207,55 +207,73 @@ def run_tasks(
         Only the first documents of each task.
     batch_size : int
         Requests in one forward pass; changes the time, not the scores.
+
+    Yields
+    ------
+    list of Score
+        The metrics of a task, and the means that are complete with it.
     """
-    from lm_eval import evaluator
     from lm_eval.models import huggingface
 
-    log.info("running %s", ", ".join(found.tasks))
     make_lm: Any = huggingface.HFLM  # its decorators hide its signature
-    simple_evaluate: Any = evaluator.simple_evaluate
     lm = make_lm(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    before: list[Score] = []
+    for number, name in enumerate(found.tasks, 1):
+        log.info("task %d/%d: %s", number, len(found.tasks), name)
+        scores = _run_task(found, name, lm, limit)
+        before += scores
+        complete = [
+            _average(mean_name, mean, before)
+            for mean_name, mean in found.means.items()
+            if [task for task in found.tasks if task in mean.metrics][-1:] == [name]
+        ]
+        yield [*scores, *(mean for mean in complete if mean)]
+
+
+def _run_task(found: TaskSet, name: str, lm: Any, limit: int | None) -> list[Score]:
+    from lm_eval import evaluator
+
+    simple_evaluate: Any = evaluator.simple_evaluate
     # The commit that lm-eval looks up is that of the current folder.
     no_commit = _replaced(evaluator, "get_git_commit_hash", lambda: None)
     with _no_code_from_the_hub(), no_commit, _counting_truncations() as truncations:
         results = simple_evaluate(
             lm,
-            tasks=list(found.tasks.values()),
+            tasks=[found.tasks[name]],
             task_manager=_manager(),
             limit=limit,
             log_samples=False,
         )
     if truncations:
         log.warning(
-            "at least %d prompts did not fit into the model's %d tokens and lost their beginning, "
-            "solved examples first",
+            "%s: at least %d prompts did not fit into the model's %d tokens and lost their "
+            "beginning, solved examples first",
+            name,
             len(truncations),
             lm.max_length,
         )
+    values = results["results"][name]
+    wanted = {mean.metrics[name] for mean in found.means.values() if name in mean.metrics}
     scores = []
-    for task in found.tasks:
-        values = results["results"][task]
-        wanted = {mean.metrics[task] for mean in found.means.values() if task in mean.metrics}
-        for key, value in values.items():
-            metric, comma, filter_ = key.partition(",")
-            if not comma or metric.endswith("_stderr") or (wanted and metric not in wanted):
-                continue
-            stderr = values[f"{metric}_stderr,{filter_}"]
-            scores.append(
-                Score(
-                    task=task,
-                    metric=metric if filter_ == "none" else key,
-                    value=float(value),
-                    stderr=None if stderr == "N/A" else float(stderr),
-                    higher_is_better=results["higher_is_better"][task].get(metric, True),
-                    num_docs=values["sample_len"],
-                    num_fewshot=results["n-shot"][task],
-                    data=found.data[task],
-                    lm_eval=f"{version('lm-eval')}, task version {results['versions'][task]}",
-                )
+    for key, value in values.items():
+        metric, comma, filter_ = key.partition(",")
+        if not comma or metric.endswith("_stderr") or (wanted and metric not in wanted):
+            continue
+        stderr = values[f"{metric}_stderr,{filter_}"]
+        scores.append(
+            Score(
+                task=name,
+                metric=metric if filter_ == "none" else key,
+                value=float(value),
+                stderr=None if stderr == "N/A" else float(stderr),
+                higher_is_better=results["higher_is_better"][name].get(metric, True),
+                num_docs=values["sample_len"],
+                num_fewshot=results["n-shot"][name],
+                data=found.data[name],
+                lm_eval=f"{version('lm-eval')}, task version {results['versions'][name]}",
             )
-    means = (_average(name, mean, scores) for name, mean in found.means.items())
-    return [*scores, *(mean for mean in means if mean)]
+        )
+    return scores
 
 
 @cache

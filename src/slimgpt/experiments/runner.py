@@ -41,6 +41,7 @@ from slimgpt.errors import (
     OtherRunError,
     RunStateError,
     SlimGPTError,
+    is_disk_full,
     resource_error,
 )
 from slimgpt.evaluation.evaluate import Evaluation, evaluate
@@ -182,7 +183,10 @@ def run_recipe(
 
 
 def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict[str, Any]]:
-    """Do what each cell needs; one that fails has an error in place of its results."""
+    """Do what each cell needs; one that fails has an error in place of its results.
+
+    A full disk ends all: every later cell would fail as well.
+    """
     rows = []
     for index, cell in enumerate(cells):
         log.info("cell %d/%d: %s", index + 1, len(cells), describe(cell.labels))
@@ -194,6 +198,8 @@ def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict
         except Exception as err:  # which must not take the other cells with it
             known = err if isinstance(err, SlimGPTError) else resource_error(err)
             log.debug("the cell failed", exc_info=err)
+            if known and is_disk_full(err):  # for the later cells as well
+                raise known from None
             if known:
                 row["error"] = "; ".join(filter(None, (str(known), known.hint)))
             else:

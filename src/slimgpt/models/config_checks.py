@@ -32,6 +32,8 @@ _Number = Annotated[float, Field(gt=0, le=1e30)]
 
 _TokenIds = int | list[int] | None
 
+_CONFIG_HINT = "correct config.json, or take the one that came with the model"
+
 # Keys by which a config makes transformers read other files than those that are checked.
 _REDIRECTIONS = ("transformers_weights", "configuration_files")
 
@@ -143,8 +145,8 @@ def explain(error: ValidationError) -> str:
     return "; ".join(list(problems)[:10])
 
 
-def check_model_config(model: str, values: Mapping[str, Any]) -> None:
-    """Check the content of a ``config.json``.
+def check_model_config(model: str, values: Mapping[str, Any], hint: str = _CONFIG_HINT) -> None:
+    """Check the content of a ``config.json``, or what takes its place.
 
     Parameters
     ----------
@@ -152,6 +154,8 @@ def check_model_config(model: str, values: Mapping[str, Any]) -> None:
         Its name, for errors.
     values : dict
         The content.
+    hint : str
+        What to do about wrong values.
 
     Raises
     ------
@@ -182,7 +186,7 @@ def check_model_config(model: str, values: Mapping[str, Any]) -> None:
     if problems:
         raise ConfigError(
             f"the config of {model} is wrong: {'; '.join(problems)}",
-            hint="correct config.json, or take the one that came with the model",
+            hint=hint,
         )
 
 

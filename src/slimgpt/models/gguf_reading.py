@@ -28,8 +28,7 @@ STATIC_ROPE = ("linear", "llama3")
 
 # What gguf raises for a file that is cut off, damaged or no GGUF file.
 _READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError)
-
-_BROKEN = "the file is damaged or is no GGUF file: download or write it again"
+BROKEN_GGUF = "the file is damaged or is no GGUF file: download or write it again"
 
 _LINEARS = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
 
@@ -87,10 +86,30 @@ def open_gguf(file: Path) -> "GGUFReader":
     ConfigError
         If it is damaged, or no GGUF file.
     """
-    from gguf import GGUFReader
+    from gguf import GGUFReader, GGUFValueType
+
+    class BoundedReader(GGUFReader):
+        """Reader that goes through no array that is longer than the file."""
+
+        def _get_str(self, offset: int) -> Any:
+            self._last = super()._get_str(offset)
+            return self._last
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                (kind,), (count,) = self._get(orig_offs, "u4"), self._get(orig_offs + 4, "u8")
+                scalar = self.gguf_scalar_to_np.get(GGUFValueType(kind))
+                size = scalar().itemsize if scalar else 8  # of the length of a string
+                left = len(self.data) - orig_offs - 12
+                if int(count) * size > left:
+                    key = bytes(self._last[1])[:100].decode(errors="replace")
+                    raise ValueError(
+                        f"{key} has {count} values of {size} bytes or more, but {left} bytes follow"
+                    )
+            return super()._get_field_parts(orig_offs, raw_type)
 
     try:
-        return GGUFReader(file)
+        return BoundedReader(file)
     except _READ_ERRORS as err:
         raise _broken(file, err) from None
 
@@ -136,7 +155,7 @@ def _read(file: Path, *_: int) -> GGUFContent:
 def _broken(file: Path, err: Exception) -> ConfigError:
     # gguf indexes beyond the end of a file that is cut off.
     reason = "it is cut off" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
-    return ConfigError(f"cannot load {file}: {reason}", hint=_BROKEN)
+    return ConfigError(f"cannot load {file}: {reason}", hint=BROKEN_GGUF)
 
 
 def _check_names(content: GGUFContent) -> None:
@@ -201,7 +220,8 @@ def _check_number(content: GGUFContent, key: str, found: int, what: str) -> None
 
 def _mismatch(content: GGUFContent, key: str, stated: Any, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{content.file.name}: its metadata says {key} {stated}, but it has {found}", hint=_BROKEN
+        f"{content.file.name}: its metadata says {key} {stated}, but it has {found}",
+        hint=BROKEN_GGUF,
     )
 
 

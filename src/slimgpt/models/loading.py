@@ -30,7 +30,7 @@ from slimgpt.errors import ConfigError, DataError, UnsupportedModelError
 from slimgpt.models.config_checks import check_generation_config, check_model_config, read_object
 from slimgpt.models.device import find_device
 from slimgpt.models.family import family_of
-from slimgpt.models.gguf_reading import GGUFContent, complete_config, read_gguf
+from slimgpt.models.gguf_reading import BROKEN_GGUF, GGUFContent, complete_config, read_gguf
 from slimgpt.models.source import Source, adapter_error, find_file
 from slimgpt.models.stored import (
     LOAD_ERRORS,
@@ -76,7 +76,9 @@ def load_config(source: Source) -> PreTrainedConfig:
         raise cannot_load(f"the config of {source.name}", err) from err
     family_of(config.model_type)
     if content:
-        complete_config(config, content)
+        with loading(f"the config of {source.name}"):
+            complete_config(config, content)
+        check_model_config(source.name, config.to_dict(), hint=BROKEN_GGUF)
     if source.directory:
         with suppress(ConfigError):  # files that cannot be read may not be needed
             read_stored(source, config)

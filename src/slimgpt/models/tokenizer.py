@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
-from slimgpt.errors import MissingDependencyError
+from slimgpt.errors import MissingDependencyError, UnsupportedModelError
 from slimgpt.models.gguf_reading import GGUFContent
 from slimgpt.models.loading import gguf_content
 from slimgpt.models.pre_tokenizers import PRE_TOKENIZERS
@@ -64,8 +64,21 @@ def tokenizer_files(source: Source) -> dict[str, Path]:
     ------
     ConfigError
         If the hub cannot be reached.
+    UnsupportedModelError
+        If one is a link to a file elsewhere, which must not get into a result.
     """
-    return {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    if source.directory:
+        root = source.directory.resolve()
+        if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
+            root = root.parents[1]  # of the hub's cache, where the files are links to blobs
+        for file in files.values():
+            if not file.resolve().is_relative_to(root):
+                raise UnsupportedModelError(
+                    f"{file} is a link to {file.resolve()}, outside of the model's directory",
+                    hint="put a copy of the file in place of the link, if it belongs to the model",
+                )
+    return files
 
 
 def _check_tokenizer_files(source: Source) -> None:
