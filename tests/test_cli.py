@@ -597,7 +597,7 @@ def test_two_evaluations_keep_the_results_of_both(slim: Path) -> None:
         "for n in range(20):\n"
         "    r = EvalResult('m', None, 'float32', sys.argv[2], sys.argv[2], n + 2, 1, 1., None,\n"
         "                   None, None)\n"
-        "    card.keep_results(Path(sys.argv[1]), "eval/perplexity.json", [r],\n"
+        "    card.keep_results(Path(sys.argv[1]), 'eval/perplexity.json', [r],\n"
         "                      lambda r: (r['data'], r['seqlen']))\n"
     )
     processes = [
