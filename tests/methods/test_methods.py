@@ -23,7 +23,7 @@ from slimgpt.models.family import Sublayer, bind
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.unit_slices import unit_columns
-from slimgpt.pruning import prune
+from slimgpt.pruning import inputs
 
 METHODS = [method for method in get_args(Method) if method != "slimgpt"]
 COLUMN_METHODS = ("wanda_sp", "flap")
@@ -188,7 +188,7 @@ def test_interrupted_runs_end_with_the_same_files(
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "parts", **options)
     monkeypatch.undo()
-    monkeypatch.setattr(prune, "GLOBAL_SCORES", dict.fromkeys(registry.GLOBAL_SCORES))
+    monkeypatch.setattr(inputs, "GLOBAL_SCORES", dict.fromkeys(registry.GLOBAL_SCORES))
     slimgpt.prune(model, tmp_path / "parts", **options)
     assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
 
@@ -209,6 +209,6 @@ def test_methods_have_no_options_of_the_solver() -> None:
 def test_loraprune_needs_peft(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prune, "find_spec", lambda _: None)
+    monkeypatch.setattr(inputs, "find_spec", lambda _: None)
     with pytest.raises(MissingDependencyError, match="'loraprune' needs the package 'peft'"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", method="loraprune")

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ from slimgpt.models import device
 from slimgpt.models.family import bind
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
-from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.unit_slices import unit_columns
+from slimgpt.pruning import sequential
 from slimgpt.pruning.block import prune_block
 from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.solver import elimination, hessian
@@ -225,18 +226,18 @@ def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) ->
     )
     given: dict[str, set[object]] = {}
 
-    def spy(name: str, *positions: int) -> None:
-        solve = getattr(elimination, name)
+    def spy(module: Any, name: str, *positions: int) -> None:
+        solve = getattr(module, name)
 
         def call(*args: object, **kwargs: object) -> object:
             given.setdefault(name, set()).add(tuple(args[i] for i in positions))
             return solve(*args, **kwargs)
 
-        monkeypatch.setattr(elimination, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    spy("prepare", 2, 3)
-    spy("eliminate_units", 3)
-    spy("eliminate_channel_groups", 2, 3)
+    spy(hessian, "prepare", 2, 3)
+    spy(elimination, "eliminate_units", 3)
+    spy(elimination, "eliminate_channel_groups", 2, 3)
     monkeypatch.delattr(elimination, "eliminate_channels")
     prune_blocks(make_tiny_model("llama"), sample_tokens(), WIDTHS, config)
     assert given == {
@@ -375,8 +376,8 @@ def test_texts_give_equal_numbers_of_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
-    embed = StreamedModel.embed
-    monkeypatch.setattr(StreamedModel, "embed", lambda *args: seen.append(args[1]) or embed(*args))
+    embed = sequential.embed
+    monkeypatch.setattr(sequential, "embed", lambda *args: seen.append(args[1]) or embed(*args))
     options = {"calibration": "pydocs,self", "nsamples": 7, "seqlen": 16}
     options["widths"] = "scheduled"
     result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)

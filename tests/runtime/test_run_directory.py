@@ -21,7 +21,7 @@ from slimgpt.calibration import activations
 from slimgpt.errors import ConfigError, RunStateError, UnsupportedModelError
 from slimgpt.models import device, weights
 from slimgpt.pruning import block as module
-from slimgpt.pruning import prune, sensitivity, sequential
+from slimgpt.pruning import inputs, sensitivity, sequential
 from slimgpt.runtime.files import describe_file
 from slimgpt.runtime.run_directory import STATE_DIR, Manifest, Stage, open_run
 
@@ -44,7 +44,7 @@ def test_killed_runs_end_with_the_same_files(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     options = OPTIONS | {"model": str(tiny_checkpoint("llama")), "max_shard_size": 50_000}
-    program = Path(__file__).with_name("killing.py")
+    program = Path(__file__).parents[1] / "killing.py"
     finished = subprocess.run(
         [sys.executable, program, tmp_path, str(KILLS), "0", json.dumps(options)],
         capture_output=True,
@@ -630,7 +630,7 @@ def test_what_was_computed_before_the_first_block_is_kept(
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, output, **OPTIONS | options)
     monkeypatch.undo()
-    monkeypatch.delattr(prune, work)
+    monkeypatch.delattr(inputs, work)
     slimgpt.prune(model, output, **OPTIONS | options)
 
 

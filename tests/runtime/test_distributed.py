@@ -149,13 +149,14 @@ def test_a_lost_process_ends_the_training(
     program = tmp_path / "dies.py"
     program.write_text(
         "import os, signal\n"
-        "from slimgpt import cli, recovery\n"
-        "training_step = recovery.RecoveryTrainer.training_step\n"
+        "from slimgpt.cli import app\n"
+        "from slimgpt.recovery import trainer\n"
+        "training_step = trainer.RecoveryTrainer.training_step\n"
         "def dies(trainer, *args):\n"
         "    if trainer.state.global_step == 1 and os.environ['RANK'] == '1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return training_step(trainer, *args)\n"
-        "recovery.RecoveryTrainer.training_step = dies\n"
+        "trainer.RecoveryTrainer.training_step = dies\n"
         "cli.main()\n"
     )
     arguments = ["recover", str(slim_checkpoint("llama")), "--output", str(tmp_path / "out")]
@@ -169,7 +170,7 @@ def test_a_lost_process_ends_the_training(
     assert len(errors) == 1, died.stderr
     assert "another process of this job has ended" in errors[0]
     assert "hint: see its message" in died.stderr
-    assert "recovery.py" not in died.stderr  # no traceback
+    assert "recover.py" not in died.stderr  # no traceback
     assert "internal error" not in died.stderr
 
 

@@ -21,9 +21,9 @@ from slimgpt.errors import ConfigError, NumericalError, ResourceError, RunStateE
 from slimgpt.experiments import runner
 from slimgpt.experiments.recipe import Cell, RecipeConfig, expand, read_recipe
 from slimgpt.experiments.tables import draw, to_markdown
-from slimgpt.pruning import prune, sequential
+from slimgpt.pruning import inputs, sequential
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ANY: dict[str, Any] = {"title": "A title", "reproduces": "Table 0", "table": ["perplexity"]}
 Edit = Callable[..., Path]
 
@@ -262,7 +262,7 @@ def test_a_model_that_was_begun_from_other_files_is_begun_anew(
         with pytest.raises(KeyboardInterrupt):
             slimgpt.run_recipe(file, output)
     assert list(output.glob("models/*/.slimgpt/block-*"))
-    monkeypatch.setattr(prune, "describe_file", lambda path: "downloaded again")
+    monkeypatch.setattr(inputs, "describe_file", lambda path: "downloaded again")
     assert not slimgpt.run_recipe(file, output).errors
 
 
