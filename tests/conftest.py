@@ -191,6 +191,13 @@ def benchmark_texts() -> Path:
     return path
 
 
+WIDTHS = (BlockWidths(4, 64), BlockWidths(3, 48), BlockWidths(2, 64), BlockWidths(1, 24))
+
+
+def sample_tokens(num_samples: int = 6, seqlen: int = 32) -> Tensor:
+    return torch.randint(320, (num_samples, seqlen), generator=torch.Generator().manual_seed(1))
+
+
 def prune_blocks(
     model: PreTrainedModel, samples: Tensor, widths: Sequence[BlockWidths], config: PruneConfig
 ) -> list[BlockPlan]:

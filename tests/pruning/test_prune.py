@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, assert_greedy, make_tiny_model, prune_blocks
+from conftest import VARIANTS, WIDTHS, assert_greedy, make_tiny_model, prune_blocks, sample_tokens
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,11 +36,6 @@ from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.solver import elimination, hessian
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
-WIDTHS = (BlockWidths(4, 64), BlockWidths(3, 48), BlockWidths(2, 64), BlockWidths(1, 24))
-
-
-def sample_tokens(num_samples: int = 6, seqlen: int = 32) -> Tensor:
-    return torch.randint(320, (num_samples, seqlen), generator=torch.Generator().manual_seed(1))
 
 
 def pruned(

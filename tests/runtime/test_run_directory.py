@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from interruption import InterruptionError, fail_at_block, fingerprint
 from safetensors.torch import load_file, save_file
 
 import slimgpt
@@ -27,17 +27,6 @@ from slimgpt.runtime.run_directory import STATE_DIR, Manifest, Stage, open_run
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
 KILLS = 20
-
-
-def fingerprint(directory: Path) -> dict[str, str]:
-    """Hash of every file; measured times and memory are left out of the report."""
-    report = directory / "pruning_report.json"
-    values = json.loads(report.read_text())
-    for measured in ("seconds", "peak_memory_bytes"):
-        del values[measured]
-    contents = {path.name: path.read_bytes() for path in directory.iterdir() if path != report}
-    contents[report.name] = json.dumps(values).encode()
-    return {name: sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def test_killed_runs_end_with_the_same_files(
@@ -67,10 +56,6 @@ def test_killed_runs_end_with_the_same_files(
         assert fingerprint(tmp_path / str(index)) == expected, outcome
 
 
-class InterruptionError(Exception):
-    """Stands for whatever ends a process."""
-
-
 @pytest.fixture
 def interrupted(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,17 +67,6 @@ def interrupted(
         slimgpt.prune(model, output, **OPTIONS)
     monkeypatch.undo()
     return model, output
-
-
-def fail_at_block(
-    index: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, in_survey: bool = False
-) -> None:
-    def prune_block(block: Any, *args: Any) -> Any:
-        if block.index == index and args[-1] == in_survey:
-            raise error
-        return module.prune_block(block, *args)
-
-    monkeypatch.setattr(sequential, "prune_block", prune_block)
 
 
 def test_finished_blocks_are_not_solved_again(
