@@ -9,7 +9,7 @@ from unittest import mock
 
 PHASES = {
     "sample": ["pruning.inputs.sample_from_model"],
-    "survey": ["pruning.prune.measured_widths"],
+    "sensitivity": ["pruning.allocators.measured_widths"],
     "read": ["models.weights.Weights.read"],
     "forward": [
         "calibration.activations.run_sublayer",
@@ -17,7 +17,7 @@ PHASES = {
         "pruning.block.pass_through",
     ],
     "gram": ["pruning.block.collect"],
-    "solve": ["pruning.block.prepare", "pruning.block.solve"],
+    "solve": ["methods.slimgpt.SlimGPT.decide"],
     "refit": ["pruning.block.refit"],
     "write": [
         "pruning.sequential.write_file",

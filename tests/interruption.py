@@ -9,6 +9,7 @@ import pytest
 
 from slimgpt.pruning import block as module
 from slimgpt.pruning import sequential
+from slimgpt.pruning.sensitivity import MeasuringSlimGPT
 
 
 class InterruptionError(Exception):
@@ -27,10 +28,13 @@ def fingerprint(directory: Path) -> dict[str, str]:
 
 
 def fail_at_block(
-    index: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, in_survey: bool = False
+    index: int,
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    while_measuring: bool = False,
 ) -> None:
     def prune_block(block: Any, *args: Any) -> Any:
-        if block.index == index and args[-1] == in_survey:
+        if block.index == index and isinstance(args[2], MeasuringSlimGPT) == while_measuring:
             raise error
         return module.prune_block(block, *args)
 

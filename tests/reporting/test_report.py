@@ -108,7 +108,7 @@ def test_page_of_a_model_with_everything(
     assert "1.6 <small>1.5–1.7</small></td><td>1.9</td>" in page
     assert "<td>64</td><td>32</td><td>1,024</td>" in page
     assert "91.00 at first, 61.25 at last" in page
-    kept = sum(len(block["attention"]["keep"]) for block in report["blocks"])
+    kept = sum(len(block["sublayers"][0]["keep"]) for block in report["blocks"])
     assert f"{kept} of 16 are kept" in page
     assert all(prompt in page for prompt in report.PROMPTS)
     assert "--teacher owner/teacher" in page

@@ -91,7 +91,7 @@ def test_refitted_blocks_are_replayed(
     model, options = str(tiny_checkpoint("llama")), {"nsamples": 32, "seqlen": 64}
     options = OPTIONS | options | {"refit_epochs": 20}
     whole = slimgpt.prune(model, tmp_path / "whole", **options)
-    assert min(block["ffn"]["refit"] or 1 for block in whole.report["blocks"][:3]) < 1
+    assert min(block["sublayers"][1]["refit"] or 1 for block in whole.report["blocks"][:3]) < 1
     fail_at_block(3, InterruptionError(), monkeypatch)
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "resumed", **options)
@@ -100,12 +100,12 @@ def test_refitted_blocks_are_replayed(
     assert fingerprint(tmp_path / "resumed") == fingerprint(tmp_path / "whole")
 
 
-def test_an_interrupted_survey_goes_on(
+def test_an_interrupted_sensitivity_pass_goes_on(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = str(tiny_checkpoint("llama"))
     slimgpt.prune(model, tmp_path / "whole", **OPTIONS)
-    fail_at_block(2, InterruptionError(), monkeypatch, in_survey=True)
+    fail_at_block(2, InterruptionError(), monkeypatch, while_measuring=True)
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     monkeypatch.undo()
@@ -114,7 +114,10 @@ def test_an_interrupted_survey_goes_on(
     monkeypatch.setattr(
         sequential,
         "prune_block",
-        lambda block, *a: solved.append((block.index, a[-1])) or prune_block(block, *a),
+        lambda block, *a: (
+            solved.append((block.index, isinstance(a[2], sensitivity.MeasuringSlimGPT)))
+            or prune_block(block, *a)
+        ),
     )
     slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     assert solved == [(2, True), (3, True)] + [(index, False) for index in range(4)]
@@ -360,7 +363,7 @@ def test_a_full_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fail the n-th file of weights: four blocks of the survey, four, then shards."""
+    """Fail the n-th file of weights: four blocks of the sensitivity pass, four, then shards."""
     options = OPTIONS | {"max_shard_size": 50_000}
     model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     written = []
@@ -502,7 +505,7 @@ def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
     with caplog.at_level("INFO", "slimgpt"):
         slimgpt.prune(model, tmp_path / "mapped", **OPTIONS, activation_memory=1000)
         slimgpt.prune(model, tmp_path / "in_memory", **OPTIONS)
-    # The streams of the pruned and of the dense model: in the survey, for the costs, in the run.
+    # The streams of both models: in the sensitivity pass, for the gradients, in the run.
     file = tmp_path / "mapped" / STATE_DIR
     assert directories == [file, file, None, None, file, file] + [None] * 6
     assert "in a memory-mapped file" in caplog.text

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.models.device import fast_products, products_of
-from slimgpt.models.family import Block, Sublayer, blocks_of, decoder_of, family_of
+from slimgpt.models.family import Sublayer, blocks_of, decoder_of, family_of
 from slimgpt.runtime import distributed
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
@@ -127,12 +127,12 @@ def embed(
     return Stream(hidden_NTC, dense_NTC, batch_size, [recorder.kwargs for recorder in recorders])
 
 
-def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:
+def run_sublayer(sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:
     """Compute the input of a sublayer's output projection.
 
     Parameters
     ----------
-    block, sublayer
+    sublayer : Sublayer
         What to run.
     stream : Stream
         Where the other arguments of the block are.
@@ -144,7 +144,7 @@ def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: T
     Tensor
         batch_NTI, on the device of the block.
     """
-    kwargs = stream.kwargs[block.index] if sublayer.kind == "attention" else {}
+    kwargs = stream.kwargs[sublayer.block] if sublayer.kind == "attention" else {}
     name, projection = sublayer.spec.output, sublayer.output
     hidden_NTC = hidden_NTC.to(projection.weight.device)
     sublayer.module.set_submodule(name, nn.Identity())
@@ -156,7 +156,8 @@ def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: T
     return result[0] if isinstance(result, tuple) else result
 
 
-class Activations(NamedTuple):
+@dataclass
+class Activations:
     """Inputs of a sublayer's output projection.
 
     Attributes
@@ -179,14 +180,20 @@ class Activations(NamedTuple):
     kept: list[Tensor]
     cross_OI: Tensor | None = None
 
+    def take_sums(self) -> tuple[Tensor, Tensor | None]:
+        """Give `hessian_II` and `cross_OI` away, so that whoever has them can free them."""
+        taken = self.hessian_II, self.cross_OI
+        del self.hessian_II, self.cross_OI
+        return taken
+
 
 @torch.no_grad()
-def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
+def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
     """Run a sublayer up to its output projection, and gather the statistics.
 
     Parameters
     ----------
-    block, sublayer
+    sublayer : Sublayer
         What to run.
     stream : Stream
         The residual stream before the sublayer, but that of the dense model after it.
@@ -204,7 +211,7 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     kept: list[Tensor] = []
     panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
     for hidden_NTC, dense_NTC in zip_longest(stream.batches(), stream.dense_batches()):
-        batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
+        batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
         rows_TI = batch_NTI.flatten(0, 1).float()
         with products_of(batch_NTI):
             for start, stop in panels:
@@ -232,7 +239,6 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
 
 @torch.no_grad()
 def propagate(
-    block: Block,
     sublayer: Sublayer,
     stream: Stream,
     columns: Tensor,
@@ -243,8 +249,8 @@ def propagate(
 
     Parameters
     ----------
-    block, sublayer
-        The sublayer, which must still be as it was.
+    sublayer : Sublayer
+        It must still be as it was.
     stream : Stream
         The residual stream before the sublayer; afterwards the one after it.
     columns : Tensor
@@ -257,19 +263,17 @@ def propagate(
     for hidden_NTC, known_NTI in zip_longest(stream.batches(), kept):
         batch_NTI = known_NTI
         if batch_NTI is None:
-            batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
+            batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
         with fast_products(weight):
             output = nn.functional.linear(batch_NTI[..., columns], weight, sublayer.output.bias)
         hidden_NTC.add_(output.to(hidden_NTC.device))
 
 
 @torch.no_grad()
-def pass_through(
-    block: Block, sublayer: Sublayer, stream: Stream, batches: Iterable[Tensor]
-) -> None:
+def pass_through(sublayer: Sublayer, stream: Stream, batches: Iterable[Tensor]) -> None:
     """Add the output of the sublayer as it is to batches of a residual stream, in place."""
     for hidden_NTC in batches:
-        batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
+        batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
         with fast_products(sublayer.output.weight):
             output = sublayer.output(batch_NTI)
         hidden_NTC.add_(output.to(hidden_NTC.device))

@@ -66,9 +66,11 @@ def ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
 
 def plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     """Show the widths of every block."""
-    table = Table("block", "kv groups", "channels", "removed")
+    names = {"attention": "kv groups", "ffn": "channels"}
+    kinds = [names[sublayer.kind] for sublayer in planned.shapes[0].sublayers]
+    table = Table("block", *kinds, "removed")
     for index, (width, ratio) in enumerate(zip(planned.widths, planned.layer_ratios, strict=True)):
-        table.add_row(str(index), str(width.num_groups), str(width.num_channels), f"{ratio:.1%}")
+        table.add_row(str(index), *map(str, width), f"{ratio:.1%}")
     return table, *ratio_lines(planned)
 
 

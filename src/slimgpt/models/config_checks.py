@@ -307,7 +307,7 @@ def _tokens_beyond(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
 
 def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -> Iterator[str]:
     family = family_of(model_type)
-    known = {*family.attention.widths, *family.ffn.widths}
+    known = {key for spec in family.sublayers for key in spec.widths}
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"
         if not (index.isdecimal() and int(index) < num_layers):
@@ -316,7 +316,7 @@ def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -
             continue  # has been said
         if strangers := sorted({*widths} - known):
             yield f"{key}: {', '.join(strangers)} cannot differ between layers"
-        groups, heads = (_count(widths.get(name)) for name in family.attention.widths)
+        groups, heads = (_count(widths.get(name)) for name in family.sublayer("attention").widths)
         if groups and heads and heads % groups:
             yield f"{key}: num_attention_heads={heads} is no multiple of {groups} key/value heads"
 

@@ -188,13 +188,19 @@ def _figures(
     from slimgpt.reporting import charts
 
     blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
-    widths, depth = [width["num_channels"] for width in pruning["widths"]], range(len(blocks))
+    depth = range(len(blocks))
+
+    def each(entries: list[dict[str, Any]], kind: str, key: str) -> list[Any]:
+        """A value of the sublayers of this kind."""
+        return [s[key] for entry in entries for s in entry["sublayers"] if s["kind"] == kind]
+
     errors = {
-        name: (depth, [block[kind]["relative_error"] for block in blocks])
+        name: (depth, each(blocks, kind, "relative_error"))
         for name, kind in (("attention", "attention"), ("FFN", "ffn"))
     }
-    kept = [block["attention"]["keep"] for block in blocks]
-    before = [shape["num_groups"] for shape in pruning["shapes"]]
+    kept = each(blocks, "attention", "keep")
+    before = each(pruning["shapes"], "attention", "num_units")
+    widths = list(map(len, each(blocks, "ffn", "keep")))
     drawn = {
         "ratios": charts.bars(
             f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
@@ -211,7 +217,7 @@ def _figures(
         "widths": charts.bars(
             f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
             f"{widths[-1]:,} in the last.",
-            {"kept": widths, "before": [shape["num_channels"] for shape in pruning["shapes"]]},
+            {"kept": widths, "before": each(pruning["shapes"], "ffn", "num_units")},
         ),
         "errors": charts.lines(
             "Curves of the relative error of attention and FFN in each block; the largest is "

@@ -6,9 +6,23 @@ import os
 import platform
 import re
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+class Stopwatch:
+    """Seconds that the phases of a run take, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """Count the time since the last phase for this one."""
+        now = time.monotonic()
+        self.seconds[phase], self._last = round(now - self._last, 3), now
 
 
 def computation() -> dict[str, Any]:

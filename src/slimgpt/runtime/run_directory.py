@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from slimgpt.errors import DamagedRunError, OtherRunError, RunStateError
+from slimgpt.runtime.distributed import from_main, is_main
 from slimgpt.runtime.files import describe_file, reading, replacing, sync, write_atomically, writing
 
 STATE_DIR = ".slimgpt"
@@ -32,14 +33,14 @@ WIDTHS_FILE = "widths.json"
 
 CHECKSUMS_FILE = "checksums.json"  # of a checkpoint of the training, written last
 
-# What a sweep over the blocks is for: to measure, or to prune.
-Stage = Literal["survey", "block"]
+# What a sequential pass is for: to measure, or to prune.
+Stage = Literal["sensitivity", "block"]
 
 _PROGRESS = (
     GENERATED_FILE,
     SCORES_FILE,
     WIDTHS_FILE,
-    "survey-*.safetensors",
+    "sensitivity-*.safetensors",
     "block-*.safetensors",
     f"checkpoint-*/{CHECKSUMS_FILE}",
 )
@@ -141,6 +142,30 @@ class Run:
         """Whether the state has a file, which is then whole."""
         return (self.state / name).exists()
 
+    def all_have(self, name: str) -> bool:
+        """Whether the state has a file, as the main process sees it; all processes ask together."""
+        return from_main(is_main() and self.has(name))
+
+    def is_finished(self) -> bool:
+        """`is_written`, as the main process sees it; all processes ask together."""
+        return from_main(is_main() and self.is_written)
+
+    def cached(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Find a file of the state, or have the main process make it; all processes ask together.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+        make : callable
+            Writes it to a path that it is given.
+        """
+        if is_main() and not self.has(name):
+            with self.saving(name) as temporary:
+                make(temporary)
+        from_main(None)  # until it is there
+        return self.saved(name)
+
     @contextmanager
     def saving(self, name: str) -> Iterator[Path]:
         """Write a file of the state; its checksum is there before it has its name.
@@ -198,6 +223,8 @@ class Run:
             If the run to throw away is finished, the state is damaged, or the output directory
             has a file that the product will have.
         """
+        if not is_main():
+            return
         now = json.loads(json.dumps(identity))
         if restart:
             is_published = False
@@ -260,6 +287,8 @@ class Run:
             If the output directory has files of the same names or cannot be written, or the
             product is no longer what was written.
         """
+        if not is_main():
+            return
         manifest, result = Manifest.read(self._manifest), self.state / _RESULT
         if self._is_published(manifest):
             return
@@ -368,7 +397,7 @@ class Run:
 
 @contextmanager
 def open_run(output: Path) -> Iterator[Run]:
-    """Take possession of an output directory.
+    """Take possession of an output directory, which only the main process does.
 
     Parameters
     ----------
@@ -387,6 +416,9 @@ def open_run(output: Path) -> Iterator[Run]:
         or it cannot be written.
     """
     run = Run(output)
+    if not is_main():
+        yield run
+        return
     with writing(output):
         if "\0" in str(output):
             raise OSError("a path cannot have a null character")
