@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slimgpt.allocation import reallocation, schedule
+from slimgpt.allocation import reallocation
+from slimgpt.allocation import schedule as module
 from slimgpt.allocation.reallocation import measured_removals
 from slimgpt.allocation.schedule import Schedule, WidthRules, curve
 from slimgpt.allocation.shapes import BlockShape, SublayerShape, removed_params
@@ -37,11 +38,11 @@ class Widths(NamedTuple):
 def layer_ratios(
     shapes: list[Shape], ratio: float, curve: str, min_ratio: float | None = None
 ) -> list[float]:
-    return schedule.layer_ratios(shapes, Schedule(ratio, curve, min_ratio))
+    return module.layer_ratios(shapes, Schedule(ratio, curve, min_ratio))
 
 
 def largest_ratio(shape: Shape, multiple_of: int) -> float:
-    return schedule.largest_ratio(shape, WidthRules(multiple_of))
+    return module.largest_ratio(shape, WidthRules(multiple_of))
 
 
 def plan_widths(
@@ -52,14 +53,14 @@ def plan_widths(
     multiple_of: int = 8,
     **rules: Any,
 ) -> list[Widths]:
-    found = schedule.scheduled_widths(
+    found = module.scheduled_widths(
         shapes, Schedule(ratio, curve, min_ratio), WidthRules(multiple_of, **rules)
     )
     return [Widths(*width) for width in found]
 
 
 def given_widths(shapes: list[Shape], ratios: tuple[float, ...], **rules: Any) -> list[Widths]:
-    found = schedule.given_widths(shapes, ratios, WidthRules(**rules))
+    found = module.given_widths(shapes, ratios, WidthRules(**rules))
     return [Widths(*width) for width in found]
 
 

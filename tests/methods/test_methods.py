@@ -164,7 +164,7 @@ def test_reported_error_is_the_change_of_the_output(method: str) -> None:
         target.register_forward_hook(lambda _, args, out, s=whole: s.update(y=out))
         mixed(samples)
         change = (seen["y"] - whole["y"]).double().square().sum(-1).mean()
-        assert getattr(plans[3], kind).error == pytest.approx(float(change), rel=1e-3)
+        assert plans[3].sublayers[place].error == pytest.approx(float(change), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
