@@ -9,6 +9,7 @@ from typing import Any
 
 from slimgpt.data.datasets import short_name
 from slimgpt.experiments.recipe import VERBS
+from slimgpt.presentation.tables import escaped, markdown_table
 
 Values = dict[str, Any]
 
@@ -186,10 +187,10 @@ def to_markdown(report: Values, figure_file: str) -> str:
     recipe, rows = report["recipe"], report["cells"]
     source = f"{recipe['reproduces']} of SlimGPT (arXiv 2412.18110)"
     parts = [
-        f"# {_one_line(recipe['title'])}",
+        f"# {escaped(recipe['title'])}",
         f"{source}, small variant." if report["is_small"] else f"{source}.",
         recipe["note"],
-        f"![{recipe['title']}]({figure_file})" if recipe["figure"] else "",
+        f"![{escaped(recipe['title'])}]({figure_file})" if recipe["figure"] else "",
         _table(recipe, rows),
         _protocol(rows),
     ]
@@ -197,8 +198,9 @@ def to_markdown(report: Values, figure_file: str) -> str:
 
 
 def _table(recipe: Values, rows: Sequence[Values]) -> str:
-    columns = {name: [_label(name, row["labels"][name]) for row in rows] for name in recipe["grid"]}
-    ratios = [row["labels"].get(RATIO) for row in rows]
+    labels = [row["labels"] for row in rows]
+    columns = {name: [escaped(_label(name, of[name])) for of in labels] for name in recipe["grid"]}
+    ratios = [of.get(RATIO) for of in labels]
     for name in recipe["table"]:
         measure = MEASURES[name]
         results = [row.get(measure.verb) for row in rows]
@@ -219,15 +221,8 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
                 for ratio, cell in places
             ]
     if any(row["error"] for row in rows):
-        columns["failed"] = [row["error"] or "" for row in rows]
-    rows_of_text = [map(_one_line, line) for line in zip(*columns.values(), strict=True)]
-    lines = [map(_one_line, columns), ["---"] * len(columns), *rows_of_text]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _one_line(text: str) -> str:
-    """Text that stays in its cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+        columns["failed"] = [escaped(row["error"] or "") for row in rows]
+    return markdown_table(map(escaped, columns), zip(*columns.values(), strict=True))
 
 
 def _cell(
@@ -280,7 +275,7 @@ def _facts(row: Values) -> Iterator[tuple[str, str]]:
 
 
 def draw(report: Values, file: Path) -> None:
-    """Draw the figure of a recipe as SVG.
+    """Draw the figure of a recipe.
 
     Parameters
     ----------
@@ -289,8 +284,7 @@ def draw(report: Values, file: Path) -> None:
     file : Path
         Where to write it.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    from slimgpt.presentation.figures import curves, save
 
     recipe = report["recipe"]
     panels: dict[str, dict[str, Points]] = defaultdict(lambda: defaultdict(list))
@@ -300,18 +294,15 @@ def draw(report: Values, file: Path) -> None:
                 series = {key: v for key, v in row["labels"].items() if key != recipe["x"]}
                 if points:
                     panels[title][describe(series)] += points
-    num_panels = max(1, len(panels))  # none if every cell has failed
-    figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
-    all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
-    for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
-        for label, points in curves.items():
-            axes.plot(*zip(*points, strict=True), marker=".", label=label or None)
-        axes.set_title(title.replace("_", " ") if title in CURVES else title)
-        axes.set_xlabel(recipe["x"] or CURVES[title].axis)
-        if any(curves):
-            axes.legend()
-    with matplotlib.rc_context({"svg.hashsalt": "slimgpt"}):  # the same numbers, the same file
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    drawn = [
+        curves(
+            series,
+            recipe["x"] or CURVES[title].axis,
+            title.replace("_", " ") if title in CURVES else title,
+        )
+        for title, series in panels.items()
+    ]
+    save(drawn, file)
 
 
 def _points(row: Values, name: str, x: str | None) -> dict[str, Points]:
