@@ -94,8 +94,8 @@ The layers differ in width, so the checkpoint has a small modelling file of its 
 _RECOVERY = """
 ## Recovery
 
-Fine-tuned after pruning for {report.steps} steps of {config.batch_size} examples on {data}: method
-{config.method}, learning rate {config.learning_rate:g}, {config.seqlen} tokens per example.
+After pruning, fine-tuned for {report.steps} steps of {config.batch_size} examples on {data}:
+method {config.method}, learning rate {config.learning_rate:g}, {config.seqlen} tokens per example.
 Held-out perplexity on {held_out}, windows of {config.seqlen} tokens: {before:.2f} before and
 {after:.2f} after. Curves: `{file}`.
 """

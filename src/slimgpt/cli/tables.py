@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich import table as rich
 
 import slimgpt
@@ -23,7 +24,7 @@ def task_lines(results: "tuple[slimgpt.TaskResult, ...]") -> tuple[Any, ...]:
 
 def bench_lines(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
     """Show speeds, latencies and memory of a benchmark."""
-    threads = f", {result.threads} threads" if result.threads else ""
+    threads = f", threads: {result.threads}" if result.threads else ""
     speeds = tables.speed_table(result)
     title = f"{result.engine}, {result.device}{threads}"
     return *_lines(speeds, title), speeds.note, *_lines(tables.cost_table(result), "memory")
@@ -34,9 +35,10 @@ def _lines(table: tables.Table, title: str) -> tuple[Any, ...]:
     cells = {column: {row[column] for row in table.rows} for column in table.labels[1:]}
     shared = {column: texts.pop() for column, texts in cells.items() if len(texts) == 1}
     columns = [column for column in table.columns if column not in shared]
-    shown = rich.Table(title=title)
+    shown = rich.Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
     for column in columns:
-        shown.add_column(column, justify="right" if column in table.numbers else "left")
+        justify = "right" if column in table.numbers else "left"
+        shown.add_column(column, justify=justify, overflow="fold")
     for row in table.rows:
         shown.add_row(*(row[column] for column in columns))
     line = ", ".join(f"{column} {text}" for column, text in shared.items())

@@ -224,7 +224,7 @@ def grouped_bars(
                 ends = [center - 0.18 for center in centers], [center + 0.18 for center in centers]
                 axes.hlines(marks, *ends, COLORS["ink"], "dashed", label=target, zorder=3)
         axes.set_xticks(range(len(places)), places)
-        axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
+        axes.set_ylim(top=1.5 * axes.get_ylim()[1])  # room for the legend
 
     return Panel(plot, **labels)
 

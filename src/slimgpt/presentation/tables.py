@@ -118,8 +118,7 @@ def speed_table(result: Any) -> Table:
     rows = [
         {
             "measure": measure,
-            "batch": f"{setting.batch_size:,}",
-            "prompt": f"{setting.prompt_length:,}",
+            "batch": f"{setting.batch_size:,} × {setting.prompt_length:,}",
             "this model": _spread(getattr(setting.model, name), scale),
             "base": _spread(getattr(setting.base, name, None), scale),
             "speed-up": _spread(getattr(setting, f"{name}_speedup", None)),
@@ -129,8 +128,9 @@ def speed_table(result: Any) -> Table:
         for name, (measure, scale) in _SPEEDS.items()
     ]
     note = (
-        f"Prefill reads the prompt, decoding writes {result.new_tokens} tokens one by one; "
-        f"median (smallest–largest) of {result.repeats} rounds."
+        f"Batch: sequences × prompt tokens. Prefill reads the prompt, decode writes "
+        f"{result.new_tokens} tokens one by one; median (smallest–largest) of "
+        f"{result.repeats} rounds."
     )
     return Table(rows, {"this model", "base", "speed-up", "ideal"}, note)
 
