@@ -167,7 +167,7 @@ def _read_card(file: Path) -> ModelCard:
     """Read a card and its metadata, which others may have written."""
     try:
         return ModelCard.load(file)
-    except (OSError, TypeError, ValueError, LookupError, AttributeError, YAMLError) as err:
+    except (OSError, LookupError, RecursionError, TypeError, ValueError, YAMLError) as err:
         raise ConfigError(
             f"{file}, which cannot be read: {' '.join(str(err).split())}",
             hint="a model card is Markdown in UTF-8 with YAML at its top",
