@@ -9,20 +9,22 @@ def plot_costs(result: BenchResult, file: Path) -> None:
     """Bars of the speeds, whiskers from the slowest round to the fastest, ideals as lines."""
     from slimgpt.presentation.figures import grouped_bars, save
 
+    names = {
+        role: Path(c.name).name for role, c in zip(("model", "base"), result.costs, strict=False)
+    }
     places = [f"{s.batch_size} × {s.prompt_length}" for s in result.settings]
-    panels = []
+    plots = []
     for phase in ("prefill", "decode"):
-        groups = {
-            f"{Path(cost.name).name} ({role})": [
-                (spread.median, spread.low, spread.high)
-                for spread in (getattr(getattr(s, role), phase) for s in result.settings)
-            ]
-            for role, cost in zip(("model", "base"), result.costs, strict=False)
+        spreads = {
+            role: [getattr(getattr(s, role), phase) for s in result.settings] for role in names
         }
-        targets = None
-        if ideal := getattr(result, f"ideal_{phase}"):
-            bases = [getattr(s.base, phase).median for s in result.settings]
-            targets = f"base × {ideal:.2f}", [ideal * median for median in bases]
+        groups = {
+            f"{name} ({role})": [(s.low, s.median, s.high) for s in spreads[role]]
+            for role, name in names.items()
+        }
+        ideal, targets = getattr(result, f"ideal_{phase}"), None
+        if ideal:
+            targets = f"base × {ideal:.2f}", [ideal * s.median for s in spreads["base"]]
         labels = {"xlabel": "batch size × prompt length", "ylabel": "tokens/s", "title": phase}
-        panels.append(grouped_bars(places, groups, targets, **labels))
-    save(panels, file, f"{result.engine}, {result.costs[0].dtype}, {result.device}")
+        plots.append(grouped_bars(groups, targets, places, **labels))
+    save(plots, file, f"{result.engine}, {result.costs[0].dtype}, {result.device}")

@@ -7,14 +7,15 @@ point of Matplotlib is one CSS pixel there.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 from cycler import cycler
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -65,38 +66,17 @@ _STYLE = {
 }
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A chart.
+Points = Sequence[tuple[float, float]]
 
-    Attributes
-    ----------
-    plot : callable
-        Puts the data on the axes.
-    xlabel, ylabel, title : str
-        What stands beside and above them.
-    """
-
-    plot: Callable[[Axes], None]
-    xlabel: str = "block"
-    ylabel: str = ""
-    title: str = ""
-
-    def draw(self, axes: Axes) -> list[str]:
-        """Draw the chart; return the names in its legend."""
-        axes.margins(x=0.02)
-        self.plot(axes)
-        axes.set(xlabel=self.xlabel, ylabel=self.ylabel, title=self.title)
-        return axes.get_legend_handles_labels()[1]
+Plot = Callable[[Axes], None]
 
 
 def bars(
     values: Mapping[str, Sequence[float]],
     level: tuple[str, float] | None = None,
-    *,
     percent: bool = False,
-) -> Panel:
-    """Make a bar for each block.
+) -> Plot:
+    """Plot a bar for each block.
 
     Parameters
     ----------
@@ -115,28 +95,25 @@ def bars(
         if level:
             name, height = level
             axes.axhline(height, color=COLORS["ink"], linestyle="--", linewidth=1.2, label=name)
-        axes.xaxis.set_major_locator(_whole_numbers())
+        _number(axes.xaxis)
+        axes.set_xlabel("block")
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1))
 
-    return Panel(plot)
+    return plot
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    xlabel: str = "block",
-    title: str = "",
-    *,
-    percent: bool = False,
-) -> Panel:
-    """Make curves.
+    series: Mapping[str, Points], xlabel: str = "block", title: str = "", percent: bool = False
+) -> Plot:
+    """Plot curves.
 
     Parameters
     ----------
     series : mapping of str to sequence of pairs
         Name and points of each curve.
     xlabel, title : str
-        What stands below and above it.
+        Text below and above the chart.
     percent : bool
         Whether y is a fraction to show as a percentage.
     """
@@ -146,16 +123,17 @@ def curves(
             x, y = zip(*points, strict=True)
             axes.plot(x, y, marker="o" if len(x) <= 40 else "", label=name)
             if all(isinstance(value, int) for value in x):
-                axes.xaxis.set_major_locator(_whole_numbers())
+                _number(axes.xaxis)
+        axes.set(xlabel=xlabel, title=title)
         if percent:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
 
-    return Panel(plot, xlabel, title=title)
+    return plot
 
 
-def unit_map(kept: Sequence[Sequence[int]], total: Sequence[int]) -> Panel:
-    """Make a cell for each unit of each block: filled if it is kept, hollow if not.
+def unit_map(kept: Sequence[Sequence[int]], total: Sequence[int]) -> Plot:
+    """Plot a cell for each unit of each block: filled if it is kept, hollow if not.
 
     Parameters
     ----------
@@ -164,77 +142,66 @@ def unit_map(kept: Sequence[Sequence[int]], total: Sequence[int]) -> Panel:
     total : sequence of int
         How many units each block had.
     """
-    cells: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    for block, (units, num_units) in enumerate(zip(kept, total, strict=True)):
-        for unit in range(num_units):
-            cells[unit in units].append((block, unit))
+    units = [(block, unit) for block, count in enumerate(total) for unit in range(count)]
 
     def plot(axes: Axes) -> None:
-        for is_kept, name, face, edge in (
-            (True, "kept", _SERIES[0], _SERIES[0]),
-            (False, "removed", "none", COLORS["muted"]),
-        ):
-            if cells[is_kept]:
-                blocks, units = zip(*cells[is_kept], strict=True)
-                tops = [unit - 0.36 for unit in units]
+        looks = (("kept", _SERIES[0], _SERIES[0]), ("removed", "none", COLORS["muted"]))
+        for name, face, edge in looks:
+            cells = [(b, u - 0.36) for b, u in units if (u in kept[b]) == (name == "kept")]
+            if cells:
+                blocks, tops = zip(*cells, strict=True)
                 axes.bar(blocks, 0.72, 0.72, tops, label=name, facecolor=face, edgecolor=edge)
-        axes.set_ylim(max(total) - 0.4, -0.6)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(_whole_numbers())
+        axes.set(xlabel="block", ylim=(max(total) - 0.4, -0.6))
+        _number(axes.xaxis)
+        _number(axes.yaxis)
         axes.grid(visible=False)
 
-    return Panel(plot)
+    return plot
 
 
 def grouped_bars(
-    places: Sequence[str],
     groups: Mapping[str, Sequence[tuple[float, float, float]]],
     targets: tuple[str, Sequence[float]] | None,
+    places: Sequence[str],
     **labels: str,
-) -> Panel:
-    """Make bars beside each other, with whiskers.
+) -> Plot:
+    """Plot bars beside each other, with whiskers.
 
     Parameters
     ----------
-    places : sequence of str
-        Names of the groups of bars.
     groups : mapping of str to sequence of three floats
-        Name of a bar, and in each place its height and the lower and upper end of its whisker.
+        Name of a bar, and in each place the lower end of its whisker, its height, the upper end.
     targets : tuple of str and sequence of float, optional
         Name and heights of marks over the first bar of each place.
+    places : sequence of str
+        Names of the places.
     **labels
-        See `Panel`.
+        ``title``, ``xlabel`` and ``ylabel``.
     """
 
     def plot(axes: Axes) -> None:
-        middle = (len(groups) - 1) / 2
         for index, (name, spreads) in enumerate(groups.items()):
-            centers = [place + 0.4 * (index - middle) for place in range(len(places))]
-            heights, lows, highs = map(list, zip(*spreads, strict=True))
-            whiskers = [
-                [h - low for h, low in zip(heights, lows, strict=True)],
-                [high - h for h, high in zip(heights, highs, strict=True)],
-            ]
-            centers = [
-                place + 0.4 * (index - (len(groups) - 1) / 2) for place in range(len(places))
-            ]
-            axes.bar(centers, heights, 0.36, yerr=whiskers, capsize=3, label=name)
+            low, height, high = np.transpose(spreads)
+            centers = np.arange(len(places)) + 0.4 * (index - (len(groups) - 1) / 2)
+            axes.bar(
+                centers, height, 0.36, yerr=(height - low, high - height), capsize=3, label=name
+            )
             if targets and index == 0:
                 target, marks = targets
-                ends = [center - 0.18 for center in centers], [center + 0.18 for center in centers]
+                ends = centers - 0.18, centers + 0.18
                 axes.hlines(marks, *ends, COLORS["ink"], "dashed", label=target, zorder=3)
         axes.set_xticks(range(len(places)), places)
-        axes.set_ylim(top=1.5 * axes.get_ylim()[1])  # room for the legend
+        axes.set(ylim=(0, 1.5 * axes.get_ylim()[1]), **labels)  # room for the legend
 
-    return Panel(plot, **labels)
+    return plot
 
 
-def save(panels: Sequence[Panel], file: Path, title: str = "") -> None:
+def save(plots: Sequence[Plot], file: Path, title: str = "") -> None:
     """Write charts beside each other into a file; the same data gives the same SVG.
 
     Parameters
     ----------
-    panels : sequence of Panel
+    plots : sequence of Plot
         The charts, left to right.
     file : Path
         Its suffix is the format.
@@ -246,27 +213,26 @@ def save(panels: Sequence[Panel], file: Path, title: str = "") -> None:
     RunStateError
         If the file cannot be written.
     """
-    count, kind = max(1, len(panels)), file.suffix[1:]
+    count, kind = max(1, len(plots)), file.suffix[1:]
     with style.context(["default", _STYLE | {"svg.hashsalt": "slimgpt"}]):
         figure = Figure(figsize=(5 * count, 4), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, count, squeeze=False)[0], panels, strict=False):
-            if panel.draw(axes):
+        for axes, plot in zip(figure.subplots(1, count, squeeze=False)[0], plots, strict=False):
+            if _draw(plot, axes):
                 axes.legend()
-        if title:
-            figure.suptitle(title)
+        figure.suptitle(title)
         metadata = {"Date": None} if kind == "svg" else None
         with writing(file), replacing(file) as temporary:
             figure.savefig(temporary, format=kind, metadata=metadata)
 
 
-def inline(label: str, panel: Panel, height: int = 240) -> str:
+def inline(label: str, plot: Plot, height: int = 240) -> str:
     """Write a chart as an element of a page.
 
     Parameters
     ----------
     label : str
         What the chart shows, for those who cannot see it.
-    panel : Panel
+    plot : Plot
         The chart.
     height : int
         In CSS pixels.
@@ -276,7 +242,7 @@ def inline(label: str, panel: Panel, height: int = 240) -> str:
         # The salt makes the ids that a drawing refers to its own, and the same each time.
         with style.context(["default", _STYLE | {"svg.hashsalt": f"{kind} {label}"}]):
             figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-            if names := panel.draw(figure.subplots()):
+            if names := _draw(plot, figure.subplots()):
                 fits = sum(8 * len(name) + 40 for name in names) < width
                 figure.legend(loc="outside upper left", ncols=len(names) if fits else 1)
             drawings.append(_inline_svg(figure, kind))
@@ -297,5 +263,12 @@ def _inline_svg(figure: Figure, kind: str) -> str:
     return svg
 
 
-def _whole_numbers() -> MaxNLocator:
-    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+def _draw(plot: Plot, axes: Axes) -> list[str]:
+    """Draw a chart; return the names in its legend."""
+    axes.margins(x=0.02)
+    plot(axes)
+    return axes.get_legend_handles_labels()[1]
+
+
+def _number(axis: Axis) -> None:
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
