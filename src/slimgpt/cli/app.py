@@ -22,12 +22,12 @@ from rich.table import Table
 import slimgpt
 from slimgpt.cli.options import options_of
 from slimgpt.cli.tables import (
-    bench_tables,
-    perplexity_table,
+    bench_lines,
+    perplexity_lines,
     plan_table,
     pruning_table,
     ratio_lines,
-    tasks_table,
+    task_lines,
 )
 from slimgpt.config import (
     BenchConfig,
@@ -147,12 +147,12 @@ def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **optio
     """Measure the perplexity of MODEL, dense or pruned, and run benchmark tasks on it."""
 
     def show(results: slimgpt.Evaluation) -> None:
-        tables = (
-            *(perplexity_table(results.perplexity) if results.perplexity else ()),
-            *(tasks_table(results.tasks) if results.tasks else ()),
+        lines = (
+            *(perplexity_lines(results.perplexity) if results.perplexity else ()),
+            *(task_lines(results.tasks) if results.tasks else ()),
         )
-        if tables:
-            _emit(results, tables, as_json)
+        if lines:
+            _emit(results, lines, as_json)
 
     with _showing_what_was_measured(show):
         results = slimgpt.evaluate(model, **_given(recipe, options))
@@ -216,7 +216,7 @@ def bench(model: Model, recipe: Recipe = None, as_json: Json = False, **options:
     """Measure how fast MODEL runs in an engine, next to its base."""
 
     def show(result: slimgpt.BenchResult) -> None:
-        _emit(result, bench_tables(result), as_json)
+        _emit(result, bench_lines(result), as_json)
 
     with _showing_what_was_measured(show):
         result = slimgpt.bench(model, **_given(recipe, options))

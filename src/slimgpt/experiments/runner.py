@@ -54,7 +54,7 @@ from slimgpt.pruning.plan import PrunePlan, plan
 from slimgpt.pruning.prune import prune
 from slimgpt.recovery.recover import check_packages, recover
 from slimgpt.runtime.environment import machine, reset_peak_memory, versions
-from slimgpt.runtime.files import describe_file, read_json, replacing, write_atomically, writing
+from slimgpt.runtime.files import describe_file, read_json, write_atomically, writing
 from slimgpt.runtime.run_directory import Run, locked
 
 log = logging.getLogger(__name__)
@@ -172,8 +172,7 @@ def run_recipe(
             (directory / "models").rmdir()
         with writing(directory):
             if config.figure:
-                with replacing(directory / figure) as temporary:
-                    draw(report, temporary)
+                draw(report, directory / figure)
             write_atomically(directory / numbers, json.dumps(report, indent=1) + "\n")
             write_atomically(directory / table, result.markdown)
         return result
