@@ -46,7 +46,15 @@ from slimgpt.errors import (
 )
 from slimgpt.evaluation.evaluate import Evaluation, evaluate
 from slimgpt.evaluation.tasks import check_tasks
-from slimgpt.experiments.recipe import VERBS, Cell, RecipeConfig, expand, filled_in, read_recipe
+from slimgpt.experiments.recipe import (
+    VERBS,
+    Cell,
+    RecipeConfig,
+    expand,
+    filled_in,
+    find_recipe,
+    read_recipe,
+)
 from slimgpt.experiments.tables import SHOWN, describe, draw, to_markdown
 from slimgpt.models.source import find_model
 from slimgpt.pruning.inputs import check_inputs
@@ -122,7 +130,8 @@ def run_recipe(
     Parameters
     ----------
     recipe : str or Path
-        A YAML file with the fields of `slimgpt.experiments.recipe.RecipeConfig`.
+        A YAML file with the fields of `slimgpt.experiments.recipe.RecipeConfig`, or the name of a
+        recipe of the paper, like ``table6``.
     output : str or Path
         Directory for the table (``.md``), all numbers (``.json``) and the figure (``.svg``), which
         have the name of the recipe, and for what they are made from, which recipes share.
@@ -148,14 +157,14 @@ def run_recipe(
     Examples
     --------
     >>> import slimgpt
-    >>> slimgpt.run_recipe("recipes/table6.yaml", "table6", small=True,
-    ...                    data_dir="data")  # doctest: +SKIP
+    >>> slimgpt.run_recipe("table6", "runs", small=True, data_dir="data")  # doctest: +SKIP
     """
     if is_torchelastic_launched():
         raise ConfigError(
             "a recipe runs in one process", hint="torchrun is for `slimgpt prune` and `recover`"
         )
-    config = read_recipe(Path(recipe), small)
+    file = find_recipe(recipe)
+    config = read_recipe(file, small)
     cells = expand(config, data_dir)
     _check(config, cells)
     directory = Path(output)
@@ -166,7 +175,7 @@ def run_recipe(
     try:
         rows = _run(cells, directory.resolve(), keep_models)
         report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
-        table, numbers, figure = (f"{Path(recipe).stem}.{kind}" for kind in ("md", "json", "svg"))
+        table, numbers, figure = (f"{file.stem}.{kind}" for kind in ("md", "json", "svg"))
         result = RecipeResult(directory, report, to_markdown(report, figure))
         with suppress(OSError):  # that it is not empty
             (directory / "models").rmdir()
