@@ -63,7 +63,8 @@ from slimgpt.pruning.prune import prune
 from slimgpt.recovery.recover import check_packages, recover
 from slimgpt.runtime.environment import machine, reset_peak_memory, versions
 from slimgpt.runtime.files import describe_file, read_json, replacing, write_atomically, writing
-from slimgpt.runtime.run_directory import Run, locked
+from slimgpt.runtime.locks import writing_alone
+from slimgpt.runtime.run_directory import Run
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +172,7 @@ def run_recipe(
     with writing(directory):
         for folder in ("steps", "models"):
             (directory / folder).mkdir(parents=True, exist_ok=True)
-        lock = locked(directory / LOCK_FILE, directory)
-    try:
+    with writing_alone(directory, lock_file=directory / LOCK_FILE):
         rows = _run(cells, directory.resolve(), keep_models)
         report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
         table, numbers, figure = (f"{file.stem}.{kind}" for kind in ("md", "json", "svg"))
@@ -186,9 +186,6 @@ def run_recipe(
             write_atomically(directory / numbers, json.dumps(report, indent=1) + "\n")
             write_atomically(directory / table, result.markdown)
         return result
-    finally:
-        (directory / LOCK_FILE).unlink()  # while it is held: who comes next has another one
-        lock.release()
 
 
 def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict[str, Any]]:
