@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch.distributed import is_torchelastic_launched
 
 from slimgpt.benchmarking.bench import bench
@@ -62,7 +62,7 @@ from slimgpt.pruning.plan import PrunePlan, plan
 from slimgpt.pruning.prune import prune
 from slimgpt.recovery.recover import check_packages, recover
 from slimgpt.runtime.environment import machine, reset_peak_memory, versions
-from slimgpt.runtime.files import describe_file, read_json, replacing, write_atomically, writing
+from slimgpt.runtime.files import describe_file, replacing, write_atomically, writing
 from slimgpt.runtime.locks import writing_alone
 from slimgpt.runtime.run_directory import Run
 
@@ -286,26 +286,29 @@ class _Work:
             if getattr(cell, verb) is None:
                 continue
             file = self.directory / "steps" / f"{verb}-{self._key(verb)}.json"
-            if not self._is_done(file, verb):
+            results[verb] = self._stored(file, verb)
+            if results[verb] is None:
                 place = {"machine": _machine(), "versions": versions()}
                 no_folder = {f"{self.directory / 'models'}{os.sep}": ""}
-                result = filled_in(place | step(), no_folder)
+                text = json.dumps(filled_in(place | step(), no_folder), indent=1) + "\n"
                 with writing(self.directory):
-                    write_atomically(file, json.dumps(result, indent=1) + "\n")
-            results[verb] = read_json(file)
+                    write_atomically(file, text)
+                results[verb] = json.loads(text)
         return results
 
-    def _is_done(self, file: Path, verb: str) -> bool:
-        """Whether there is a result of a step, as this version writes it."""
+    def _stored(self, file: Path, verb: str) -> dict[str, Any] | None:
+        """The result of a step, if there is one as this version writes it."""
         if not file.exists():
-            return False
+            return None
         try:
-            read_typed(file, _RESULTS[verb])
-            read_typed(file, _Place)
-        except ConfigError as err:
-            log.warning("%s; the step is done again", err)
-            return False
-        return True
+            result = read_typed(file, dict[str, Any])
+            for kind in (_RESULTS[verb], _Place):
+                TypeAdapter(kind).validate_python(result)
+        except (ConfigError, ValidationError) as err:
+            reason = " ".join(str(err).split())
+            log.warning("%s is not used, and the step is done again: %s", file, reason)
+            return None
+        return result
 
     def models(self) -> set[Path]:
         """Where the models are that the steps make."""
