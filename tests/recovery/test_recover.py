@@ -186,14 +186,14 @@ class InterruptedError_(BaseException):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    on_log = trainer.MetricsWriter.on_log
+    on_log = trainer.MetricsLogger.on_log
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_log(self, args, state, control, **kwargs)
         if state.global_step == step:
             raise InterruptedError_
 
-    monkeypatch.setattr(trainer.MetricsWriter, "on_log", stop)
+    monkeypatch.setattr(trainer.MetricsLogger, "on_log", stop)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "distill"])

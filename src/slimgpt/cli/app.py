@@ -237,7 +237,9 @@ def report(
 
 @app.command("run")
 def run_recipe(
-    recipe: Annotated[Path, typer.Argument(help="YAML file with a grid.", metavar="RECIPE")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML file with a grid, or table1, figure2, …", metavar="RECIPE")
+    ],
     output: Annotated[Path, typer.Option(help="Directory for the results.")],
     small: Annotated[bool, typer.Option("--small", help="Run the small variant.")] = False,
     data_dir: Annotated[

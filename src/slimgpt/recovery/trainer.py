@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 
 Examples = list[dict[str, list[int]]]
 
-METRICS_FILE = "metrics.jsonl"
-
 TENSORBOARD_DIR = "runs"
 
 
@@ -114,23 +112,18 @@ class Distiller(RecoveryTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class MetricsWriter(TrainerCallback):
-    """Writes every metric to ``metrics.jsonl`` and to the log."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
+class MetricsLogger(TrainerCallback):
+    """Ends a training that diverges; tells of the others, and notes what they cost."""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Keep the metrics of the steps that are not run again."""
+        """Go on from the cost of the steps that are not run again."""
         self._start, self._first_step = time.monotonic(), state.global_step
         before = state.log_history[-1] if state.log_history else {}
         self._seconds_before = before.get("seconds", 0.0)
         self._peak_before = before.get("peak_memory_bytes", 0)
-        if state.is_world_process_zero:
-            self._file.write_text(metrics_lines(state), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Append the newest metrics; note the cost in the log, which checkpoints have."""
+        """Note the cost in the log, which checkpoints have."""
         seconds = time.monotonic() - self._start
         state.log_history[-1] |= {
             "seconds": self._seconds_before + seconds,
@@ -143,21 +136,12 @@ class MetricsWriter(TrainerCallback):
                     f"the training has diverged: {key} {entry[key]} at step {entry['step']}",
                     hint="begin anew with a lower --learning-rate and --restart",
                 )
-        if not state.is_world_process_zero or list(entry) == ["step"]:
-            return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
         if "perplexity" in entry:
             log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
-        else:
+        elif "loss" in entry:
             left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
             steps = entry["step"], state.max_steps
             log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
-
-
-def metrics_lines(state: TrainerState) -> str:
-    """Format the log of the Trainer as JSON lines."""
-    return "".join(json.dumps(read_metrics(entry)) + "\n" for entry in state.log_history)
 
 
 def read_metrics(entry: dict[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from slimgpt.errors import DamagedRunError, OtherRunError, RunStateError
 from slimgpt.runtime.distributed import from_main, is_main
 from slimgpt.runtime.files import describe_file, reading, replacing, sync, write_atomically, writing
+from slimgpt.runtime.locks import writing_alone
 
 STATE_DIR = ".slimgpt"
 
@@ -432,37 +431,18 @@ def open_run(output: Path) -> Iterator[Run]:
             raise _occupied(output)
         is_new = not output.exists()
         run.state.mkdir(parents=True, exist_ok=True)
-        lock = locked(run.state / _LOCK, output)
     try:
-        yield run
+        with writing_alone(output, lock_file=run.state / _LOCK):
+            try:
+                yield run
+            finally:
+                if run._is_over:
+                    run._forget()
     finally:
-        if run._is_over:
-            run._forget()
-            (run.state / _LOCK).unlink()  # while it is held: who comes next has another one
-            with suppress(OSError):
-                run.state.rmdir()
-                if is_new:
-                    output.rmdir()  # unless it has the product
-        lock.release()
-
-
-def locked(file: Path, output: Path) -> FileLock:
-    """Lock an output directory by a file.
-
-    Raises
-    ------
-    RunStateError
-        If another process has locked it.
-    """
-    lock = FileLock(file)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunStateError(
-            f"another process is working on {output}",
-            hint="wait for it to end, or choose another --output",
-        ) from None
-    return lock
+        with suppress(OSError):  # that they are not empty
+            run.state.rmdir()
+            if is_new:
+                output.rmdir()
 
 
 def _checksum_file(file: Path) -> Path:
