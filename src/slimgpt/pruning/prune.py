@@ -38,6 +38,7 @@ from slimgpt.pruning.product import make_report, write_product
 from slimgpt.pruning.sensitivity import measured_widths
 from slimgpt.pruning.sequential import sweep
 from slimgpt.runtime.distributed import from_main, is_main, own_part, process_group
+from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, open_run
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,14 @@ class PruneResult:
     report: dict[str, Any]
 
 
-def prune(model: str, output: str | Path, *, restart: bool = False, **options: Any) -> PruneResult:
+def prune(
+    model: str,
+    output: str | Path,
+    *,
+    restart: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> PruneResult:
     """Prune a causal language model into a smaller dense one.
 
     Weights are read, pruned and written block by block. After an interruption the same call goes
@@ -79,6 +87,8 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         Directory for the result; must not exist, be empty, or hold an interrupted run.
     restart : bool
         Begin anew even if `output` holds an interrupted run.
+    progress : Progress
+        Called after each block of a pass, see `slimgpt.runtime.progress`.
     **options
         The fields of `slimgpt.config.PruneConfig`, for example ``ratio=0.5``.
 
@@ -142,10 +152,20 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
                         planned.widths,
                         config,
                         footprint,
+                        progress,
                     )
                     planned = make_plan(base_config, config, widths)
                 surveyed = time.monotonic() - start - prepared
-                sweep(streamed, samples_NT, planned.widths, config, footprint, Run(output), scores)
+                sweep(
+                    streamed,
+                    samples_NT,
+                    planned.widths,
+                    config,
+                    footprint,
+                    Run(output),
+                    scores,
+                    progress=progress,
+                )
                 if run:
                     log.info("saving to %s", output)
                     seconds = {"prepare": round(prepared, 3), "survey": round(surveyed, 3)}

@@ -34,6 +34,7 @@ from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.pruning.memory import Footprint
 from slimgpt.pruning.sequential import read_plan, sweep
 from slimgpt.runtime.distributed import from_main, is_main
+from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import WIDTHS_FILE, Run
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ def measured_widths(
     widths: Sequence[BlockWidths],
     config: PruneConfig,
     footprint: Footprint,
+    progress: Progress = no_progress,
 ) -> list[BlockWidths]:
     """Keep the units that matter most to the model's output, whatever sublayer they are in.
 
@@ -174,7 +176,7 @@ def measured_widths(
         int64, the calibration tokens of all processes.
     shapes, widths
         The blocks, and the widths to begin with, at which something is removed.
-    config, footprint
+    config, footprint, progress
         See `slimgpt.pruning.sequential.sweep`.
 
     Returns
@@ -190,7 +192,16 @@ def measured_widths(
     if not from_main(run.has(WIDTHS_FILE)):
         chosen_NT = samples_NT[::SURVEY_SHARE]
         log.info("survey, with %d of the samples, of what the layers cost", len(chosen_NT))
-        sweep(streamed.anew(), chosen_NT, widths, config, footprint, run, stage="survey")
+        sweep(
+            streamed.anew(),
+            chosen_NT,
+            widths,
+            config,
+            footprint,
+            run,
+            stage="survey",
+            progress=progress,
+        )
         if is_main():
             moved = _moved(run, streamed, samples_NT, shapes, widths, config.multiple_of)
             with run.saving(WIDTHS_FILE) as temporary:

@@ -23,6 +23,7 @@ from slimgpt.pruning.memory import Footprint
 from slimgpt.runtime.distributed import from_main, is_main, own_part
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import reading, writing
+from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, Stage
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def sweep(
     run: Run,
     scores: Sequence[Tensor] = (),
     stage: Stage = "block",
+    progress: Progress = no_progress,
 ) -> None:
     """Prune every block; replay those that an earlier run has finished.
 
@@ -56,6 +58,8 @@ def sweep(
         Where the blocks are saved.
     stage : {"block", "survey"}
         What the sweep is for.
+    progress : Progress
+        Called with the stage after each block, in the main process.
     """
     batch_size = choose_batch_size(*samples_NT.shape)
     samples_NT = own_part(samples_NT, batch_size)
@@ -79,6 +83,8 @@ def sweep(
         done = block.index + 1
         left = (time.monotonic() - begun) / done * (num_blocks - done)
         log.info("%s %d/%d: %s; %.0f s left", stage, done, num_blocks, plan, left)
+        if is_main():
+            progress(stage, done, num_blocks)
 
 
 def read_plan(file: Path) -> BlockPlan:

@@ -53,6 +53,7 @@ from slimgpt.recovery.trainer import (
 from slimgpt.runtime.distributed import TIME_LIMIT, from_main, is_main, training_together
 from slimgpt.runtime.environment import computation, peak_memory, versions
 from slimgpt.runtime.files import describe_file, writing
+from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, open_run
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,12 @@ class RecoverResult:
 
 
 def recover(
-    model: str, output: str | Path, *, restart: bool = False, **options: Any
+    model: str,
+    output: str | Path,
+    *,
+    restart: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
 ) -> RecoverResult:
     """Train a pruned model and write it as a checkpoint of the same kind.
 
@@ -89,6 +95,8 @@ def recover(
         Directory for the result; must not exist, be empty, or hold an interrupted run.
     restart : bool
         Throw away what an interrupted run has left.
+    progress : Progress
+        Called after each step of the training, see `slimgpt.runtime.progress`.
     **options
         The fields of `slimgpt.config.RecoverConfig`, for example ``method="distill"``.
 
@@ -135,7 +143,7 @@ def recover(
             identity = _identity(source, teacher, config, arguments, examples, held_out)
             run.identify(identity, restart)
         if not from_main(run and run.is_written):
-            _train(source, teacher, tokenizer, examples, held_out, config, arguments)
+            _train(source, teacher, tokenizer, examples, held_out, config, arguments, progress)
             if run:
                 _write(run, source, teacher, tokenizer, config, len(examples))
         if run:
@@ -184,6 +192,7 @@ def _train(
     held_out: Examples,
     config: RecoverConfig,
     arguments: TrainingArguments,
+    progress: Progress,
 ) -> None:
     """Train up to the checkpoint of the last step, from the last one that there is."""
     state = Path(str(arguments.output_dir))
@@ -202,7 +211,7 @@ def _train(
         train_dataset=examples,
         eval_dataset=held_out,
         data_collator=partial(pad_batch, pad_token=pad_token),
-        callbacks=[MetricsWriter(state / METRICS_FILE)],
+        callbacks=[MetricsWriter(state / METRICS_FILE, progress)],
     )
     trainer.remove_callback(PrinterCallback)
     log.info("training on %d examples of %s", len(examples), config.data)

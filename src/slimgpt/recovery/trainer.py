@@ -33,6 +33,7 @@ from slimgpt.models.source import Source
 from slimgpt.runtime.distributed import from_main, training_together
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import describe_file, reading, write_atomically
+from slimgpt.runtime.progress import Progress
 from slimgpt.runtime.run_directory import CHECKSUMS_FILE, Run
 
 log = logging.getLogger(__name__)
@@ -115,10 +116,10 @@ class Distiller(RecoveryTrainer):
 
 
 class MetricsWriter(TrainerCallback):
-    """Writes every metric to ``metrics.jsonl`` and to the log."""
+    """Writes every metric to ``metrics.jsonl`` and to the log; tells which step is done."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, progress: Progress) -> None:
+        self._file, self._progress = file, progress
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Keep the metrics of the steps that are not run again."""
@@ -153,6 +154,7 @@ class MetricsWriter(TrainerCallback):
             left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
             steps = entry["step"], state.max_steps
             log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
+            self._progress("step", *steps)
 
 
 def metrics_lines(state: TrainerState) -> str:
