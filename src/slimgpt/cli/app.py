@@ -41,6 +41,7 @@ from slimgpt.config import (
 from slimgpt.errors import ConfigError, ResourceError, SlimGPTError, resource_error
 from slimgpt.experiments.recipe import load_recipe
 from slimgpt.pruning.memory import size
+from slimgpt.runtime.progress import progress_bar
 
 log = logging.getLogger("slimgpt")
 
@@ -130,8 +131,8 @@ def prune(
         return
     if output is None:
         raise ConfigError("--output is missing", hint="name a directory for the pruned model")
-    with _resumable():
-        result = slimgpt.prune(model, output, restart=restart, **values)
+    with _resumable(), progress_bar(stderr) as progress:
+        result = slimgpt.prune(model, output, restart=restart, progress=progress, **values)
     if as_json:
         _emit({"output": str(result.output), **result.report}, (), as_json=True)
         return
@@ -172,8 +173,9 @@ def recover(
     **options: Any,
 ) -> None:
     """Train a pruned MODEL a little, to win back quality."""
-    with _resumable():
-        result = slimgpt.recover(model, output, restart=restart, **_given(recipe, options))
+    values = _given(recipe, options)
+    with _resumable(), progress_bar(stderr) as progress:
+        result = slimgpt.recover(model, output, restart=restart, progress=progress, **values)
     report = result.report
     table = Table("step", "held-out perplexity", title=report["held_out"])
     for step, perplexity in report["held_out_perplexity"]:
@@ -402,7 +404,7 @@ def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user has set: those of the recipe, then those of the flags."""
     flags = {name: value for name, value in options.items() if value is not None}
     values = load_recipe(recipe) if recipe else {}
-    if arguments := values.keys() & {"model", "output", "restart"}:
+    if arguments := values.keys() & {"model", "output", "restart", "progress"}:
         names = ", ".join(sorted(arguments))
         raise ConfigError(
             f"the recipe {recipe} sets {names}, which belongs on the command line",

@@ -47,6 +47,7 @@ from slimgpt.pruning.plan import initial_widths, is_measured, shapes_of
 from slimgpt.runtime.distributed import is_main, own_part
 from slimgpt.runtime.environment import Stopwatch, computation, versions
 from slimgpt.runtime.files import describe_file
+from slimgpt.runtime.progress import Progress
 from slimgpt.runtime.run_directory import GENERATED_FILE, SCORES_FILE, Run
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ def check_inputs(config: PruneConfig) -> None:
         )
 
 
-def open_inputs(source: Source, config: PruneConfig, device: torch.device) -> Inputs:
+def open_inputs(
+    source: Source, config: PruneConfig, device: torch.device, progress: Progress
+) -> Inputs:
     """Open a model, without reading its weights.
 
     Raises
@@ -84,7 +87,15 @@ def open_inputs(source: Source, config: PruneConfig, device: torch.device) -> In
     streamed = StreamedModel(skeleton, weights, device)
     seqlen = usable_seqlen(config.seqlen, model_config)
     return Inputs(
-        config, method, base_config, streamed, tokenizer, generation_config, seqlen, stopwatch
+        config,
+        method,
+        base_config,
+        streamed,
+        tokenizer,
+        generation_config,
+        seqlen,
+        stopwatch,
+        progress,
     )
 
 

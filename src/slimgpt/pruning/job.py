@@ -11,6 +11,7 @@ from slimgpt.methods.base import Method
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.pruning.memory import MemoryEstimate
 from slimgpt.runtime.environment import Stopwatch
+from slimgpt.runtime.progress import Progress
 from slimgpt.runtime.run_directory import Run
 
 
@@ -36,6 +37,8 @@ class Inputs:
         Tokens of a calibration sample, within the context of the model.
     stopwatch : Stopwatch
         What the phases have taken so far.
+    progress : Progress
+        Told of each block that is done.
     """
 
     config: PruneConfig
@@ -46,6 +49,7 @@ class Inputs:
     generation_config: GenerationConfig
     seqlen: int
     stopwatch: Stopwatch
+    progress: Progress
 
 
 @dataclass(frozen=True)

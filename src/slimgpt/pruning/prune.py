@@ -16,6 +16,7 @@ from slimgpt.pruning.plan import PrunePlan
 from slimgpt.pruning.product import write_product
 from slimgpt.pruning.sequential import sequential_pass
 from slimgpt.runtime.distributed import from_main, is_main, process_group
+from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import open_run
 
 
@@ -41,7 +42,14 @@ class PruneResult:
     report: dict[str, Any]
 
 
-def prune(model: str, output: str | Path, *, restart: bool = False, **options: Any) -> PruneResult:
+def prune(
+    model: str,
+    output: str | Path,
+    *,
+    restart: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> PruneResult:
     """Prune a causal language model into a smaller dense one.
 
     Weights are read, pruned and written block by block. After an interruption the same call goes
@@ -55,6 +63,8 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
         Directory for the result; must not exist, be empty, or hold an interrupted run.
     restart : bool
         Begin anew even if `output` holds an interrupted run.
+    progress : Progress
+        Called after each block of a pass, see `slimgpt.runtime.progress`.
     **options
         The fields of `slimgpt.config.PruneConfig`, for example ``ratio=0.5``.
 
@@ -79,7 +89,7 @@ def prune(model: str, output: str | Path, *, restart: bool = False, **options: A
     source = find_model(model)
     check_inputs(config)
     with process_group(find_device(config.device)) as device, open_run(Path(output)) as run:
-        inputs = open_inputs(source, config, device)
+        inputs = open_inputs(source, config, device, progress)
         run.identify(identity_of(inputs), restart)
         if not run.is_finished():
             job = make_job(inputs, run)

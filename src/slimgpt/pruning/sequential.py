@@ -52,6 +52,8 @@ def sequential_pass(job: Job, widths: Sequence[BlockWidths], stage: Stage = "blo
         done = block.index + 1
         left = (time.monotonic() - begun) / done * (num_blocks - done)
         log.info("%s %d/%d: %s; %.0f s left", stage, done, num_blocks, plan, left)
+        if is_main():
+            job.progress(stage, done, num_blocks)
 
 
 def _save_block(run: Run, name: str, block: Block, plan: BlockPlan, seconds: float) -> None:

@@ -51,6 +51,7 @@ from slimgpt.recovery.trainer import (
 from slimgpt.runtime.distributed import TIME_LIMIT, from_main, is_main, training_together
 from slimgpt.runtime.environment import computation, peak_memory, versions
 from slimgpt.runtime.files import describe_file, writing
+from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, open_run
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,16 @@ class _Job:
     tokenizer: PreTrainedTokenizerBase
     examples: Examples
     held_out: Examples
+    progress: Progress
 
 
 def recover(
-    model: str, output: str | Path, *, restart: bool = False, **options: Any
+    model: str,
+    output: str | Path,
+    *,
+    restart: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
 ) -> RecoverResult:
     """Train a pruned model and write it as a checkpoint of the same kind.
 
@@ -101,6 +108,8 @@ def recover(
         Directory for the result; must not exist, be empty, or hold an interrupted run.
     restart : bool
         Throw away what an interrupted run has left.
+    progress : Progress
+        Called after each step of the training, see `slimgpt.runtime.progress`.
     **options
         The fields of `slimgpt.config.RecoverConfig`, for example ``method="distill"``.
 
@@ -143,7 +152,7 @@ def recover(
             config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
         )
         held_out = _held_out_windows(config, tokenizer)
-        job = _Job(source, teacher, config, tokenizer, examples, held_out)
+        job = _Job(source, teacher, config, tokenizer, examples, held_out, progress)
         if run:
             run.identify(_identity(job, arguments), restart)
         if not from_main(run and run.is_written):
@@ -200,7 +209,7 @@ def _train(job: _Job, arguments: TrainingArguments) -> None:
         train_dataset=job.examples,
         eval_dataset=job.held_out,
         data_collator=partial(pad_batch, pad_token=pad_token),
-        callbacks=[MetricsLogger()],
+        callbacks=[MetricsLogger(job.progress)],
     )
     trainer.remove_callback(PrinterCallback)
     log.info("training on %d examples of %s", len(job.examples), config.data)

@@ -33,6 +33,7 @@ from slimgpt.models.source import Source
 from slimgpt.runtime.distributed import from_main, training_together
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import describe_file, reading, write_atomically
+from slimgpt.runtime.progress import Progress
 from slimgpt.runtime.run_directory import CHECKSUMS_FILE, Run
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,9 @@ class Distiller(RecoveryTrainer):
 class MetricsLogger(TrainerCallback):
     """Ends a training that diverges; tells of the others, and notes what they cost."""
 
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Go on from the cost of the steps that are not run again."""
         self._start, self._first_step = time.monotonic(), state.global_step
@@ -142,6 +146,7 @@ class MetricsLogger(TrainerCallback):
             left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
             steps = entry["step"], state.max_steps
             log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
+            self._progress("step", *steps)
 
 
 def read_metrics(entry: dict[str, Any]) -> dict[str, Any]:
