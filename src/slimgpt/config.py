@@ -265,9 +265,7 @@ class PruneConfig(_ModelOptions):
     )
     nsamples: int = Field(128, ge=1, le=LENGTH, description="Number of calibration samples.")
     seqlen: int = Field(2048, ge=2, le=LENGTH, description="Tokens in each calibration sample.")
-    seed: int = Field(
-        0, ge=0, le=MAX_SEED, description="Random seed."
-    )
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Random seed.")
     damping: float = Field(
         0.01, gt=0, le=0.1, description="Damping of the Hessian, relative to its diagonal."
     )
