@@ -20,7 +20,7 @@ MAX_TOKENS = 2**28  # in a text or in all samples: 2 GiB
 SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # size of the shuffle buffer
 
 # Upper bound of the memory for reading and tokenising local files or the hub: the shuffle buffer at
-# 4 bytes per character, one record of maximum size while it is parsed, and a piece in the tokenizer.
+# 4 bytes per character, one record of maximum size while it is parsed, a piece in the tokenizer.
 READING_BYTES = 2**29
 
 

@@ -25,10 +25,10 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
 
     A text longer than `PIECE` characters is tokenised in overlapping pieces. Two pieces are joined
     inside their overlap, at a cut with `AGREEMENT` equal tokens on each side. This assumes that the
-    tokens before such a run do not depend on the text after it, which holds if a tokenizer first
-    splits text into words or merges neighbours only. Pieces that do not agree (a word longer than
-    the overlap) are tokenised as one. A slow (Python) tokenizer reports no positions and gets the
-    whole text.
+    tokens on one side of such a run do not depend on the text on the other side, which holds if a
+    tokenizer first splits text into words or merges neighbours only. Pieces that do not agree (a
+    word longer than the overlap) are tokenised as one. A slow (Python) tokenizer reports no
+    positions and gets the whole text.
 
     Parameters
     ----------

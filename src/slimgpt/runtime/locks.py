@@ -1,4 +1,4 @@
-"""One process at a time writes an output."""
+"""Locks: only one process at a time writes an output."""
 
 import os
 from collections.abc import Iterator
@@ -12,31 +12,31 @@ from slimgpt.errors import RunStateError
 
 @contextmanager
 def writing_alone(file: Path, seconds: float = 0) -> Iterator[None]:
-    """Keep other processes from writing the same file.
+    """Prevent other processes from writing the same file.
 
-    A lock file lies beside it for as long.
+    A lock file exists beside it during the context.
 
     Parameters
     ----------
     file : Path
-        The output, in a directory that exists.
+        The output; its directory must exist.
     seconds : float
-        How long to wait for another process.
+        Maximum time to wait for another process.
 
     Raises
     ------
     RunStateError
-        If another process has not ended by then, or the lock file is a link.
+        If another process still holds the lock then, or the lock file is a link.
     OSError
         If the directory cannot be written.
     """
     path = file.with_name(f".{file.name}.lock")
-    if path.is_symlink():  # to lock it would be to open what it leads to
+    if path.is_symlink():  # locking it would open its target
         raise RunStateError(f"{path} is a link, not a lock", hint="remove it")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=seconds, poll_interval=0.05)
-        while not path.exists():  # the one before us has removed it
+        while not path.exists():  # removed by the previous holder
             lock.release()
             lock.acquire(timeout=seconds, poll_interval=0.05)
     except Timeout:
@@ -48,5 +48,5 @@ def writing_alone(file: Path, seconds: float = 0) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            os.unlink(path)  # while it is held: who comes next has another one
+            os.unlink(path)  # still held; the next process creates a new one
         lock.release()
