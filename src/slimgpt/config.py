@@ -73,7 +73,7 @@ def _listed(value: Any) -> Any:
 
 def _is_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
-        raise ValueError("no device; use auto, cpu, cuda, cuda:N or mps")
+        raise ValueError("not a device; use auto, cpu, cuda, cuda:N or mps")
     return value
 
 
@@ -428,7 +428,7 @@ class EvalConfig(_ModelOptions):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.data and not self.tasks:
-            raise ValueError("neither data nor tasks to evaluate on")
+            raise ValueError("give data or tasks to evaluate on")
         options_of = {
             "tasks": {"data_dir", "limit", "num_fewshot", "batch_size"},
             "data": {"seqlen", "max_tokens"},

@@ -122,7 +122,7 @@ def resource_error(err: BaseException) -> SlimGPTError | None:
     if is_disk_full(err):
         return ResourceError(
             f"no space left: {text[:300]}",
-            hint="free some space on the disk, then give the same command again",
+            hint="free some space on the disk, then repeat the command",
         )
     if getattr(err, "errno", None) == errno.ENAMETOOLONG:
         return ConfigError(f"a name is too long: {text[:300]}", hint="give a shorter one")

@@ -45,7 +45,7 @@ def render(
     if not tokenizer.chat_template:
         raise DataError(
             f"{where} is a chat, and the tokenizer has no chat template",
-            hint="take the tokenizer of a chat model, or data with a field 'text'",
+            hint="use the tokenizer of a chat model, or data with a field 'text'",
         )
     apply: Any = tokenizer.apply_chat_template
     try:
@@ -56,7 +56,7 @@ def render(
         reason = " ".join(str(err).split())[:200]
         raise DataError(
             f"the tokenizer's chat template does not take {where}: {reason}",
-            hint="change the roles of the turns to what the model knows, or leave the chat out",
+            hint="use roles that the template supports, or remove the chat",
         ) from err
 
 

@@ -117,8 +117,8 @@ def check_dataset(name: str, purpose: Purpose) -> None:
     if name in known:
         if files:
             raise ConfigError(
-                f"{name!r} is a data set, and a local directory with data files",
-                hint=f"write ./{name} for the directory, or rename it to have the data set",
+                f"{name!r} is both a data set and a local directory with data files",
+                hint=f"write ./{name} for the directory, or rename it to use the data set",
             )
     elif not files:
         raise _no_dataset(name, purpose, known)
@@ -136,7 +136,9 @@ def _no_dataset(name: str, purpose: Purpose, known: list[str]) -> ConfigError:
     if name and os.path.isdir(name):  # unlike Path, accepts names that the system forbids
         return ConfigError(f"the directory {name} has no data files", hint=SUFFIXES_HINT)
     if os.path.lexists(name) and not os.path.isfile(name):
-        return ConfigError(f"{name} is no file", hint="give a file, or a directory of files")
+        return ConfigError(
+            f"{name} is not a regular file", hint="give a file, or a directory of files"
+        )
     if os.path.isfile(name):
         return ConfigError(
             f"the suffix {Path(name).suffix!r} of the data file {name} is not known",

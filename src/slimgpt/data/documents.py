@@ -102,7 +102,7 @@ def to_documents(
             if num_in_a_row == MAX_WITHOUT_TEXT:
                 raise DataError(
                     f"{MAX_WITHOUT_TEXT} records up to {where} have no text",
-                    hint="leave out the records without text",
+                    hint="remove the records without text",
                 )
             if document is None:
                 num_null += 1
@@ -112,7 +112,7 @@ def to_documents(
                 yield from cut(document, [document.text])
     finally:
         if num_null:
-            log.warning("%d records of %s have null for a text: left out", num_null, name)
+            log.warning("skipped %d records of %s whose text is null", num_null, name)
 
 
 def cut(document: Document, texts: Iterable[str]) -> Iterator[Document]:
@@ -153,7 +153,7 @@ def _document(where: str, record: Any, text_field: str | None) -> Document | Non
     if not isinstance(record, dict):
         raise DataError(
             f"{where} is {_kind(record)}, not an object with a text",
-            hint='a record is as {"text": "…"}',
+            hint='a record looks like {"text": "…"}',
         )
     names = (text_field,) if text_field else (TEXT, *CHAT)
     chats = () if text_field else CHAT
@@ -214,8 +214,8 @@ def _checked(value: Any, where: str, name: str) -> str:
     except UnicodeEncodeError as err:
         raise DataError(
             f"{where}: character {err.start + 1} of {name!r} is half of a surrogate pair "
-            f"(\\u{ord(value[err.start]):04x}), which is no Unicode text",
-            hint="leave the record out, or write its text anew as UTF-8",
+            f"(\\u{ord(value[err.start]):04x}), which is not valid Unicode",
+            hint="remove the record, or write its text again as UTF-8",
         ) from None
     return value
 

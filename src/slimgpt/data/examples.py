@@ -68,7 +68,11 @@ def training_examples(
         if len(examples) == max_examples:
             break
     if num_dropped:
-        log.warning("%d prompts of %s leave no room for an answer: left out", num_dropped, name)
+        log.warning(
+            "skipped %d examples of %s: their prompts leave no room for an answer",
+            num_dropped,
+            name,
+        )
     if not examples:
         raise DataError(
             f"{name} has not one example of {seqlen} tokens",

@@ -36,7 +36,7 @@ MAX_BATCH = 1024  # rows of a Parquet file that are read at once
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 
-_DAMAGED_HINT = "the file is damaged, or not what its suffix says: write it again"
+_DAMAGED_HINT = "the file is damaged, or its suffix is wrong: write it again"
 
 
 class Record(NamedTuple):

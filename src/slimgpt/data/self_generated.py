@@ -56,7 +56,7 @@ def sample_from_model(
     if first is None:
         raise DataError(
             "the tokenizer has neither BOS nor EOS, so the model cannot start a text",
-            hint="name texts for --calibration, without self",
+            hint="give --calibration other texts than self",
         )
     needed, length = tokens_needed(nsamples, seqlen), min(TEXT_LENGTH, seqlen)
     prompts = torch.tensor([[first]] * -(-needed // length))
@@ -65,7 +65,7 @@ def sample_from_model(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for prompt in prompts.to(model.device).split(TEXTS_AT_ONCE):
-            log.info("sampling from the model: text %d of %d", len(texts), len(prompts))
+            log.info("generating calibration text %d of %d", len(texts), len(prompts))
             texts += generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -89,7 +89,7 @@ class _Draw(LogitsProcessor):
         upto = scores.float().softmax(dim=-1).cumsum(dim=-1)
         if not upto[:, -1].isfinite().all():
             raise NumericalError(
-                f"the logits of token {input_ids.shape[-1] + 1} of a text that the model writes "
+                f"the logits of token {input_ids.shape[-1] + 1} of a generated text "
                 f"are not finite in {str(scores.dtype).removeprefix('torch.')}",
                 hint="give --dtype float32; if that does not help, the weights are broken",
             )

@@ -238,7 +238,7 @@ def _check_no_code(model: str, values: Mapping[str, Any]) -> None:
         if name in _IMPLEMENTATIONS and value not in built_in:
             raise UnsupportedModelError(
                 f"the config of {model} has {key}={_short(value)}, which is not part of "
-                "transformers but code from the hub; such code is never run",
+                "transformers but remote code, which is never run",
                 hint=f"remove {key} from config.json",
             )
     if quantised := values.get("quantization_config") or values.get("compression_config"):
@@ -252,8 +252,8 @@ def _check_no_code(model: str, values: Mapping[str, Any]) -> None:
     for key in _REDIRECTIONS:
         if key in values:
             raise UnsupportedModelError(
-                f"the config of {model} has {key}={_short(values[key])}: other files than the "
-                "usual ones are not read",
+                f"the config of {model} has {key}={_short(values[key])}: only the "
+                "standard files are read",
                 hint=f"remove {key} from config.json",
             )
 
@@ -266,7 +266,7 @@ def _foreign_keys(
         found = getattr(config_class, key, None)
         settable = isinstance(found, property) and found.fset is not None
         if key not in (*fields, "model_type") and hasattr(config_class, key) and not settable:
-            yield f"{key} is no key of a config"
+            yield f"{key} is not a valid config key"
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:

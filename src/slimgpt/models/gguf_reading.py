@@ -28,7 +28,7 @@ STATIC_ROPE = ("linear", "llama3")
 
 # What gguf raises for a file that is truncated, damaged or not a GGUF file.
 _READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError)
-BROKEN_GGUF = "the file is damaged or is no GGUF file: download or write it again"
+BROKEN_GGUF = "the file is damaged or not a GGUF file: download or write it again"
 
 _LINEARS = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
 
@@ -154,7 +154,7 @@ def _read(file: Path, *_: int) -> GGUFContent:
 
 def _broken(file: Path, err: Exception) -> ConfigError:
     # gguf indexes beyond the end of a truncated file.
-    reason = "it is cut off" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
+    reason = "it is truncated" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
     return ConfigError(f"cannot load {file}: {reason}", hint=BROKEN_GGUF)
 
 
@@ -164,8 +164,8 @@ def _check_names(content: GGUFContent) -> None:
         raise UnsupportedModelError(
             f"{content.file.name} has {len(unknown)} tensors that models of type "
             f"{content.arch!r} do not have, first {unknown[0]}",
-            hint="the model would be computed without them: use the checkpoint that the file was "
-            "made from",
+            hint="they would be ignored, which changes the model: use the checkpoint that the "
+            "file was made from",
         )
 
 
@@ -176,8 +176,8 @@ def _check_biases(content: GGUFContent) -> None:
         wanted = {name for name in _LINEARS.split("|") if name.startswith(prefix)}
         if 0 < len(found & wanted) < len(wanted):
             raise UnsupportedModelError(
-                f"{content.file.name} has biases of {', '.join(sorted(found & wanted))} alone, "
-                f"where models of type {content.arch!r} have those of {prefix} all or none",
+                f"{content.file.name} has biases in {', '.join(sorted(found & wanted))} only; "
+                f"models of type {content.arch!r} have them in all or none of {prefix}",
                 hint="use the checkpoint that the file was made from",
             )
 
@@ -208,7 +208,7 @@ def _shape(content: GGUFContent, name: str) -> tuple[int, int]:
     if len(shape) != 2:
         raise UnsupportedModelError(
             f"{content.file.name} has no matrix {name}",
-            hint="the file is incomplete, or the vocabulary alone: download or write it again",
+            hint="the file is incomplete, or has only a vocabulary: download or write it again",
         )
     return shape
 

@@ -112,7 +112,7 @@ def find_model(model: str | Path) -> Source:
     if name == SMOLLM2_ALIAS:
         if not exists:
             return embedded_model()
-        log.warning("%s here is read, not the embedded model of that name", path.resolve())
+        log.warning("using the local %s, not the embedded model of that name", path.resolve())
     with loading(f"the model {name!r}"):  # a name may be too long
         if path.suffix == ".gguf" and path.is_file():
             _check_gguf()
@@ -174,7 +174,7 @@ def _check_gguf() -> None:
 def adapter_error(name: str, file: str) -> UnsupportedModelError:
     """Build the error for an adapter that was given as a model."""
     return UnsupportedModelError(
-        f"{name} holds an adapter ({file}), whose weights are not those of a model",
+        f"{name} holds an adapter ({file}), not a model",
         hint=f"merge it into its base model: {_MERGE_COMMAND.format(name)}; then copy the base "
         "model's tokenizer files to 'merged', and give that",
     )

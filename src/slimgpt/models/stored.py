@@ -120,7 +120,7 @@ def cannot_load(what: str, err: Exception) -> ConfigError:
         )
     return ConfigError(
         f"cannot load {what}: {reason}",
-        hint="check that the files are whole, or for a hub id the name and the network; only "
+        hint="check that the files are complete, or for a hub id the name and the network; only "
         "safetensors and GGUF are loaded, never pickles",
     )
 
@@ -149,15 +149,15 @@ def read_index(file: Path) -> set[str]:
         names = set(_ShardIndex.model_validate(read_object(file)).weight_map.values())
     except ValidationError as err:
         raise ConfigError(
-            f"{file} is no index of weights: {explain(err)}",
+            f"{file} is not an index of weights: {explain(err)}",
             hint='it has "metadata", an object, and "weight_map", from tensors to files; '
             "download or write it again",
         ) from None
     for name in sorted(names):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise UnsupportedModelError(
-                f"{file} names the file {name!r}; only names of *.safetensors files beside it are "
-                "read, without a folder",
+                f"{file} names the file {name!r}; only *.safetensors files in the same folder "
+                "are read",
                 hint="move the files beside the index and correct it, or download the model again",
             )
     return names
@@ -305,8 +305,8 @@ def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{model} lacks {len(problems)} weights or has them in another shape, first "
         f"{min(problems)}",
-        hint="the checkpoint is incomplete, or its config.json is that of another: download or "
-        "write it again",
+        hint="the checkpoint is incomplete, or its config.json belongs to another one: download "
+        "or write it again",
     )
 
 
@@ -325,7 +325,7 @@ def _check_types(model: str, stored: Mapping[str, StoredTensor]) -> None:
     for name in stored:
         if _QUANTISED.search(name):
             raise UnsupportedModelError(
-                f"{model} is quantised: it holds the scales or packed values {name}",
+                f"{model} is quantised: it has scales or packed values in {name}",
                 hint=_DEQUANTISE,
             )
     harmless = re.compile("|".join(_BUFFERS))

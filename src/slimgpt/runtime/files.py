@@ -60,7 +60,7 @@ def reading(file: Path) -> Iterator[None]:
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as err:
         raise DamagedRunError(
             f"{file} of the interrupted run is damaged: {err}",
-            hint="--restart throws the interrupted run away and begins anew",
+            hint="--restart discards the interrupted run and starts again",
         ) from err
 
 
@@ -78,7 +78,7 @@ def writing(output: Path) -> Iterator[None]:
     except (OSError, SafetensorError, UnicodeEncodeError) as err:
         raise RunStateError(
             f"cannot write to {output}: {err}",
-            hint="free some space or correct the permissions, then give the same command again; "
+            hint="free some space or correct the permissions, then repeat the command; "
             "or choose another --output",
         ) from err
 

@@ -302,7 +302,7 @@ class Run:
         if taken := [name for name in names if (self.output / name).exists()]:
             raise RunStateError(
                 f"{self.output} has other files of these names: {', '.join(taken)}",
-                hint="move them away, then give the same command again",
+                hint="move them away, then repeat the command",
             )
 
     def _check_ours(self) -> None:
@@ -313,13 +313,13 @@ class Run:
         problem = None
         entries = [] if state.is_symlink() else _walk(state)
         if state.is_symlink() or not state.is_dir():
-            problem = "is no directory, but a link or a file"
+            problem = "is a link or a file, not a directory"
         elif links := [path for path in entries if path.is_symlink()]:
             problem = f"has a link, {links[0].relative_to(state)}"
         elif self._has_manifest:
             with self._manifest.open(encoding="utf-8", errors="replace") as opened:
                 if opened.read(len(_MARK)) != _MARK:
-                    problem = f"has a {_MANIFEST} that is not of slimgpt"
+                    problem = f"has a {_MANIFEST} that is not from slimgpt"
         elif strangers := [path for path in entries if not _is_passing(path)]:
             problem = f"has no {_MANIFEST}, but {strangers[0].relative_to(state)}"
         if problem:
@@ -472,5 +472,5 @@ def _how_to_go_on(before: dict[str, Any], differences: Any) -> str:
     }
     wanted = [setting for key, setting in variables.items() if key in differences]
     if len(wanted) == len(differences):
-        return f"set {' and '.join(wanted)} to go on with it, or --restart to throw it away"
-    return "give the same options to go on with it, or --restart to throw it away"
+        return f"set {' and '.join(wanted)} to resume it, or --restart to discard it"
+    return "give the same options to resume it, or --restart to discard it"
