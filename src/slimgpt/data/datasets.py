@@ -117,7 +117,7 @@ def check_dataset(name: str, purpose: Purpose) -> None:
     if name in known:
         if files:
             raise ConfigError(
-                f"{name!r} is both a data set and a local directory with data files",
+                f"{name!r} is a data set, and a local directory with data files",
                 hint=f"write ./{name} for the directory, or rename it to use the data set",
             )
     elif not files:

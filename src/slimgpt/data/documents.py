@@ -112,7 +112,7 @@ def to_documents(
                 yield from cut(document, [document.text])
     finally:
         if num_null:
-            log.warning("skipped %d records of %s whose text is null", num_null, name)
+            log.warning("%d records of %s have a null text: skipped", num_null, name)
 
 
 def cut(document: Document, texts: Iterable[str]) -> Iterator[Document]:

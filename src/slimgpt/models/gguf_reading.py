@@ -28,7 +28,7 @@ STATIC_ROPE = ("linear", "llama3")
 
 # What gguf raises for a file that is truncated, damaged or not a GGUF file.
 _READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError)
-BROKEN_GGUF = "the file is damaged or not a GGUF file: download or write it again"
+BROKEN_GGUF = "the file is damaged or is no GGUF file: download or write it again"
 
 _LINEARS = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
 
@@ -176,8 +176,8 @@ def _check_biases(content: GGUFContent) -> None:
         wanted = {name for name in _LINEARS.split("|") if name.startswith(prefix)}
         if 0 < len(found & wanted) < len(wanted):
             raise UnsupportedModelError(
-                f"{content.file.name} has biases in {', '.join(sorted(found & wanted))} only; "
-                f"models of type {content.arch!r} have them in all or none of {prefix}",
+                f"{content.file.name} has biases of {', '.join(sorted(found & wanted))} alone; "
+                f"models of type {content.arch!r} have them in all {prefix} projections or none",
                 hint="use the checkpoint that the file was made from",
             )
 

@@ -120,7 +120,7 @@ def cannot_load(what: str, err: Exception) -> ConfigError:
         )
     return ConfigError(
         f"cannot load {what}: {reason}",
-        hint="check that the files are complete, or for a hub id the name and the network; only "
+        hint="check that the files are whole, or for a hub id the name and the network; only "
         "safetensors and GGUF are loaded, never pickles",
     )
 
