@@ -472,5 +472,5 @@ def _how_to_go_on(before: dict[str, Any], differences: Any) -> str:
     }
     wanted = [setting for key, setting in variables.items() if key in differences]
     if len(wanted) == len(differences):
-        return f"set {' and '.join(wanted)} to resume it, or --restart to discard it"
+        return f"set {' and '.join(wanted)} to go on with it, or --restart to discard it"
     return "give the same options to resume it, or --restart to discard it"
