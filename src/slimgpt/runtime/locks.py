@@ -1,4 +1,4 @@
-"""One process at a time writes an output."""
+"""Locks: only one process at a time writes an output."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from slimgpt.runtime.files import writing
 def writing_alone(
     output: Path, seconds: float = 0, lock_file: Path | None = None
 ) -> Iterator[None]:
-    """Keep other processes from writing the same output.
+    """Prevent other processes from writing the same output.
 
     Parameters
     ----------
@@ -50,5 +50,5 @@ def writing_alone(
         yield
     finally:
         with suppress(OSError):
-            os.unlink(path)  # while it is held: who comes next has another one
+            os.unlink(path)  # still held; the next process creates a new one
         lock.release()
