@@ -204,7 +204,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     whole = run(slim, tmp_path / "whole", data, **options)
     with monkeypatch.context() as patch:
         interrupt(patch, step=5)
-        patch.setattr(recover, "peak_memory", lambda: 10**15)
+        patch.setattr(trainer, "peak_memory", lambda: 10**15)
         with pytest.raises(InterruptedError_):
             run(slim, tmp_path / "out", data, **options)
     state = tmp_path / "out" / STATE_DIR
