@@ -176,7 +176,7 @@ def test_a_lost_process_ends_the_training(
     assert "internal error" not in died.stderr
 
 
-def test_more_processes_than_batches_of_the_survey(
+def test_more_processes_than_batches_of_the_sensitivity_pass(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     arguments = prune_arguments(tiny_checkpoint("llama"), tmp_path / "slim")

@@ -381,10 +381,10 @@ def test_a_full_disk(
     with pytest.raises(RunStateError, match="No space left on device") as raised:
         slimgpt.prune(model, output, **options)
     assert "free some space" in str(raised.value.hint)
-    surveyed, pruned = (
+    measured, pruned = (
         len(list(output.glob(f"{STATE_DIR}/{stage}-*.safetensors"))) for stage in get_args(Stage)
     )
-    assert surveyed == (failing if failing < 4 else 0)
+    assert measured == (failing if failing < 4 else 0)
     assert pruned == min(max(failing - 4, 0), 4)
     assert output.exists() == (failing > 0)
     slimgpt.prune(model, output, **options)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.models.device import fast_products, products_of
+from slimgpt.models.device import autocast, bfloat16_matmul
 from slimgpt.models.family import Sublayer, blocks_of, decoder_of, family_of
 from slimgpt.runtime import distributed
 
@@ -150,7 +150,7 @@ def run_sublayer(sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tens
     hidden_NTC = hidden_NTC.to(projection.weight.device)
     sublayer.module.set_submodule(name, nn.Identity())
     try:
-        with fast_products(projection.weight):
+        with autocast(projection.weight):
             result = sublayer.module(sublayer.norm(hidden_NTC), **kwargs)
     finally:
         sublayer.module.set_submodule(name, projection)
@@ -214,7 +214,7 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
     for hidden_NTC, dense_NTC in zip_longest(stream.batches(), stream.dense_batches()):
         batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
         rows_TI = batch_NTI.flatten(0, 1).float()
-        with products_of(batch_NTI):
+        with bfloat16_matmul(batch_NTI):
             for start, stop in panels:
                 product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
                 total_II[start:stop, start:] += product.to(device)
@@ -230,11 +230,11 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
             kept.append(batch_NTI)
     for start, stop in panels:
         total_II[stop:, start:stop] = total_II[start:stop, stop:].T
-    distributed.add_up(num_tokens)
-    hessian_II = distributed.add_up(total_II).div_(num_tokens)
-    mean_I = distributed.add_up(sum_I).div_(num_tokens)
+    distributed.all_reduce(num_tokens)
+    hessian_II = distributed.all_reduce(total_II).div_(num_tokens)
+    mean_I = distributed.all_reduce(sum_I).div_(num_tokens)
     if cross_OI is not None:
-        distributed.add_up(cross_OI).div_(num_tokens)
+        distributed.all_reduce(cross_OI).div_(num_tokens)
     return Activations(hessian_II, mean_I, kept, cross_OI)
 
 
@@ -265,7 +265,7 @@ def propagate(
         batch_NTI = known_NTI
         if batch_NTI is None:
             batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
-        with fast_products(weight):
+        with autocast(weight):
             output = nn.functional.linear(batch_NTI[..., columns], weight, sublayer.output.bias)
         hidden_NTC.add_(output.to(hidden_NTC.device))
 
@@ -275,7 +275,7 @@ def pass_through(sublayer: Sublayer, stream: Stream, batches: Iterable[Tensor]) 
     """Add the output of the sublayer as it is to batches of a residual stream, in place."""
     for hidden_NTC in batches:
         batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
-        with fast_products(sublayer.output.weight):
+        with autocast(sublayer.output.weight):
             output = sublayer.output(batch_NTI)
         hidden_NTC.add_(output.to(hidden_NTC.device))
 

@@ -22,14 +22,14 @@ def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if is_slow and any(map(has.get, BFLOAT16_PRODUCTS)) else dtype
 
 
-def fast_products(weight: Tensor) -> torch.autocast:
+def autocast(weight: Tensor) -> torch.autocast:
     """Compute matrix products with a weight in its `fast_dtype` (autocast)."""
     dtype = fast_dtype(weight.device, weight.dtype)
     return torch.autocast(weight.device.type, dtype, enabled=dtype != weight.dtype)
 
 
 @contextmanager
-def products_of(batch: Tensor) -> Iterator[None]:
+def bfloat16_matmul(batch: Tensor) -> Iterator[None]:
     """Use bfloat16 units for float32 products of bfloat16 activations, on a CPU.
 
     This is exact, because the values have 8 significant bits and the units accumulate in float32.

@@ -20,7 +20,7 @@ from slimgpt.models.unit_slices import unit_columns
 from slimgpt.pruning.decisions import BlockPlan, SavedBlock, SublayerPlan
 from slimgpt.pruning.refit import refit
 from slimgpt.pruning.slicing import slice_sublayer
-from slimgpt.runtime.distributed import from_main, is_main, tensor_from_main
+from slimgpt.runtime.distributed import broadcast, broadcast_tensor, is_main
 
 
 def prune_block(
@@ -115,11 +115,11 @@ def _prune_sublayer(
         )
         del decision
     del activations
-    plan = from_main(plan)
+    plan = broadcast(plan)
     kept_units = torch.tensor(plan.keep, device=new_weight.device)
     if output.bias is not None:
-        tensor_from_main(output.bias)
-    new_weight = tensor_from_main(new_weight)
+        broadcast_tensor(output.bias)
+    new_weight = broadcast_tensor(new_weight)
     if not is_refit:
         _apply(sublayer, stream, kept_units, new_weight, kept)
         return plan

@@ -44,7 +44,7 @@ from slimgpt.pruning.memory import (
     solver_bytes,
 )
 from slimgpt.pruning.plan import initial_widths, is_measured, shapes_of
-from slimgpt.runtime.distributed import is_main, own_part
+from slimgpt.runtime.distributed import is_main, shard
 from slimgpt.runtime.environment import Stopwatch, computation, versions
 from slimgpt.runtime.files import describe_file
 from slimgpt.runtime.progress import Progress
@@ -150,7 +150,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     config, method, skeleton = inputs.config, inputs.method, inputs.streamed.skeleton
     measures = is_measured(inputs.base_config, config, widths)
     batch_size = choose_batch_size(config.nsamples, inputs.seqlen)
-    num_own = len(own_part(torch.arange(config.nsamples), batch_size))
+    num_own = len(shard(torch.arange(config.nsamples), batch_size))
     size, num_params = skeleton.dtype.itemsize, skeleton.num_parameters()
     blocks, solvers, num_removed = list(bind(skeleton)), [], 0
     sublayers = [

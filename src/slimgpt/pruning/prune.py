@@ -13,9 +13,9 @@ from slimgpt.pruning.allocators import allocate
 from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inputs
 from slimgpt.pruning.plan import PrunePlan
-from slimgpt.pruning.product import write_product
+from slimgpt.pruning.result import write_result
 from slimgpt.pruning.sequential import sequential_pass
-from slimgpt.runtime.distributed import from_main, is_main, process_group
+from slimgpt.runtime.distributed import broadcast, is_main, process_group
 from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import open_run
 
@@ -96,8 +96,8 @@ def prune(
             widths = allocate(job)
             sequential_pass(job, widths)
             job.stopwatch.lap("prune")
-            write_product(job, widths)
+            write_result(job, widths)
         run.publish()
-        report = from_main(is_main() and json.loads((run.output / REPORT_FILE).read_text("utf-8")))
+        report = broadcast(is_main() and json.loads((run.output / REPORT_FILE).read_text("utf-8")))
     blocks = tuple(map(BlockPlan.from_json, report["blocks"]))
     return PruneResult(run.output, PrunePlan.from_json(report), blocks, report)

@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from slimgpt.calibration.activations import Stream
 from slimgpt.config import PruneConfig
-from slimgpt.models.device import fast_dtype, fast_products
+from slimgpt.models.device import autocast, fast_dtype
 from slimgpt.models.family import Sublayer
-from slimgpt.runtime.distributed import add_up, own_batches
+from slimgpt.runtime.distributed import all_reduce, shard_batches
 
 STEP_TOKENS, CHUNK_TOKENS = 512, 4096
 
@@ -56,11 +56,11 @@ def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -
         Error ratio: squared error of those tokens, after over before; 1 where the weights stay.
     """
     correction, epochs = config.correction, config.refit_epochs
-    # As `own_part` has shared them out.
-    num_batches = int(add_up(torch.tensor(len(stream.batches()))))
+    # As `shard` has shared them out.
+    num_batches = int(all_reduce(torch.tensor(len(stream.batches()))))
     seqlen, num_own = stream.hidden_NTC.shape[1], stream.hidden_NTC.shape[:2].numel()
-    start = own_batches(num_batches).start * stream.batch_size * seqlen
-    num_tokens = int(add_up(torch.tensor(num_own)))
+    start = shard_batches(num_batches).start * stream.batch_size * seqlen
+    num_tokens = int(all_reduce(torch.tensor(num_own)))
 
     def steps(rows_T: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """Input and target of the tokens that this process has, a step at a time."""
@@ -72,7 +72,7 @@ def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -
     def tried_error() -> float:
         with torch.no_grad():
             errors = [_squared_error(ffn, *step) for step in steps(tried_T)]
-            return float(add_up(torch.stack(errors).sum()))
+            return float(all_reduce(torch.stack(errors).sum()))
 
     dtype = ffn.output.weight.dtype
     ffn.module.float()
@@ -91,7 +91,7 @@ def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -
             for step in steps(rows_T):
                 gradients = torch.autograd.grad(_squared_error(ffn, *step), weights)
                 for weight, gradient in zip(weights, gradients, strict=True):
-                    weight.grad = add_up(gradient)
+                    weight.grad = all_reduce(gradient)
                 optimizer.step()
                 schedule.step()
     error_ratio = tried_error() / error if error else 1.0
@@ -121,7 +121,7 @@ def _input_and_target(
     weight = dense.output.weight
     hidden_TC = stream.hidden_NTC.flatten(0, 1)[rows_T].to(weight.device)
     input_TC = dense.norm(hidden_TC)
-    with fast_products(weight):
+    with autocast(weight):
         target_TC = dense.module(input_TC).float()
     if stream.dense_NTC is not None:
         dense_TC = stream.dense_NTC.flatten(0, 1)[rows_T]

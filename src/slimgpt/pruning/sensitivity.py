@@ -33,7 +33,7 @@ from slimgpt.calibration.activations import TOKENS_PER_BATCH, Stream, embed, run
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.methods.slimgpt import SlimGPT
-from slimgpt.models.device import fast_products
+from slimgpt.models.device import autocast
 from slimgpt.models.family import Block, Sublayer
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.unit_slices import unit_columns
@@ -42,7 +42,7 @@ from slimgpt.pruning.decisions import SavedBlock
 from slimgpt.pruning.job import Job
 from slimgpt.pruning.plan import initial_widths, shapes_of
 from slimgpt.pruning.sequential import sequential_pass
-from slimgpt.runtime.distributed import from_main, is_main
+from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.run_directory import WIDTHS_FILE
 from slimgpt.solver.elimination import Elimination, eliminate_channels, eliminate_units
 from slimgpt.solver.hessian import Problem
@@ -112,7 +112,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
                 temporary.write_text(json.dumps(moved))
             for name in names:
                 run.discard(name)
-    values = from_main(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
+    values = broadcast(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
     return [tuple(width) for width in values]
 
 
@@ -203,7 +203,7 @@ def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_TC: Tensor) -> Tensor:
-    with fast_products(next(model.parameters())):
+    with autocast(next(model.parameters())):
         logits_TV = model(inputs_embeds=hidden_TC[None], use_cache=False).logits[0]
     return log_softmax(logits_TV.float(), dim=-1)
 
@@ -228,10 +228,10 @@ def _pull_back(
         for sublayer, new_OI in zip(block.sublayers, new_weights, strict=True):
             with torch.enable_grad():
                 batch_NTI = run_sublayer(sublayer, stream, states[-1])
-                with fast_products(new_OI):
+                with autocast(new_OI):
                     output = linear(batch_NTI, new_OI, sublayer.output.bias)
                 states.append(states[-1] + output)
-            with fast_products(new_OI):
+            with autocast(new_OI):
                 changes.append(linear(batch_NTI, new_OI - sublayer.output.weight))
         after = given_NTC.to(device)
         before, *between = torch.autograd.grad(states[-1], states[:-1], after)

@@ -12,7 +12,7 @@ from slimgpt.models.weights import write_file
 from slimgpt.pruning.block import prune_block, replay_block
 from slimgpt.pruning.decisions import BlockPlan, SavedBlock
 from slimgpt.pruning.job import Job
-from slimgpt.runtime.distributed import is_main, own_part
+from slimgpt.runtime.distributed import is_main, shard
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import writing
 from slimgpt.runtime.run_directory import Run, Stage
@@ -33,7 +33,7 @@ def sequential_pass(job: Job, widths: Sequence[BlockWidths], stage: Stage = "blo
         What the saved blocks are called.
     """
     run, memory = job.run, job.memory
-    samples_NT = own_part(job.samples_NT, job.batch_size)
+    samples_NT = shard(job.samples_NT, job.batch_size)
     directory = run.state if memory.is_mapped else None
     with writing(run.output), job.streamed.around_blocks() as model:
         stream = embed(model, samples_NT, job.batch_size, job.method.needs_dense, directory)

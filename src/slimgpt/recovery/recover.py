@@ -48,7 +48,7 @@ from slimgpt.recovery.trainer import (
     trainable,
     training_arguments,
 )
-from slimgpt.runtime.distributed import TIME_LIMIT, from_main, is_main, training_together
+from slimgpt.runtime.distributed import TIME_LIMIT, broadcast, is_main, training_together
 from slimgpt.runtime.environment import computation, peak_memory, versions
 from slimgpt.runtime.files import describe_file, writing
 from slimgpt.runtime.progress import Progress, no_progress
@@ -155,13 +155,13 @@ def recover(
         job = _Job(source, teacher, config, tokenizer, examples, held_out, progress)
         if run:
             run.identify(_identity(job, arguments), restart)
-        if not from_main(run and run.is_written):
+        if not broadcast(run and run.is_written):
             _train(job, arguments)
             if run:
                 _write(run, job)
         if run:
             run.publish()
-    report = from_main(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
+    report = broadcast(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
     return RecoverResult(output, report)
 
 
@@ -193,7 +193,7 @@ def _versions(config: RecoverConfig) -> dict[str, str]:
 def _train(job: _Job, arguments: TrainingArguments) -> None:
     """Train up to the checkpoint of the last step, from the last one that there is."""
     state = Path(str(arguments.output_dir))
-    checkpoint, before = from_main(is_main() and last_checkpoint(state)) or (None, None)
+    checkpoint, before = broadcast(is_main() and last_checkpoint(state)) or (None, None)
     if before:
         log.info("resuming after step %d", before.global_step)
         if before.global_step >= before.max_steps:

@@ -30,7 +30,7 @@ from slimgpt.models.device import find_device
 from slimgpt.models.family import family_of
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import Source
-from slimgpt.runtime.distributed import from_main, training_together
+from slimgpt.runtime.distributed import broadcast, training_together
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import describe_file, reading, write_atomically
 from slimgpt.runtime.progress import Progress
@@ -57,7 +57,7 @@ class RecoveryTrainer(Trainer):
                 if "gloo" in str(err).lower():
                     raise
                 raise OSError(str(err)) from err
-        from_main(None)  # all have written what is theirs
+        broadcast(None)  # all have written what is theirs
         if self.is_world_process_zero():
             state = Path(str(self.args.output_dir))
             newest = state / f"checkpoint-{self.state.global_step}"
@@ -140,6 +140,8 @@ class MetricsLogger(TrainerCallback):
                     f"the training has diverged: {key} {entry[key]} at step {entry['step']}",
                     hint="begin anew with a lower --learning-rate and --restart",
                 )
+        if not state.is_world_process_zero:
+            return
         if "perplexity" in entry:
             log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
         elif "loss" in entry:

@@ -67,7 +67,7 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def own_part(samples: Tensor, batch_size: int) -> Tensor:
+def shard(samples: Tensor, batch_size: int) -> Tensor:
     """Select this process's samples: whole batches, as with a single process.
 
     Raises
@@ -84,11 +84,11 @@ def own_part(samples: Tensor, batch_size: int) -> Tensor:
             hint="use more --nsamples or fewer processes; a sensitivity pass has a quarter of the "
             "samples, and --widths scheduled leaves it out",
         )
-    own = own_batches(len(batches))
+    own = shard_batches(len(batches))
     return torch.cat(batches[own.start : own.stop])
 
 
-def own_batches(num_batches: int) -> range:
+def shard_batches(num_batches: int) -> range:
     """Range of this process's batches among all batches."""
     if not dist.is_initialized():
         return range(num_batches)
@@ -96,7 +96,7 @@ def own_batches(num_batches: int) -> range:
     return range(*(num_batches * r // num_processes for r in (rank, rank + 1)))
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place (all-reduce)."""
     if dist.is_initialized():
         with _talking():
@@ -104,7 +104,7 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def from_main(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Broadcast the main process's value; the argument of the others is ignored."""
     values = [value]
     if dist.is_initialized():
@@ -113,7 +113,7 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def tensor_from_main(tensor: Tensor) -> Tensor:
+def broadcast_tensor(tensor: Tensor) -> Tensor:
     """Broadcast the main process's tensor, of the same shape and type, in place."""
     if dist.is_initialized():
         with _talking():

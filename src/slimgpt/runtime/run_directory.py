@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from slimgpt.errors import DamagedRunError, OtherRunError, RunStateError
-from slimgpt.runtime.distributed import from_main, is_main
+from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.files import describe_file, reading, replacing, sync, write_atomically, writing
 from slimgpt.runtime.locks import writing_alone
 
@@ -143,11 +143,11 @@ class Run:
 
     def all_have(self, name: str) -> bool:
         """Whether the state has a file, as the main process sees it; all processes ask together."""
-        return from_main(is_main() and self.has(name))
+        return broadcast(is_main() and self.has(name))
 
     def is_finished(self) -> bool:
         """`is_written`, as the main process sees it; all processes ask together."""
-        return from_main(is_main() and self.is_written)
+        return broadcast(is_main() and self.is_written)
 
     def cached(self, name: str, make: Callable[[Path], None]) -> Path:
         """Find a file of the state, or have the main process make it; all processes ask together.
@@ -162,7 +162,7 @@ class Run:
         if is_main() and not self.has(name):
             with self.saving(name) as temporary:
                 make(temporary)
-        from_main(None)  # until it is there
+        broadcast(None)  # until it is there
         return self.saved(name)
 
     @contextmanager

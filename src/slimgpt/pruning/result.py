@@ -26,7 +26,7 @@ from slimgpt.runtime.environment import versions
 log = logging.getLogger(__name__)
 
 
-def write_product(job: Job, widths: Sequence[BlockWidths]) -> None:
+def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
     """Put the pruned model together from the finished blocks and the tensors that stay.
 
     Only the main process writes.
