@@ -131,7 +131,7 @@ def test_fewer_tokens_than_channels_measure_nothing(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A sensitivity pass has the first of four samples of 32 tokens, or two of five, for 64 channels."""
+    """The pass has the first of four samples of 32 tokens, or two of five, for 64 channels."""
     model, options = str(tiny_checkpoint("llama")), OPTIONS | {"nsamples": nsamples}
     planned = slimgpt.plan(model, **options)
     result = slimgpt.prune(model, tmp_path / "slim", **options)
