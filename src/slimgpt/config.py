@@ -128,10 +128,30 @@ def did_you_mean(name: str, known: list[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"available: {', '.join(known)}"
 
 
+# Options that only one method reads; the others are baselines.
+OWN_OPTIONS = {
+    "slimgpt": {
+        "damping",
+        "damping_mode",
+        "channel_selection",
+        "head_error",
+        "correction",
+        "min_group_size",
+        "max_group_size",
+        "refit_epochs",
+    }
+}
+
+
+def is_baseline(method: str) -> bool:
+    """Whether a method is there for comparison only."""
+    return method not in OWN_OPTIONS
+
+
 def _widths_are_given(values: Mapping[str, Any]) -> bool:
     """Whether other options fix the widths, so that there is nothing to measure."""
-    is_rival = values.get("method", "slimgpt") != "slimgpt"
-    return is_rival or bool(values.get("uniform") or values.get("layer_ratios"))
+    method = str(values.get("method", "slimgpt"))
+    return is_baseline(method) or bool(values.get("uniform") or values.get("layer_ratios"))
 
 
 class Options(BaseModel):
@@ -341,10 +361,8 @@ class PruneConfig(_ModelOptions):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        solver = {"damping", "damping_mode", "channel_selection", "head_error", "correction"}
-        solver |= {"min_group_size", "max_group_size", "refit_epochs"}
-        idle = solver & self.model_fields_set
-        if self.method != "slimgpt" and idle:
+        others = (names for method, names in OWN_OPTIONS.items() if method != self.method)
+        if idle := set().union(*others) & self.model_fields_set:
             idle = {"preset"} if self.preset != "default" else idle
             raise ValueError(f"method={self.method!r} has no {', '.join(sorted(idle))}")
         if self.uniform and self.schedule != "uniform":
@@ -371,16 +389,6 @@ class PruneConfig(_ModelOptions):
                 f"calibration={','.join(self.calibration)!r}"
             )
         return self
-
-    @property
-    def refits(self) -> bool:
-        """Whether each pruned FFN is fine-tuned to its target output."""
-        return self.method == "slimgpt" and self.refit_epochs > 0
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether the dense model's residual stream is carried beside the pruned one."""
-        return self.method == "slimgpt" and self.correction > 0
 
 
 class EvalConfig(_ModelOptions):

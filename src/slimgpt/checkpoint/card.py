@@ -22,6 +22,7 @@ from slimgpt.checkpoint.results import (
     RecoveryReport,
     read_typed,
 )
+from slimgpt.config import is_baseline
 from slimgpt.data.datasets import short_name
 from slimgpt.errors import ConfigError, SlimGPTError
 from slimgpt.presentation.tables import (
@@ -111,7 +112,7 @@ def write_card(directory: Path) -> None:
     """
     report = read_typed(directory / REPORT_FILE, PruningReport)
     config, calibration = report.config, report.calibration
-    is_ours = config.method == "slimgpt"
+    is_ours = not is_baseline(config.method)
     facts = sizes(report) | {
         "Layer ratios": _layer_ratios(config, report.layer_ratios, report.is_measured),
         "Calibration": f"{escaped(calibration.data)}, {calibration.nsamples} × "

@@ -22,6 +22,7 @@ class _SlimConfig:
     """Config mixin: reading a global width is allowed, and means that of the original model."""
 
     allow_global_per_layer_attribute_access = True
+    blocks_path = "layers"  # where the decoder has its layers, unless the config says otherwise
 
     def __getattribute__(self, key: str) -> Any:
         # The stock lookup, less its warning that layers may differ from the global value.
@@ -37,17 +38,19 @@ class _SlimModel:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        decoder = self.base_model
-        layer_class = type(decoder.layers[0])
-        decoder.layers = nn.ModuleList(
-            layer_class(layer_config, i) for i, layer_config in enumerate(config.per_layer_config)
-        )
+        layer_class = type(self._blocks[0])
+        layers = (layer_class(layer, i) for i, layer in enumerate(config.per_layer_config))
+        self.base_model.set_submodule(config.blocks_path, nn.ModuleList(layers))
         self.post_init()
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        return self.base_model.get_submodule(self.config.blocks_path)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Switch the attention implementation, in the layers' own configs too."""
         super().set_attn_implementation(*args, **kwargs)
-        for module in self.base_model.layers.modules():
+        for module in self._blocks.modules():
             if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
                 config._attn_implementation_internal = self.config._attn_implementation
 

@@ -53,6 +53,7 @@ def pruned_config(
     else:
         classes = pruned_classes(model_type)
         result = classes["AutoConfig"](**values, per_layer_config=dict(enumerate(layers)))
+        result.blocks_path = family_of(model_type).blocks
         module = modeling_slimgpt.__name__.rpartition(".")[2]
         result.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(result)]

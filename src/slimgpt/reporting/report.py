@@ -21,7 +21,7 @@ from slimgpt.checkpoint.results import (
     read_report,
     read_typed,
 )
-from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig
+from slimgpt.config import PruneConfig, RecoverConfig, ReportConfig, is_baseline
 from slimgpt.data.datasets import short_name
 from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.evaluation.evaluate import TaskResult
@@ -176,6 +176,7 @@ def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results:
     return environment.get_template("report.html.j2").render(
         pruning=pruning,
         recovery=recovery,
+        is_baseline=is_baseline(pruning["config"]["method"]),
         tables=tables,
         colors=figures.COLORS,
         drawn=_drawn(pruning, results["perplexity"], recovery),
