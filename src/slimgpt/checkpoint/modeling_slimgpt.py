@@ -22,7 +22,6 @@ class _SlimConfig:
     """Config mixin: reading a global width is allowed, and means that of the original model."""
 
     allow_global_per_layer_attribute_access = True
-    blocks_path = "layers"  # where the decoder has its layers, unless the config says otherwise
 
     def __getattribute__(self, key: str) -> Any:
         # The stock lookup, less its warning that layers may differ from the global value.
@@ -40,12 +39,16 @@ class _SlimModel:
         super().__init__(config, *args, **kwargs)
         layer_class = type(self._blocks[0])
         layers = (layer_class(layer, i) for i, layer in enumerate(config.per_layer_config))
-        self.base_model.set_submodule(config.blocks_path, nn.ModuleList(layers))
+        self.base_model.set_submodule(self._blocks_path, nn.ModuleList(layers))
         self.post_init()
 
     @property
+    def _blocks_path(self) -> str:
+        return getattr(self.config, "blocks_path", "layers")  # of SlimGPT 0.1 it is not stated
+
+    @property
     def _blocks(self) -> nn.ModuleList:
-        return self.base_model.get_submodule(self.config.blocks_path)
+        return self.base_model.get_submodule(self._blocks_path)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Switch the attention implementation, in the layers' own configs too."""
