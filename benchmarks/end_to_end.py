@@ -6,7 +6,7 @@ of each, in bfloat16 where that loses nothing), and one Cholesky decomposition a
 in float64; the forward is in the precision of the weights, or in bfloat16 where a run has it so.
 Runs and floors take turns. A run that corrects the residual stream needs a second forward, of the
 dense model, and the refit learns from the tokens once more; a run without both is measured beside
-it. The survey for the widths, a small run of its own, is a phase of its own.
+it. The sensitivity pass, a small run of its own, is a phase of its own.
 Usage:
 
     python benchmarks/end_to_end.py --calibration c4.jsonl [--ratio 0.5] [--repeats 3] [--json FILE]
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 import slimgpt
 from slimgpt.data.samples import calibration_tokens
-from slimgpt.models.device import fast_products
+from slimgpt.models.device import autocast
 from slimgpt.models.family import bind, decoder_of
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
@@ -92,7 +92,7 @@ def main() -> None:
     rounds = [
         {
             "floor": run_floor(model, samples, nullcontext()),
-            "fast floor": run_floor(model, samples, fast_products(next(model.parameters()))),
+            "fast floor": run_floor(model, samples, autocast(next(model.parameters()))),
             "slimgpt": run_slimgpt(args.model, options),
             "plain": run_slimgpt(args.model, options | {"correction": 0, "refit_epochs": 0}),
         }

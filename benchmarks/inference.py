@@ -31,7 +31,6 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.benchmarking.results import BenchResult, Spread
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.models.loading import load_model
@@ -62,7 +61,7 @@ def llama_pairs(num_layers: int, work: Path) -> Iterator[tuple[str, str, str]]:
         bos_token_id=1,
         eos_token_id=2,
     )
-    half = pruned_config(dense, [BlockWidths(num_groups=4, num_channels=4096)] * num_layers, True)
+    half = pruned_config(dense, [(4, 4096)] * num_layers, True)
     paths = [
         str(save_random(config, work / name))
         for config, name in ((half, f"llama-{num_layers}-half"), (dense, f"llama-{num_layers}"))

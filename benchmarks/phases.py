@@ -9,7 +9,7 @@ from unittest import mock
 
 PHASES = {
     "sample": ["pruning.inputs.sample_from_model"],
-    "survey": ["pruning.prune.measured_widths"],
+    "sensitivity": ["pruning.allocators.measured_widths"],
     "read": ["models.weights.Weights.read"],
     "forward": [
         "calibration.activations.run_sublayer",
@@ -17,7 +17,7 @@ PHASES = {
         "pruning.block.pass_through",
     ],
     "gram": ["pruning.block.collect"],
-    "solve": ["pruning.block.prepare", "pruning.block.solve"],
+    "solve": ["methods.slimgpt.SlimGPT.decide"],
     "refit": ["pruning.block.refit"],
     "write": [
         "pruning.sequential.write_file",
@@ -30,27 +30,27 @@ PHASES = {
 class Clock:
     """Seconds spent in each phase; a phase inside another one counts for itself only.
 
-    What is inside a survey counts for the survey.
+    What is inside a sensitivity pass counts for it alone.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._inner = [0.0]
-        self._in_survey = False
+        self._in_sensitivity = False
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function so that its time counts for a phase."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if self._in_survey:
+            if self._in_sensitivity:
                 return function(*args, **kwargs)
-            self._in_survey = phase == "survey"
+            self._in_sensitivity = phase == "sensitivity"
             self._inner.append(0.0)
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._in_survey = False
+                self._in_sensitivity = False
                 whole = time.perf_counter() - start
                 own = whole - self._inner.pop()
                 self._inner[-1] += whole

@@ -25,7 +25,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 import slimgpt
 from slimgpt.models.loading import build_skeleton
 from slimgpt.models.weights import write_file
-from slimgpt.pruning.memory import gib
 from slimgpt.runtime.environment import peak_memory
 
 
@@ -118,7 +117,7 @@ def main() -> None:
     for row in rows:
         seconds = (f"{row['phases'].get(phase, 0) / row['blocks']:.2f}" for phase in PHASES)
         growth = f"{row['peak'] / rows[0]['peak']:.3f}"
-        table.add_row(str(row["blocks"]), gib(row["size"]), *seconds, gib(row["peak"]), growth)
+        table.add_row(str(row["blocks"]), size(row["size"]), *seconds, size(row["peak"]), growth)
     Console(width=100).print(table)
     if args.json:
         content = {"protocol": title, "environment": environment(), "rows": rows}

@@ -20,7 +20,7 @@ from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import choose_batch_size, embed
 from slimgpt.cli import app
 from slimgpt.config import PruneConfig
-from slimgpt.methods.registry import GLOBAL_SCORES
+from slimgpt.methods.registry import make_method
 from slimgpt.models.family import bind
 from slimgpt.models.source import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
 from slimgpt.pruning.block import prune_block
@@ -191,16 +191,22 @@ def benchmark_texts() -> Path:
     return path
 
 
+WIDTHS = ((4, 64), (3, 48), (2, 64), (1, 24))
+
+
+def sample_tokens(num_samples: int = 6, seqlen: int = 32) -> Tensor:
+    return torch.randint(320, (num_samples, seqlen), generator=torch.Generator().manual_seed(1))
+
+
 def prune_blocks(
     model: PreTrainedModel, samples: Tensor, widths: Sequence[BlockWidths], config: PruneConfig
 ) -> list[BlockPlan]:
     """Prune a model in memory, in place: the pipeline without files. Its config stays as it is."""
-    scores: list[Tensor] = []
-    if config.method in GLOBAL_SCORES:
-        whole = copy.deepcopy(model)
-        scores = GLOBAL_SCORES[config.method](whole, samples, widths, config.seed)
-    stream = embed(model, samples, choose_batch_size(*samples.shape), config.needs_dense)
+    method = make_method(config)
+    if method.scores_model:
+        method.scores = method.score_model(copy.deepcopy(model), samples, widths)
+    stream = embed(model, samples, choose_batch_size(*samples.shape), method.needs_dense)
     return [
-        prune_block(block, width, stream, config.activation_memory, config, scores)
+        prune_block(block, width, stream, method, config.activation_memory)
         for block, width in zip(bind(model), widths, strict=True)
     ]

@@ -20,7 +20,7 @@ from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import load_tokenizer
 from slimgpt.models.unit_slices import unit_columns
-from slimgpt.pruning.slicing import shrink_sublayer
+from slimgpt.pruning.slicing import slice_sublayer
 
 pytestmark = pytest.mark.real_model
 
@@ -102,10 +102,10 @@ def test_compensation_beats_slicing(result: slimgpt.PruneResult, dense: PreTrain
     """The same units removed without any update of the other weights do worse by far."""
     sliced = copy.deepcopy(dense)
     for block, plan in zip(list(bind(sliced)), result.blocks, strict=True):
-        for sublayer, decided in ((block.attention, plan.attention), (block.ffn, plan.ffn)):
+        for sublayer, decided in zip(block.sublayers, plan.sublayers, strict=True):
             kept = torch.tensor(decided.keep)
             columns = unit_columns(kept, sublayer.unit_size)
-            shrink_sublayer(sublayer, kept, nn.Parameter(sublayer.output.weight[:, columns]))
+            slice_sublayer(sublayer, kept, nn.Parameter(sublayer.output.weight[:, columns]))
     tokenizer = AutoTokenizer.from_pretrained(result.output)
     tokens = evaluation_tokens("pydocs", tokenizer, max_tokens=1024).view(-1, 512)
     ours = perplexity(AutoModelForCausalLM.from_pretrained(result.output), tokens)

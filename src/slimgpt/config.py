@@ -1,7 +1,7 @@
-"""Options of every command, as frozen values that check themselves. No torch in here.
+"""Options of every command, as frozen values that validate themselves. Does not import torch.
 
-The fields are the single source of the options: the command line makes its flags, their help and
-their defaults from them, recipes (YAML) and the Python API use the same names.
+The fields are the single source of the options: the command line derives its flags, their help and
+their defaults from them; recipes (YAML) and the Python API use the same names.
 """
 
 import re
@@ -73,7 +73,7 @@ def _listed(value: Any) -> Any:
 
 def _is_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
-        raise ValueError("no device; use auto, cpu, cuda, cuda:N or mps")
+        raise ValueError("not a device; use auto, cpu, cuda, cuda:N or mps")
     return value
 
 
@@ -87,23 +87,23 @@ _Underscored = BeforeValidator(_underscored)
 
 _Listed = BeforeValidator(_listed)
 
-# Bounds that no sensible value reaches, so that a slip fails here and not in a library.
-COUNT, LENGTH, BATCH = 10**9, 10**7, 2**16  # of anything; of a text in tokens; of sequences
+# Bounds far above any sensible value, so that a typo fails here and not in a library.
+COUNT, LENGTH, BATCH = 10**9, 10**7, 2**16  # counts; tokens of a text; sequences in a batch
 
 MAX_SEED = 2**32 - 1  # NumPy's
 
 BYTES = 2**60
 
-_SHOWN = 80  # characters of a wrong value in its message
+_SHOWN = 80  # characters of a wrong value that a message shows
 
 
 def check_text(text: str) -> None:
-    """Check that a text can be a name, and be written as UTF-8.
+    """Check that a text can be a file name and can be written as UTF-8.
 
     Raises
     ------
     ValueError
-        If it has a NUL, or bytes that are not UTF-8 (which Python decodes as lone surrogates).
+        If it has a NUL character or lone surrogates (to which Python decodes invalid UTF-8).
     """
     if "\0" in text:
         raise ValueError("a NUL character is in it")
@@ -112,7 +112,7 @@ def check_text(text: str) -> None:
 
 
 def _check_texts(value: Any) -> None:
-    """Check all texts in a value."""
+    """Check all texts inside a value."""
     if isinstance(value, str | Path):
         check_text(str(value))
     elif isinstance(value, Mapping):
@@ -123,19 +123,19 @@ def _check_texts(value: Any) -> None:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """Say which of the known names was probably meant, and list them all."""
+    """Suggest the closest known name, and list all of them."""
     close = get_close_matches(name, known, n=1)
     return (f"did you mean {close[0]!r}? " if close else "") + f"available: {', '.join(known)}"
 
 
 def _widths_are_given(values: Mapping[str, Any]) -> bool:
-    """Whether there is nothing to measure, or nothing that measuring could change."""
+    """Whether other options fix the widths, so that there is nothing to measure."""
     is_rival = values.get("method", "slimgpt") != "slimgpt"
     return is_rival or bool(values.get("uniform") or values.get("layer_ratios"))
 
 
 class Options(BaseModel):
-    """Frozen options; all problems of one set of values are reported together."""
+    """Frozen options; all invalid values are reported together."""
 
     verb: ClassVar[str]
 
@@ -153,12 +153,12 @@ class Options(BaseModel):
 
     @classmethod
     def create(cls, **values: Any) -> Self:
-        """Validate values into options.
+        """Validate values and return the options.
 
         Raises
         ------
         ConfigError
-            With one line for each wrong value.
+            If any values are invalid; names all of them.
         """
         try:
             return cls(**values)
@@ -169,7 +169,7 @@ class Options(BaseModel):
 
     @classmethod
     def _hint(cls) -> str:
-        """Where the options are explained."""
+        """Tell the user where the options are explained."""
         return f"`slimgpt {cls.verb} --help` explains the options and shows their defaults"
 
     @classmethod
@@ -189,7 +189,7 @@ class Options(BaseModel):
 
 
 def _shown(value: Any) -> str:
-    """A wrong value, cut to what a message can hold."""
+    """Format a wrong value, shortened for a message."""
     try:
         text = repr(value)
     except ValueError:  # an int with too many digits to print
@@ -198,23 +198,23 @@ def _shown(value: Any) -> str:
 
 
 class _RuntimeOptions(Options):
-    """Where and in what precision a model runs."""
+    """Device and precision of a model."""
 
     dtype: Annotated[DType, _Underscored] = Field(
-        "auto", description="Precision of the weights; auto keeps that of the checkpoint."
+        "auto", description="Precision of the weights; auto: that of the checkpoint."
     )
     device: Annotated[str, AfterValidator(_is_device)] = Field(
-        "auto", description="auto, cpu, cuda, cuda:N, mps."
+        "auto", description="auto, cpu, cuda, cuda:N or mps; auto: the first GPU, else the CPU."
     )
 
 
 class _ModelOptions(_RuntimeOptions):
-    """A model that runs on text."""
+    """Options of a model that runs on text."""
 
     text_field: str | None = Field(
         None,
         description="Field with the text or chat in local data files. Default: text, messages, "
-        "conversations, or for instructions the fields of Alpaca.",
+        "conversations, or the fields of Alpaca.",
     )
 
 
@@ -225,54 +225,57 @@ class PruneConfig(_ModelOptions):
 
     ratio: float = Field(0.2, ge=0, lt=1, description="Fraction of the block parameters to remove.")
     method: Annotated[Method, _Underscored] = Field(
-        "slimgpt", description="What decides which units go; all but slimgpt are for comparison."
+        "slimgpt", description="Pruning method; all but slimgpt are baselines for comparison."
     )
     schedule: Annotated[Schedule, _Underscored] = Field(
-        "log", description="How the layer ratios change with depth."
+        "log", description="How layer ratios change with depth."
     )
     min_ratio: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Smallest layer ratio: the first layer's, or the last one's where ratios "
-        "decrease. Default: ratio / 8.",
+        description="Smallest layer ratio: the first layer's, or the last one's if the schedule "
+        "decreases. Default: ratio / 8.",
     )
     attention_share: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Ratio of attention over that of its layer, as far as the FFN can make up for "
-        "it: 0 leaves attention whole. Default: (1 + 1/g)/2 where g query heads share a kv head.",
+        description="Attention's pruning ratio relative to its layer's; 0 never prunes attention. "
+        "The FFN absorbs the difference. Default: (1 + 1/g)/2 where g query heads share a kv head.",
     )
     widths: Widths = Field(
         "measured",
-        description="scheduled: as the schedule says. measured: from there, heads and channels "
-        "are kept where they matter most to the model's output; only for the method slimgpt, "
-        "widths that may differ, and four times as many calibration tokens as channels.",
+        description="scheduled: from the schedule. measured: a sensitivity pass then keeps heads "
+        "and channels where they matter most to the model's output. This needs --method "
+        "slimgpt, no --uniform or --layer-ratios, and about four times as many calibration tokens "
+        "as FFN channels.",
     )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),
-        description="Ratios of the first layers, comma-separated, in place of ratio and schedule; "
-        "the other layers stay as they are.",
+        description="Ratios of the first layers, comma-separated, instead of ratio and schedule; "
+        "the other layers are not pruned.",
     )
     calibration: Annotated[tuple[str, ...], _Listed] = Field(
         ("c4", "self"),
         min_length=1,
-        description="Texts, comma-separated, that give equal numbers of samples: data sets, local "
-        ".txt/.jsonl/.json/.parquet files (the first three also as .gz or .zst) or directories of "
-        "them, and self, what the model itself writes.",
+        description="Texts in equal parts, comma-separated: data sets, local "
+        ".txt/.jsonl/.json/.parquet files (the first three also as .gz or .zst), directories of "
+        "such files, or self (text that the model generates).",
     )
     nsamples: int = Field(128, ge=1, le=LENGTH, description="Number of calibration samples.")
-    seqlen: int = Field(2048, ge=2, le=LENGTH, description="Tokens of each calibration sample.")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed for the choice of the samples.")
+    seqlen: int = Field(2048, ge=2, le=LENGTH, description="Tokens in each calibration sample.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Random seed.")
     damping: float = Field(
         0.01, gt=0, le=0.1, description="Damping of the Hessian, relative to its diagonal."
     )
     damping_mode: Annotated[DampingMode, _Underscored] = Field(
-        "relative", description="Damp each channel by its own diagonal, or all by the mean."
+        "relative",
+        description="Damping relative to each channel's own diagonal entry, or to their mean.",
     )
     channel_selection: Annotated[ChannelSelection, _Underscored] = Field(
-        "greedy", description="FFN channels one at a time, or in the paper's shrinking batches."
+        "greedy",
+        description="Remove FFN channels one at a time, or in the paper's shrinking batches.",
     )
     min_group_size: int = Field(64, ge=1, le=COUNT, description="Smallest batch of dynamic-group.")
     max_group_size: int = Field(1024, ge=1, le=COUNT, description="Largest batch of dynamic-group.")
@@ -283,36 +286,38 @@ class PruneConfig(_ModelOptions):
         0.5,
         ge=0,
         le=1,
-        description="How much of the error that earlier blocks left in the residual stream each "
-        "sublayer corrects; the paper's 0 saves the forward pass of the dense model.",
+        description="Fraction of the error inherited from earlier layers that each sublayer "
+        "corrects; 0 (the paper's) saves the forward pass of the dense model.",
     )
     refit_epochs: int = Field(
         1,
         ge=0,
         le=BATCH,
-        description="How often all weights of a pruned FFN see the calibration tokens after the "
-        "compensation, to follow the output that it should have; the paper's 0 leaves this out.",
+        description="Epochs of fine-tuning of each pruned FFN on the calibration tokens, to match "
+        "its target output; 0 (the paper's) skips this.",
     )
-    multiple_of: int = Field(8, ge=1, le=COUNT, description="FFN widths are multiples of this.")
+    multiple_of: int = Field(
+        8, ge=1, le=COUNT, description="Round FFN widths to multiples of this."
+    )
     uniform: bool = Field(
-        False, description="Same width in every layer: a checkpoint of the stock class."
+        False, description="Same width in every layer; the result is a stock model class."
     )
     preset: Preset = Field(
         "default",
-        description="Defaults of the method; paper is as published, exact the same without its "
+        description="Set of defaults; paper: the published algorithm; exact: the same without its "
         "approximations.",
     )
     activation_memory: ByteSize = Field(
         ByteSize(4 * 10**9),
         le=BYTES,
-        description="Memory for activations, e.g. 8GB. A residual stream beyond it is mapped to a "
-        "file; sublayer activations beyond it are computed twice.",
+        description="Memory for activations, e.g. 8GB. A larger residual stream goes to a "
+        "memory-mapped file; sublayer activations beyond it are computed twice.",
     )
     max_shard_size: ByteSize = Field(
         ByteSize(5 * 10**9),
         ge=1,
         le=BYTES,
-        description="Size of the largest file of weights, e.g. 2GB.",
+        description="Maximum size of a weight file, e.g. 2GB.",
     )
 
     @model_validator(mode="before")
@@ -369,12 +374,12 @@ class PruneConfig(_ModelOptions):
 
     @property
     def refits(self) -> bool:
-        """Whether all weights of a pruned FFN are fitted to its output."""
+        """Whether each pruned FFN is fine-tuned to its target output."""
         return self.method == "slimgpt" and self.refit_epochs > 0
 
     @property
     def needs_dense(self) -> bool:
-        """Whether the residual stream of the dense model is needed beside the pruned one."""
+        """Whether the dense model's residual stream is carried beside the pruned one."""
         return self.method == "slimgpt" and self.correction > 0
 
 
@@ -386,36 +391,34 @@ class EvalConfig(_ModelOptions):
     data: Annotated[tuple[str, ...], _Listed] = Field(
         ("wikitext2",),
         description="Texts for perplexity: data sets, local files or directories, comma-separated. "
-        "With tasks and without texts, only the tasks are run.",
+        "If only --tasks is given, no perplexity is measured.",
     )
     seqlen: Annotated[tuple[Annotated[int, Field(ge=2, le=LENGTH)], ...], _Listed] = Field(
         (2048,), min_length=1, description="Window lengths in tokens, comma-separated."
     )
     max_tokens: int | None = Field(
-        None, ge=2, le=10**12, description="Stop after this many tokens. Default: the whole split."
+        None, ge=2, le=10**12, description="Maximum tokens of each text. Default: the whole split."
     )
     against: str | None = Field(
-        None, description="Base model: its results and the KL divergence to it are added."
+        None, description="Base model to evaluate beside it; adds the KL divergence to the base."
     )
     tasks: Annotated[tuple[str, ...], _Listed] = Field(
         (),
-        description="commonsense, mmlu, longbench or tasks of lm-eval, comma-separated.",
+        description="commonsense, mmlu, longbench or names of lm-eval tasks, comma-separated.",
     )
     data_dir: Path | None = Field(
-        None, description="Folder with the tasks' data (JSON, JSONL, Parquet), not the hub."
+        None, description="Folder with the tasks' data (JSON, JSONL, Parquet) instead of the hub."
     )
     limit: int | None = Field(
-        None, ge=1, le=COUNT, description="Only the first documents of each task."
+        None, ge=1, le=COUNT, description="Use only the first N questions of each task."
     )
     num_fewshot: int | None = Field(
         None,
         ge=0,
         le=BATCH,
-        description="Solved examples in a prompt. Default: 5 for mmlu, else the task's.",
+        description="Solved examples in each prompt. Default: 5 for mmlu, else the task's.",
     )
-    batch_size: int = Field(
-        8, ge=1, le=BATCH, description="Requests of a task in one forward pass."
-    )
+    batch_size: int = Field(8, ge=1, le=BATCH, description="Requests in one forward pass.")
 
     @model_validator(mode="before")
     @classmethod
@@ -425,7 +428,7 @@ class EvalConfig(_ModelOptions):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.data and not self.tasks:
-            raise ValueError("neither data nor tasks to evaluate on")
+            raise ValueError("give data or tasks to evaluate on")
         options_of = {
             "tasks": {"data_dir", "limit", "num_fewshot", "batch_size"},
             "data": {"seqlen", "max_tokens"},
@@ -444,34 +447,34 @@ class RecoverConfig(_ModelOptions):
     verb = "recover"
 
     method: RecoverMethod = Field(
-        "lora", description="What is trained: adapters, all weights, or adapters with a teacher."
+        "lora", description="Train adapters, all weights, or adapters with a teacher."
     )
     data: str = Field(
         "alpaca",
         description="Data set, local file or directory: instructions, chats or plain text.",
     )
     max_examples: int | None = Field(
-        None, ge=1, le=COUNT, description="Use only the first examples."
+        None, ge=1, le=COUNT, description="Use only the first N examples."
     )
     seqlen: int = Field(
-        256, ge=2, le=LENGTH, description="Tokens of an example; the rest is cut off."
+        256, ge=2, le=LENGTH, description="Maximum tokens of an example; the rest is cut off."
     )
     rank: int = Field(8, ge=1, le=BATCH, description="Rank of the adapters.")
     alpha: int = Field(
-        16, ge=1, le=COUNT, description="Scale of the adapters, divided by the rank."
+        16, ge=1, le=COUNT, description="LoRA alpha: adapters are scaled by alpha / rank."
     )
-    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout in front of the adapters.")
-    learning_rate: float = Field(1e-4, gt=0, description="Its peak; it falls as a cosine to 0.")
-    warmup_steps: int = Field(10, ge=0, le=COUNT, description="Steps until the peak.")
-    epochs: float = Field(1, gt=0, le=10**6, description="Passes over the data.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapters.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate; cosine decay to 0.")
+    warmup_steps: int = Field(10, ge=0, le=COUNT, description="Steps until the peak learning rate.")
+    epochs: float = Field(1, gt=0, le=10**6, description="Epochs over the data.")
     max_steps: int | None = Field(
-        None, ge=1, le=COUNT, description="Train for this many steps instead."
+        None, ge=1, le=COUNT, description="Train for this many steps instead of epochs."
     )
     batch_size: int = Field(
-        64, ge=1, le=COUNT, description="Examples of a step, over all processes."
+        64, ge=1, le=COUNT, description="Examples per step, over all processes."
     )
     micro_batch_size: int = Field(
-        4, ge=1, le=BATCH, description="Of these, at once in one process."
+        4, ge=1, le=BATCH, description="Examples per forward pass in one process."
     )
     teacher: str | None = Field(
         None, description="Model to distil from. Default: the base model of the pruning report."
@@ -480,10 +483,10 @@ class RecoverConfig(_ModelOptions):
         1.0,
         ge=0,
         le=10**6,
-        description="Weight of the KL divergence to the teacher beside the loss.",
+        description="Weight of the KL divergence to the teacher, added to the loss.",
     )
     eval_data: str = Field("wikitext2", description="Text for the held-out perplexity.")
-    eval_tokens: int = Field(16_384, ge=2, le=COUNT, description="The first tokens of it.")
+    eval_tokens: int = Field(16_384, ge=2, le=COUNT, description="Use only its first N tokens.")
     eval_steps: int = Field(20, ge=1, le=COUNT, description="Steps between evaluations.")
     save_steps: int = Field(
         20, ge=1, le=COUNT, description="Steps between checkpoints to resume from."
@@ -492,7 +495,7 @@ class RecoverConfig(_ModelOptions):
         (), description="Trackers of transformers: tensorboard, wandb, mlflow, …"
     )
     seed: int = Field(
-        0, ge=0, le=MAX_SEED, description="Seed of the adapters, the dropout and the order."
+        0, ge=0, le=MAX_SEED, description="Random seed of adapters, dropout and data order."
     )
 
     @model_validator(mode="after")
@@ -523,7 +526,7 @@ class ExportConfig(Options):
 
     verb = "export"
 
-    to: Literal["gguf"] = Field("gguf", description="Format to write; gguf is llama.cpp's.")
+    to: Literal["gguf"] = Field("gguf", description="Output format; gguf is llama.cpp's.")
     type: Annotated[Literal["f32", "f16", "bf16", "q8_0"], _Underscored] = Field(
         "f16", description="Type of the matrices in the file."
     )
@@ -535,22 +538,22 @@ class BenchConfig(_RuntimeOptions):
     verb = "bench"
 
     engine: Literal["transformers", "llamacpp", "vllm"] = Field(
-        "transformers", description="What runs the model; for llamacpp it is converted first."
+        "transformers", description="Inference engine; for llamacpp the model is converted first."
     )
     against: str | None = Field(
-        None, description="Base model: the two take turns, and ratios to it are added."
+        None, description="Base model, measured in turns; adds the speed-up over it."
     )
     batch_size: Annotated[tuple[Annotated[int, Field(ge=1, le=BATCH)], ...], _Listed] = Field(
-        (1,), min_length=1, description="Numbers of sequences at once, comma-separated."
+        (1,), min_length=1, description="Batch sizes, comma-separated."
     )
     prompt_length: Annotated[tuple[Annotated[int, Field(ge=1, le=LENGTH)], ...], _Listed] = Field(
-        (128, 512), min_length=1, description="Lengths of the prompts in tokens, comma-separated."
+        (128, 512), min_length=1, description="Prompt lengths in tokens, comma-separated."
     )
     new_tokens: int = Field(
         64, ge=2, le=LENGTH, description="Tokens to generate for each sequence."
     )
-    warmup: int = Field(1, ge=0, le=COUNT, description="Rounds that do not count.")
-    repeats: int = Field(5, ge=1, le=COUNT, description="Rounds that do.")
+    warmup: int = Field(1, ge=0, le=COUNT, description="Warm-up rounds, discarded.")
+    repeats: int = Field(5, ge=1, le=COUNT, description="Measured rounds.")
     threads: int | None = Field(
         None, ge=1, le=2**12, description="CPU threads. Default: PyTorch's."
     )
@@ -560,15 +563,15 @@ class BenchConfig(_RuntimeOptions):
 
 
 class ReportConfig(_RuntimeOptions):
-    """Options of ``slimgpt report``; all of them concern the sample generations."""
+    """Options of ``slimgpt report``; all of them concern the generated samples."""
 
     verb = "report"
 
     against: str | None = Field(
-        None, description="Base model: both models go on from a few prompts, side by side."
+        None, description="Base model; both models then continue a few prompts, side by side."
     )
     prompts: Path | None = Field(
-        None, description="Text file with one prompt per line. Default: a few of SlimGPT's own."
+        None, description="Text file with one prompt per line. Default: four built-in prompts."
     )
     new_tokens: int = Field(40, ge=1, le=LENGTH, description="Tokens to generate for each prompt.")
 

@@ -1,15 +1,15 @@
-"""Every error that SlimGPT raises on purpose. Each carries a message and a hint for the user."""
+"""All errors that SlimGPT raises deliberately. Each has a message and a hint for the user."""
 
 import errno
 
-# How PyTorch, C++ and safetensors say that memory or disk is short.
+# What PyTorch, C++ and safetensors say when memory or disk is full.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
 _NO_SPACE = ("No space left on device", "Disk quota exceeded")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SlimGPTError(Exception):
-    """Base of all deliberate errors.
+    """Base class of all deliberate errors.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class SlimGPTError(Exception):
 
 
 class ConfigError(SlimGPTError, ValueError):
-    """An option, a model name or a path is wrong."""
+    """An option, a model name or a path is invalid."""
 
 
 class UnsupportedModelError(SlimGPTError):
@@ -39,13 +39,13 @@ class DataError(SlimGPTError):
 
 
 class NumericalError(SlimGPTError):
-    """A Hessian cannot be factorised, even with the largest damping, or a training diverges."""
+    """A Hessian cannot be factorised, even with the largest damping, or training diverges."""
 
     exit_code = 1
 
 
 class RunStateError(SlimGPTError):
-    """The output directory is not in the state that the command needs."""
+    """The output directory is not in the state that the command requires."""
 
 
 class OtherRunError(RunStateError):
@@ -53,21 +53,21 @@ class OtherRunError(RunStateError):
 
 
 class DamagedRunError(RunStateError):
-    """A file of an interrupted run is not what was written."""
+    """A file of an interrupted run was changed after it was written."""
 
 
 class ExportError(SlimGPTError):
-    """The other format cannot hold the model, or its engine would compute something else."""
+    """The target format cannot represent the model, or its engine would compute something else."""
 
 
 class EngineError(SlimGPTError):
-    """An inference engine does not load the model, or ends before it should."""
+    """An inference engine cannot load the model, or exits early."""
 
     exit_code = 1
 
 
 class ResourceError(SlimGPTError):
-    """Memory or disk is short, or the file system refuses a file."""
+    """Memory or disk is full, or the file system refuses an operation."""
 
     exit_code = 1
 
@@ -93,22 +93,22 @@ class MissingDependencyError(SlimGPTError):
 
 
 def is_disk_full(err: BaseException) -> bool:
-    """Whether there is no space left where something was written."""
+    """Whether an error means that the disk is full."""
     return getattr(err, "errno", None) in _FULL or any(words in str(err) for words in _NO_SPACE)
 
 
 def resource_error(err: BaseException) -> SlimGPTError | None:
-    """Tell what the machine refuses from a fault of the program.
+    """Convert an error of the machine (memory, disk, files) into an error for the user.
 
     Parameters
     ----------
     err : BaseException
-        What a library or the system has raised.
+        The exception that a library or the system raised.
 
     Returns
     -------
     SlimGPTError or None
-        An error for the user; None if the cause is another one.
+        The error; None if the machine is not the cause.
     """
     text = " ".join(str(err).split())
     is_memory = isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError"
@@ -122,7 +122,7 @@ def resource_error(err: BaseException) -> SlimGPTError | None:
     if is_disk_full(err):
         return ResourceError(
             f"no space left: {text[:300]}",
-            hint="free some space on the disk, then give the same command again",
+            hint="free some space on the disk, then repeat the command",
         )
     if getattr(err, "errno", None) == errno.ENAMETOOLONG:
         return ConfigError(f"a name is too long: {text[:300]}", hint="give a shorter one")

@@ -3,24 +3,87 @@
 import itertools
 import math
 import re
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slimgpt.allocation.reallocation import move_units, surveyed_removals
-from slimgpt.allocation.schedule import curve, largest_ratio, layer_ratios, plan_widths
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation import reallocation
+from slimgpt.allocation import schedule as module
+from slimgpt.allocation.reallocation import measured_removals
+from slimgpt.allocation.schedule import Schedule, WidthRules, curve
+from slimgpt.allocation.shapes import BlockShape, SublayerShape, removed_params
 from slimgpt.errors import ConfigError
+
+
+class Shape(BlockShape):
+    """A block of attention and an FFN."""
+
+    def __init__(self, num_groups: int, group_params: int, num_channels: int, channel_params: int):
+        attention = SublayerShape("attention", num_groups, group_params)
+        super().__init__((attention, SublayerShape("ffn", num_channels, channel_params)))
+
+    num_groups = property(lambda self: self.sublayers[0].num_units)
+    group_params = property(lambda self: self.sublayers[0].unit_params)
+    num_channels = property(lambda self: self.sublayers[1].num_units)
+    channel_params = property(lambda self: self.sublayers[1].unit_params)
+
+
+class Widths(NamedTuple):
+    num_groups: int
+    num_channels: int
+
+
+def layer_ratios(
+    shapes: list[Shape], ratio: float, curve: str, min_ratio: float | None = None
+) -> list[float]:
+    return module.layer_ratios(shapes, Schedule(ratio, curve, min_ratio))
+
+
+def largest_ratio(shape: Shape, multiple_of: int) -> float:
+    return module.largest_ratio(shape, WidthRules(multiple_of))
+
+
+def plan_widths(
+    shapes: list[Shape],
+    ratio: float,
+    curve: str = "log",
+    min_ratio: float | None = None,
+    multiple_of: int = 8,
+    **rules: Any,
+) -> list[Widths]:
+    found = module.scheduled_widths(
+        shapes, Schedule(ratio, curve, min_ratio), WidthRules(multiple_of, **rules)
+    )
+    return [Widths(*width) for width in found]
+
+
+def given_widths(shapes: list[Shape], ratios: tuple[float, ...], **rules: Any) -> list[Widths]:
+    found = module.given_widths(shapes, ratios, WidthRules(**rules))
+    return [Widths(*width) for width in found]
+
+
+def move_units(
+    shapes: list[Shape],
+    widths: list[Widths],
+    errors: list[list[float]],
+    prices: list[float],
+    multiple_of: int,
+) -> list[Widths]:
+    pairs = ([values[i : i + 2] for i in range(0, len(errors), 2)] for values in (errors, prices))
+    moved = reallocation.move_units(shapes, widths, *pairs, multiple_of)
+    return [Widths(*width) for width in moved]
+
 
 fixed = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 SCHEDULES = ["log", "linear", "uniform", "log_decrease", "linear_decrease"]
-SMOLLM2 = [BlockShape(3, 294912, 1536, 1728)] * 30
+SMOLLM2 = [Shape(3, 294912, 1536, 1728)] * 30
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
 @st.composite
-def block_shapes(draw: st.DrawFn, multiple_of: int = 8, aligned: bool = True) -> BlockShape:
+def block_shapes(draw: st.DrawFn, multiple_of: int = 8, aligned: bool = True) -> Shape:
     """A block whose FFN has at least twice the parameters of its attention."""
     num_groups = draw(st.integers(1, 8))
     channel_params = draw(st.integers(1, 5000))
@@ -28,17 +91,17 @@ def block_shapes(draw: st.DrawFn, multiple_of: int = 8, aligned: bool = True) ->
     if not aligned:
         num_channels += draw(st.integers(1, multiple_of - 1))
     most = num_channels * channel_params // (2 * num_groups)
-    return BlockShape(num_groups, draw(st.integers(1, most)), num_channels, channel_params)
+    return Shape(num_groups, draw(st.integers(1, most)), num_channels, channel_params)
 
 
 models = st.lists(block_shapes(), min_size=1, max_size=12)
 
 
-def total_params(shapes: list[BlockShape]) -> int:
+def total_params(shapes: list[Shape]) -> int:
     return sum(shape.params for shape in shapes)
 
 
-def total_removed(shapes: list[BlockShape], widths: list[BlockWidths]) -> int:
+def total_removed(shapes: list[Shape], widths: list[Widths]) -> int:
     return sum(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
 
 
@@ -138,7 +201,7 @@ def test_widths_meet_the_target(schedule, shapes, ratio, fraction):
 @each_schedule
 @pytest.mark.parametrize("ratio", [0.2, 0.33, 0.5])
 def test_widths_of_unequal_blocks_meet_the_target(ratio, schedule, multiple_of):
-    shapes = [BlockShape(4, 90_000, 1024 + 128 * (i % 5), 900 + 30 * i) for i in range(16)]
+    shapes = [Shape(4, 90_000, 1024 + 128 * (i % 5), 900 + 30 * i) for i in range(16)]
     widths = plan_widths(shapes, ratio, schedule, ratio / 2, multiple_of)
     miss = total_removed(shapes, widths) - ratio * total_params(shapes)
     assert abs(miss) <= multiple_of / 2 * shapes[-1].channel_params * (1 + 1e-6)
@@ -160,7 +223,7 @@ def test_one_block_takes_the_nearest_width(aligned, data, ratio, multiple_of):
     assert kept_groups - 1e-9 <= width.num_groups < max(kept_groups, 1) + 1
 
     def miss(num_channels: int) -> float:
-        removed = removed_params(shape, BlockWidths(width.num_groups, num_channels))
+        removed = removed_params(shape, Widths(width.num_groups, num_channels))
         return abs(removed - ratio * shape.params)
 
     allowed = {*range(multiple_of, shape.num_channels + 1, multiple_of), shape.num_channels}
@@ -178,7 +241,7 @@ def test_one_block_takes_the_nearest_width(aligned, data, ratio, multiple_of):
 def test_ffn_makes_up_for_attention(shape, num_blocks, ratio, share):
     widths = plan_widths([shape] * num_blocks, ratio, "uniform", attention_share=share)
     exact = shape.num_groups * (1 - share * ratio)
-    if ratio * shape.params <= removed_params(shape, BlockWidths(shape.num_groups, 16)):
+    if ratio * shape.params <= removed_params(shape, Widths(shape.num_groups, 16)):
         assert all(exact - 1e-9 <= w.num_groups < max(exact, 1) + 1 for w in widths)
     miss = total_removed([shape] * num_blocks, widths) - ratio * num_blocks * shape.params
     if 8 < widths[-1].num_channels < shape.num_channels:
@@ -196,23 +259,23 @@ def test_attention_stays_whole_as_far_as_the_ffn_reaches():
 
 @pytest.mark.parametrize(("removed", "kept"), [(0, 1003), (1, 1003), (2, 1000), (6, 1000)])
 def test_the_original_width_counts_as_a_step(removed, kept):
-    shape = BlockShape(1, 1000, 1003, 10)
+    shape = Shape(1, 1000, 1003, 10)
     (width,) = plan_widths([shape], 10 * removed / shape.params)
-    assert width == BlockWidths(1, kept)
+    assert width == Widths(1, kept)
 
 
 @each_schedule
 def test_one_block_model(schedule):
-    shape = BlockShape(4, 1000, 512, 100)
+    shape = Shape(4, 1000, 512, 100)
     (width,) = plan_widths([shape], 0.5, schedule)
     # 0.5 · 55 200 = 27 600 parameters: 2 groups, 25 600/100 = 256 channels.
-    assert width == BlockWidths(2, 256)
+    assert width == Widths(2, 256)
 
 
 def test_width_below_the_multiple_is_kept():
-    shape = BlockShape(8, 1000, 5, 1)
+    shape = Shape(8, 1000, 5, 1)
     (width,) = plan_widths([shape], 0.5, multiple_of=8)
-    assert width == BlockWidths(4, 5)
+    assert width == Widths(4, 5)
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
@@ -221,10 +284,10 @@ def test_width_below_the_multiple_is_kept():
 @given(data=st.data())
 def test_ratio_zero_removes_nothing(schedule, aligned, data):
     shapes = data.draw(st.lists(block_shapes(aligned=aligned), min_size=1, max_size=6))
-    expected = [BlockWidths(s.num_groups, s.num_channels) for s in shapes]
+    expected = [Widths(s.num_groups, s.num_channels) for s in shapes]
     assert plan_widths(shapes, 0.0, schedule) == expected
     counts = range(1, shapes[0].num_groups + 1)
-    assert plan_widths(shapes[:1] * 3, 0.0, "uniform", uniform_groups=counts) == expected[:1] * 3
+    assert plan_widths(shapes[:1] * 3, 0.0, "uniform", group_counts=counts) == expected[:1] * 3
 
 
 @fixed
@@ -233,7 +296,7 @@ def test_uniform_widths(data, shape, num_blocks, ratio):
     every_count = list(range(1, shape.num_groups + 1))
     counts = data.draw(st.lists(st.sampled_from(every_count), min_size=1, unique=True))
     try:
-        widths = plan_widths([shape] * num_blocks, ratio, "uniform", uniform_groups=counts)
+        widths = plan_widths([shape] * num_blocks, ratio, "uniform", group_counts=counts)
     except ConfigError:
         assume(False)
     assert len(widths) == num_blocks
@@ -248,9 +311,9 @@ def test_uniform_widths(data, shape, num_blocks, ratio):
 
 
 def test_uniform_widths_need_equal_blocks():
-    shapes = [BlockShape(4, 1000, 512, 100), BlockShape(4, 1000, 504, 100)]
+    shapes = [Shape(4, 1000, 512, 100), Shape(4, 1000, 504, 100)]
     with pytest.raises(ConfigError, match="differ") as caught:
-        plan_widths(shapes, 0.5, "uniform", uniform_groups=[1, 2, 4])
+        plan_widths(shapes, 0.5, "uniform", group_counts=[1, 2, 4])
     assert caught.value.hint
 
 
@@ -266,36 +329,36 @@ def test_smollm2(schedule, ratio):
 @pytest.mark.parametrize("counts", [[1, 2, 3], [1, 3], [3]])
 @pytest.mark.parametrize("ratio", [0.2, 0.33, 0.5])
 def test_smollm2_uniform(ratio, counts):
-    widths = plan_widths(SMOLLM2, ratio, "uniform", uniform_groups=counts)
+    widths = plan_widths(SMOLLM2, ratio, "uniform", group_counts=counts)
     assert len(set(widths)) == 1
     assert abs(total_removed(SMOLLM2, widths) / total_params(SMOLLM2) - ratio) < 0.005
 
 
 def test_removed_params():
-    shape = BlockShape(4, 1000, 512, 100)
+    shape = Shape(4, 1000, 512, 100)
     assert shape.params == 4 * 1000 + 512 * 100
-    assert removed_params(shape, BlockWidths(4, 512)) == 0
-    assert removed_params(shape, BlockWidths(1, 500)) == 3 * 1000 + 12 * 100
+    assert removed_params(shape, Widths(4, 512)) == 0
+    assert removed_params(shape, Widths(1, 500)) == 3 * 1000 + 12 * 100
 
 
 @pytest.mark.parametrize(("multiple_of", "channels"), [(8, 8), (512, 512), (1024, 512)])
 def test_largest_ratio(multiple_of, channels):
-    shape = BlockShape(4, 1000, 512, 100)
+    shape = Shape(4, 1000, 512, 100)
     assert largest_ratio(shape, multiple_of) == pytest.approx(1 - (1000 + channels * 100) / 55200)
 
 
 def test_given_ratios_are_those_of_the_first_blocks():
-    widths = plan_widths(SMOLLM2, 0.2, given=(0.25, 0.0, 0.5))
+    widths = given_widths(SMOLLM2, (0.25, 0.0, 0.5))
     removed = [removed_params(s, w) / s.params for s, w in zip(SMOLLM2, widths, strict=True)]
     assert removed == pytest.approx([0.25, 0.0, 0.5] + [0.0] * (len(SMOLLM2) - 3), abs=0.003)
-    coarse = plan_widths(SMOLLM2, 0.2, multiple_of=100, given=(0.18,))
+    coarse = given_widths(SMOLLM2, (0.18,), multiple_of=100)
     assert {width.num_channels for width in coarse[1:]} == {SMOLLM2[0].num_channels}
 
 
 # Infeasible ratios
 
 
-def check_named_ratio(shapes: list[BlockShape], ratio: float, schedule: str, **options) -> None:
+def check_named_ratio(shapes: list[Shape], ratio: float, schedule: str, **options) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_widths(shapes, ratio, schedule, **options)
     assert str(ratio) in str(caught.value)
@@ -327,27 +390,27 @@ def test_infeasible_ratio_of_unequal_blocks(schedule, shapes, multiple_of):
 
 
 def test_message_names_the_block_that_loses_too_much():
-    roomy, tight = BlockShape(1, 10, 64, 10), BlockShape(1, 640, 64, 10)
+    roomy, tight = Shape(1, 10, 64, 10), Shape(1, 640, 64, 10)
     assert largest_ratio(tight, 8) == pytest.approx(1 - 720 / 1280)
     with pytest.raises(ConfigError, match=r"50\.0% of block 1, which can lose 43\.8% at most"):
         plan_widths([roomy, tight, roomy], 0.5, "uniform")
 
 
 def test_named_ratio_is_feasible_whatever_the_smallest_ratio():
-    tight = BlockShape(1, 640, 64, 10)
+    tight = Shape(1, 640, 64, 10)
     check_named_ratio([tight], 0.7, "uniform", min_ratio=0.6)
 
 
 def test_uniform_ratio_is_infeasible_if_the_groups_must_stay():
     attention = 3 * 294912
     most = 1 - (attention + 8 * 1728) / SMOLLM2[0].params
-    plan_widths(SMOLLM2, most - 0.001, "uniform", uniform_groups=[3])
-    check_named_ratio(SMOLLM2, most + 0.05, "uniform", uniform_groups=[3])
+    plan_widths(SMOLLM2, most - 0.001, "uniform", group_counts=[3])
+    check_named_ratio(SMOLLM2, most + 0.05, "uniform", group_counts=[3])
 
 
 def test_no_ratio_is_feasible():
     with pytest.raises(ConfigError) as caught:
-        plan_widths([BlockShape(1, 640, 64, 10)] * 3, 0.7, min_ratio=0.6)
+        plan_widths([Shape(1, 640, 64, 10)] * 3, 0.7, min_ratio=0.6)
     assert "no ratio is feasible" in caught.value.hint
 
 
@@ -355,15 +418,15 @@ def test_no_ratio_is_feasible():
 
 
 @st.composite
-def surveys(draw: st.DrawFn) -> tuple[list[BlockShape], list[BlockWidths], list[list[float]]]:
+def measurements(draw: st.DrawFn) -> tuple[list[Shape], list[Widths], list[list[float]]]:
     """Up to two blocks of few steps, with errors that rise ever faster."""
     shapes, widths, errors = [], [], []
     for _ in range(draw(st.integers(1, 2))):
         group_params, channel_params = draw(st.integers(1, 100)), draw(st.integers(1, 20))
-        shape = BlockShape(
+        shape = Shape(
             draw(st.integers(1, 5)), group_params, draw(st.integers(9, 48)), channel_params
         )
-        width = BlockWidths(
+        width = Widths(
             draw(st.integers(1, shape.num_groups)),
             8 * draw(st.integers(1, shape.num_channels // 8)),
         )
@@ -371,7 +434,7 @@ def surveys(draw: st.DrawFn) -> tuple[list[BlockShape], list[BlockWidths], list[
             (shape.num_groups, width.num_groups, 1),
             (shape.num_channels, width.num_channels, 8),
         ):
-            removals = surveyed_removals(total, keep, step)
+            removals = measured_removals(total, keep, step)
             rises = sorted(draw(st.floats(0.01, 1)) for _ in removals)
             sizes = [b - a for a, b in itertools.pairwise([0, *removals])]
             rises = [rise * size for rise, size in zip(rises, sizes, strict=True)]
@@ -382,9 +445,9 @@ def surveys(draw: st.DrawFn) -> tuple[list[BlockShape], list[BlockWidths], list[
 
 
 @fixed
-@given(surveys(), st.lists(st.floats(0.1, 10), min_size=4, max_size=4))
-def test_units_move_to_where_they_cost_least(survey, prices):
-    shapes, widths, errors = survey
+@given(measurements(), st.lists(st.floats(0.1, 10), min_size=4, max_size=4))
+def test_units_move_to_where_they_cost_least(measured, prices):
+    shapes, widths, errors = measured
     moved = move_units(shapes, widths, errors, prices[: len(errors)], 8)
     steps = []
     for index, block_errors in enumerate(errors):
@@ -394,7 +457,7 @@ def test_units_move_to_where_they_cost_least(survey, prices):
             if index % 2
             else (shape.num_groups, width.num_groups, shape.group_params, 1)
         )
-        removals = [0, *surveyed_removals(total, keep, step)]
+        removals = [0, *measured_removals(total, keep, step)]
         costs = [0.0, *(prices[index] * error for error in block_errors)]
         steps.append([(total - n, n * params, c) for n, c in zip(removals, costs, strict=True)])
     kept = [n for width in moved for n in (width.num_groups, width.num_channels)]
@@ -410,16 +473,16 @@ def test_units_move_to_where_they_cost_least(survey, prices):
             assert cost <= sum(choice[2] for choice in other) * (1 + 1e-9)
 
 
-def test_nothing_moves_further_than_the_survey_looked():
-    shapes = [BlockShape(1, 10, 64, 1)] * 2
-    widths = [BlockWidths(1, 48), BlockWidths(1, 24)]
+def test_nothing_moves_further_than_was_measured():
+    shapes = [Shape(1, 10, 64, 1)] * 2
+    widths = [Widths(1, 48), Widths(1, 24)]
     errors = [[], [1.0, 2.0, 3.0, 4.0], [], [9.0] * 7]
-    assert [len(surveyed_removals(64, w.num_channels, 8)) for w in widths] == [4, 7]
+    assert [len(measured_removals(64, w.num_channels, 8)) for w in widths] == [4, 7]
     moved = move_units(shapes, widths, errors, [1.0] * 4, 8)
     assert [m.num_channels for m in moved] == [32, 40]
 
 
 def test_a_group_that_does_not_fit_gives_way_to_channels():
-    shapes, widths = [BlockShape(4, 100, 64, 1)], [BlockWidths(3, 48)]
+    shapes, widths = [Shape(4, 100, 64, 1)], [Widths(3, 48)]
     errors = [[1.0, 2.0], [8.0, 16.0, 24.0, 32.0]]
-    assert move_units(shapes, widths, errors, [1.0, 1.0], 8) == [BlockWidths(3, 48)]
+    assert move_units(shapes, widths, errors, [1.0, 1.0], 8) == [Widths(3, 48)]

@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -18,8 +19,12 @@ import pytest
 from conftest import Run
 
 import slimgpt
-from slimgpt.benchmarking import bench, engines, results
-from slimgpt.benchmarking.engines import Timing
+from slimgpt.benchmarking import bench, results, worker
+from slimgpt.benchmarking.engines.base import Subject, Timing
+from slimgpt.benchmarking.engines.llama_cpp import LlamaCpp
+from slimgpt.benchmarking.engines.registry import ENGINES
+from slimgpt.benchmarking.engines.vllm import Vllm
+from slimgpt.benchmarking.results import Cost
 from slimgpt.config import BenchConfig
 from slimgpt.errors import ConfigError, EngineError
 from slimgpt.models.source import find_model
@@ -67,6 +72,16 @@ def test_engines_measure_both_models(
     assert json.loads((pruned / "eval" / "speed.json").read_text())[-1] == result
 
 
+def test_the_engines_of_the_options_are_those_that_can_run() -> None:
+    assert get_args(BenchConfig.model_fields["engine"].annotation) == tuple(ENGINES)
+
+
+def test_the_process_of_an_engine_begins_small() -> None:
+    """What it imports before the model would count as the model's memory."""
+    code = "import sys, slimgpt.benchmarking.worker; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_table_of_a_single_model(run: Run, pruned: Path) -> None:
     code, out, _ = run("bench", pruned, "--dtype", "bfloat16", *QUICK)
     assert code == 0
@@ -83,16 +98,16 @@ def test_rounds_are_interleaved_and_ratios_are_of_pairs(
     turns: list[str] = []
     prompts: list[list[list[int]]] = []
 
-    def generate(worker: bench._Worker, given: list[list[int]]) -> Timing:
-        name = worker._subject.name
+    def generate(worker: worker.Worker, given: list[list[int]]) -> Timing:
+        name = worker._subject.cost.name
         turns.append(name)
         prompts.append(given)
         slowness = (len(turns) + 1) // 2 * (3 if name == base else 1)
         return Timing(first=slowness, rest=2 * slowness)
 
     base = str(tiny_checkpoint("llama"))
-    monkeypatch.setattr(bench._Worker, "generate", generate)
-    monkeypatch.setattr(bench._Worker, "_run", lambda *_: None)
+    monkeypatch.setattr(worker.Worker, "generate", generate)
+    monkeypatch.setattr(worker.Worker, "_run", lambda *_: None)
     result = slimgpt.bench(
         str(pruned), against=base, prompt_length=(8,), batch_size=(2,), new_tokens=5, repeats=3
     )
@@ -112,10 +127,10 @@ def test_a_later_result_takes_the_place_of_an_earlier_one_of_the_same_protocol(
     monkeypatch: pytest.MonkeyPatch, pruned: Path, tmp_path: Path
 ) -> None:
     slim = shutil.copytree(pruned, tmp_path / "slim", ignore=shutil.ignore_patterns("eval"))
-    monkeypatch.setattr(bench._Worker, "_run", lambda *_: None)
+    monkeypatch.setattr(worker.Worker, "_run", lambda *_: None)
     for length, seconds in ((8, 1.0), (8, 2.0), (16, 3.0)):
         timing = Timing(first=seconds, rest=seconds)
-        monkeypatch.setattr(bench._Worker, "generate", lambda *_, timing=timing: timing)
+        monkeypatch.setattr(worker.Worker, "generate", lambda *_, timing=timing: timing)
         slimgpt.bench(str(slim), prompt_length=length, new_tokens=2)
     kept = json.loads((slim / "eval" / "speed.json").read_text())
     speeds = [setting["model"] for result in kept for setting in result["settings"]]
@@ -199,15 +214,15 @@ def test_process_ends_if_its_model_does_not_load(pruned: Path, tmp_path: Path) -
 
 def test_process_that_dies_is_named(pruned: Path) -> None:
     config = BenchConfig.create()
-    subject = bench._Subject("mine", str(pruned), "float32", 0, 0, 0, 320, 128)
+    subject = Subject(Cost("mine", "float32", 0, 0, 0, None), str(pruned), 320, 128)
     with ProcessPoolExecutor(1) as pool:
-        worker = bench._Worker(subject, config, pool)
+        mine = worker.Worker(subject, config, pool)
         pool.submit(os._exit, 1).exception()
         with pytest.raises(
             EngineError, match="the process that ran mine in transformers ended"
         ) as error:
-            worker.generate([[1]])
-        assert worker.cost().peak_memory_bytes is None
+            mine.generate([[1]])
+        assert mine.cost().peak_memory_bytes is None
     assert "__main__" in str(error.value.hint)
 
 
@@ -217,7 +232,7 @@ def test_llama_cpp_is_reached_past_a_proxy_and_its_errors_are_told(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     file = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "model.gguf").output
     config = BenchConfig.create(prompt_length=(8,), new_tokens=4, threads=1)
-    engine = engines.LlamaCpp(str(file), config)
+    engine = LlamaCpp(str(file), config)
     assert engine.generate([[5, 6, 7]], 4).rest > 0
     with pytest.raises(EngineError, match="exceeds the available context size"):
         engine.generate([[5] * 1000], 4)
@@ -228,7 +243,7 @@ def test_llama_cpp_answers_only_who_has_its_key(
 ) -> None:
     file = slimgpt.export(str(tiny_checkpoint("llama")), tmp_path / "model.gguf").output
     config = BenchConfig.create(prompt_length=(8,), new_tokens=4, threads=1)
-    engines_of_two_runs = [engines.LlamaCpp(str(file), config) for _ in range(2)]
+    engines_of_two_runs = [LlamaCpp(str(file), config) for _ in range(2)]
     assert len({engine._key for engine in engines_of_two_runs}) == 2
     url = f"{engines_of_two_runs[0]._server.listening_address}/completion"
     body = json.dumps({"prompt": [5, 6, 7], "n_predict": 1}).encode()
@@ -261,9 +276,9 @@ def test_the_processes_of_vllm_are_ended(monkeypatch: pytest.MonkeyPatch) -> Non
         engine_core=SimpleNamespace(shutdown=lambda: ended.append("mine"))
     )
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    engines.load("mine", BenchConfig.create(engine="vllm", dtype="float32"))
-    engines.unload("mine")
-    engines.unload("mine")
+    worker.load("mine", BenchConfig.create(engine="vllm", dtype="float32"))
+    worker.unload("mine")
+    worker.unload("mine")
     assert ended == ["mine"]
 
 
@@ -272,14 +287,14 @@ def test_vllm_needs_longer_for_more_tokens(seconds: float, monkeypatch: pytest.M
     fake = FakeVllm({1: 1.0, 8: seconds})
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setattr("time.perf_counter", lambda: fake.now)
-    engine = engines.Vllm("mine", BenchConfig.create(dtype="float32"))
+    engine = Vllm("mine", BenchConfig.create(dtype="float32"))
     if seconds > 1:
         assert engine.generate([[5]], 8) == Timing(first=1.0, rest=2.0)
     else:
         with pytest.raises(EngineError, match=r"1\.0000 s for one token and 1\.0000 s for 8"):
             engine.generate([[5]], 8)
     with pytest.raises(EngineError, match="vLLM cannot load mine: no such precision"):
-        engines.Vllm("mine", BenchConfig.create())
+        Vllm("mine", BenchConfig.create())
 
 
 @pytest.mark.parametrize("engine", ["transformers", "llamacpp"])

@@ -613,7 +613,7 @@ def test_two_exports_to_one_file(run: Run, slim: Path, tmp_path: Path) -> None:
     with writing_alone(file):
         code, out, err = run("export", slim, "--output", file)
     assert code == 2
-    assert f"another process is writing {file}" in err
+    assert f"another process is working on {file}" in err
     assert not out
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "Modelfile").symlink_to(tmp_path / "none")

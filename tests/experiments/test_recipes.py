@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 import slimgpt
 from slimgpt.errors import ConfigError, NumericalError, ResourceError, RunStateError
 from slimgpt.experiments import runner
-from slimgpt.experiments.recipe import Cell, RecipeConfig, expand, read_recipe
+from slimgpt.experiments.recipe import SHIPPED, Cell, RecipeConfig, expand, read_recipe
 from slimgpt.experiments.tables import draw, to_markdown
 from slimgpt.pruning import inputs, sequential
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ANY: dict[str, Any] = {"title": "A title", "reproduces": "Table 0", "table": ["perplexity"]}
 Edit = Callable[..., Path]
 
@@ -560,7 +559,7 @@ def test_small_changes_options_and_dimensions_singly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["full", "small"])
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", SHIPPED.values(), ids=SHIPPED)
 def test_recipes_of_the_paper(file: Path, small: bool) -> None:
     config = read_recipe(file, small)
     cells = expand(config, "data")
@@ -576,7 +575,25 @@ def test_recipes_of_the_paper(file: Path, small: bool) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 15
+    assert len(SHIPPED) >= 15
+
+
+def test_a_recipe_of_the_package_runs_by_its_name(
+    run: Run, recipe: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = recipe(grid={"ratio": [0]}, table=["perplexity"])
+    monkeypatch.setitem(SHIPPED, "table1", file)
+    (tmp_path / "table1").mkdir()
+    code, _, err = run("run", "table1", "--output", "table1")
+    assert code == 0, err
+    assert (tmp_path / "table1" / "recipe.md").is_file()
+    shutil.rmtree(tmp_path / "table1")
+    (tmp_path / "table1").write_text("title: a file comes first")
+    assert "grid is missing" in run("run", "table1", "--output", "out")[2]
+    code, _, err = run("run", "tabel1", "--output", "out")
+    assert code == 2
+    assert "hint: did you mean 'table1'? available: figure2, figure3a" in err
 
 
 def make_report(**recipe: Any) -> dict[str, Any]:

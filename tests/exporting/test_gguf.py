@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import gguf
 import numpy as np
@@ -21,7 +22,9 @@ from transformers import (
 )
 
 import slimgpt
+from slimgpt.config import ExportConfig
 from slimgpt.errors import ConfigError, ExportError, UnsupportedModelError
+from slimgpt.exporting.formats import FORMATS
 from slimgpt.models.pre_tokenizers import PRE_TOKENIZERS
 from slimgpt.models.source import SMOLLM2_ALIAS, find_model
 from slimgpt.models.tokenizer import load_tokenizer
@@ -397,6 +400,10 @@ def test_modelfile_for_ollama(tiny_checkpoint: Checkpoint, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"cannot read .*generation_config.json"):
         slimgpt.export(str(directory), type="bf16")
     assert not (directory / "tiny-bf16.gguf").exists()
+
+
+def test_the_formats_of_the_options_are_those_that_can_be_written() -> None:
+    assert get_args(ExportConfig.model_fields["to"].annotation) == tuple(FORMATS)
 
 
 def test_export_from_the_command_line(

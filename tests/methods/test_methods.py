@@ -1,32 +1,44 @@
 """The rival methods: their scores by hand, and the same way through the pipeline for all."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import make_tiny_model, prune_blocks
-from test_pruning import OPTIONS, WIDTHS, sample_tokens
-from test_run import InterruptionError, fail_at_block, fingerprint
+from conftest import WIDTHS, make_tiny_model, prune_blocks, sample_tokens
+from interruption import InterruptionError, fail_at_block, fingerprint
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimgpt
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import Method, PruneConfig
 from slimgpt.data.samples import calibration_tokens
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
-from slimgpt.methods import loraprune, magnitude, registry, taylor
+from slimgpt.methods import base, loraprune
+from slimgpt.methods.registry import METHODS as REGISTRY
+from slimgpt.methods.registry import make_method
 from slimgpt.models.family import Sublayer, bind
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.unit_slices import unit_columns
 from slimgpt.pruning import inputs
 
+OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
 METHODS = [method for method in get_args(Method) if method != "slimgpt"]
 COLUMN_METHODS = ("wanda_sp", "flap")
+
+
+def make(method: str) -> base.Method:
+    return make_method(PruneConfig.create(method=method))
+
+
+def score_model(
+    method: str, model: PreTrainedModel, samples: Tensor, widths: Sequence[tuple[int, ...]] = WIDTHS
+) -> list[Tensor]:
+    return list(make(method).score_model(model, samples, widths).values())
 
 
 def one_by_one(sublayer: Sublayer, score: Callable[[str, Tensor], float]) -> list[float]:
@@ -44,16 +56,17 @@ def one_by_one(sublayer: Sublayer, score: Callable[[str, Tensor], float]) -> lis
     return sums
 
 
-@pytest.fixture(params=["attention", "ffn"])
+@pytest.fixture(params=[0, 1], ids=["attention", "ffn"])
 def sublayer(request: pytest.FixtureRequest) -> Sublayer:
-    return getattr(next(bind(make_tiny_model("llama"))), request.param)
+    return next(bind(make_tiny_model("llama"))).sublayers[request.param]
 
 
 def test_magnitude_is_the_squared_norm(sublayer: Sublayer) -> None:
     def score(name: str, place: Any) -> float:
         return float(sublayer.module.get_submodule(name).weight[place].double().square().sum())
 
-    scores = magnitude.magnitude(sublayer, Activations(*[torch.empty(0)] * 2, []))
+    activations = Activations(*[torch.empty(0)] * 2, [])
+    scores = make("magnitude").score(sublayer, activations)
     assert scores.tolist() == pytest.approx(one_by_one(sublayer, score))
 
 
@@ -70,13 +83,13 @@ def test_scores_of_columns(method: str, sublayer: Sublayer) -> None:
         float(columns_I[unit * sublayer.unit_size :][: sublayer.unit_size].sum())
         for unit in range(sublayer.num_units)
     ]
-    scores = registry.LOCAL_SCORES[method](sublayer, activations)
+    scores = make(method).score(sublayer, activations)
     assert scores.tolist() == pytest.approx(expected)
 
 
 def test_taylor_is_the_first_order_change_of_the_loss() -> None:
     model, samples = make_tiny_model("llama"), sample_tokens()
-    scores = taylor.taylor(copy.deepcopy(model), samples, WIDTHS, 0)
+    scores = score_model("taylor", copy.deepcopy(model), samples)
     model.requires_grad_()
     model(samples, labels=samples).loss.backward()  # the mean over the samples
     sublayers = [sublayer for block in bind(model) for sublayer in block.sublayers]
@@ -92,13 +105,10 @@ def test_taylor_is_the_first_order_change_of_the_loss() -> None:
 
 
 def test_lora_gradient_masks_what_goes() -> None:
-    runs = [
-        loraprune.lora_gradient(make_tiny_model("llama"), sample_tokens(16), WIDTHS, 0)
-        for _ in range(2)
-    ]
+    runs = [score_model("loraprune", make_tiny_model("llama"), sample_tokens(16)) for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
-    keep = [n for width in WIDTHS for n in (width.num_groups, width.num_channels)]
+    keep = [n for width in WIDTHS for n in width]
     assert [int(scores_U.isfinite().sum()) for scores_U in runs[0]] == keep
     assert all((scores_U[scores_U.isfinite()] > 0).all() for scores_U in runs[0])
 
@@ -107,11 +117,11 @@ def test_first_lora_gradient_is_that_of_the_adapters() -> None:
     """Before the first step B is zero, so ĝ = ∂B A, which is the gradient of W times Aᵀ A."""
     model, samples = make_tiny_model("llama"), sample_tokens(1)
     adapted = copy.deepcopy(model)
-    dense_widths = [type(WIDTHS[0])(4, 64)] * 4
-    scores = loraprune.lora_gradient(adapted, samples, dense_widths, 0)
+    dense_widths = [(4, 64)] * 4
+    scores = score_model("loraprune", adapted, samples, dense_widths)
     model.requires_grad_()
     model(samples, labels=samples).loss.backward()
-    sublayer, projection = list(bind(model))[1].ffn, adapted.model.layers[1].mlp
+    sublayer, projection = list(bind(model))[1].sublayers[1], adapted.model.layers[1].mlp
     total = torch.zeros(sublayer.num_units, dtype=torch.float64)
     for name in (*sublayer.spec.inputs, sublayer.spec.output):
         linear, a = sublayer.module.get_submodule(name), projection.get_submodule(name).lora_A
@@ -130,14 +140,15 @@ def test_reported_error_is_the_change_of_the_output(method: str) -> None:
     dense, samples = make_tiny_model("llama"), sample_tokens(8)
     model = copy.deepcopy(dense)
     plans = prune_blocks(model, samples, WIDTHS, PruneConfig.create(method=method))
-    for kind in ("attention", "ffn"):  # of the last block, on the stream of the pruned model
+    # Of the last block, on the stream of the pruned model.
+    for place, kind in enumerate(("attention", "ffn")):
         seen: dict[str, Tensor] = {}
-        old, new = (getattr(list(bind(m))[3], kind) if m is dense else m for m in (dense, model))
+        old, new = (list(bind(m))[3].sublayers[place] if m is dense else m for m in (dense, model))
         small = new.model.layers[3]
         output = small.self_attn.o_proj if kind == "attention" else small.mlp.down_proj
         output.register_forward_hook(lambda _, args, out, s=seen: s.update(x=args[0], y=out))
         model(samples)
-        keep = getattr(plans[3], kind).keep
+        keep = plans[3].sublayers[place].keep
         columns = unit_columns(torch.tensor(keep), old.unit_size)
         bias = output.bias if output.bias is not None else torch.zeros(1)
         assert torch.equal(output.weight, old.output.weight[:, columns])
@@ -153,7 +164,7 @@ def test_reported_error_is_the_change_of_the_output(method: str) -> None:
         target.register_forward_hook(lambda _, args, out, s=whole: s.update(y=out))
         mixed(samples)
         change = (seen["y"] - whole["y"]).double().square().sum(-1).mean()
-        assert getattr(plans[3], kind).error == pytest.approx(float(change), rel=1e-3)
+        assert plans[3].sublayers[place].error == pytest.approx(float(change), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -188,7 +199,8 @@ def test_interrupted_runs_end_with_the_same_files(
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "parts", **options)
     monkeypatch.undo()
-    monkeypatch.setattr(inputs, "GLOBAL_SCORES", dict.fromkeys(registry.GLOBAL_SCORES))
+    if REGISTRY[method].score_model is not base.Method.score_model:
+        monkeypatch.setattr(REGISTRY[method], "score_model", None)
     slimgpt.prune(model, tmp_path / "parts", **options)
     assert fingerprint(tmp_path / "parts") == fingerprint(tmp_path / "whole")
 

@@ -4,13 +4,12 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, assert_greedy, make_tiny_model, prune_blocks
+from conftest import VARIANTS, WIDTHS, assert_greedy, make_tiny_model, prune_blocks, sample_tokens
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,12 +18,13 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration import activations
 from slimgpt.calibration.activations import collect, embed
 from slimgpt.config import PruneConfig
 from slimgpt.data.samples import calibration_tokens
 from slimgpt.errors import ConfigError
+from slimgpt.methods import slimgpt as slimgpt_method
+from slimgpt.methods.registry import make_method
 from slimgpt.models import device
 from slimgpt.models.family import bind
 from slimgpt.models.loading import load_model
@@ -36,11 +36,6 @@ from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.solver import elimination, hessian
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
-WIDTHS = (BlockWidths(4, 64), BlockWidths(3, 48), BlockWidths(2, 64), BlockWidths(1, 24))
-
-
-def sample_tokens(num_samples: int = 6, seqlen: int = 32) -> Tensor:
-    return torch.randint(320, (num_samples, seqlen), generator=torch.Generator().manual_seed(1))
 
 
 def pruned(
@@ -57,8 +52,8 @@ def test_slicing_equals_masking(variant: str) -> None:
     masked, model, plans = pruned(variant, refit_epochs=0)
     for block, small, plan in zip(bind(masked), model.model.layers, plans, strict=True):
         for sublayer, kept, new in (
-            (block.attention, plan.attention.keep, small.self_attn.o_proj),
-            (block.ffn, plan.ffn.keep, small.mlp.down_proj),
+            (block.sublayers[0], plan.sublayers[0].keep, small.self_attn.o_proj),
+            (block.sublayers[1], plan.sublayers[1].keep, small.mlp.down_proj),
         ):
             columns = unit_columns(torch.tensor(kept), sublayer.unit_size)
             weight = torch.zeros_like(sublayer.output.weight)
@@ -74,12 +69,12 @@ def test_widths_and_report_match_the_plan(variant: str) -> None:
     for block, small, plan, width in zip(
         bind(dense), model.model.layers, plans, WIDTHS, strict=True
     ):
-        assert len(plan.ffn.keep) == width.num_channels == small.mlp.gate_proj.out_features
-        assert len(plan.attention.keep) == width.num_groups
-        assert small.self_attn.o_proj.in_features == width.num_groups * block.attention.unit_size
+        assert len(plan.sublayers[1].keep) == width[1] == small.mlp.gate_proj.out_features
+        assert len(plan.sublayers[0].keep) == width[0]
+        assert small.self_attn.o_proj.in_features == width[0] * block.sublayers[0].unit_size
         for kept, error in (
-            (width.num_groups == block.attention.num_units, plan.attention.error),
-            (width.num_channels == 64, plan.ffn.error),
+            (width[0] == block.sublayers[0].num_units, plan.sublayers[0].error),
+            (width[1] == 64, plan.sublayers[1].error),
         ):
             assert (error == 0) == kept
 
@@ -87,7 +82,7 @@ def test_widths_and_report_match_the_plan(variant: str) -> None:
 def test_ratio_zero_is_the_identity() -> None:
     dense = make_tiny_model("llama")
     model = copy.deepcopy(dense)
-    prune_blocks(model, sample_tokens(), (BlockWidths(4, 64),) * 4, PruneConfig.create())
+    prune_blocks(model, sample_tokens(), ((4, 64),) * 4, PruneConfig.create())
     tokens = sample_tokens(2, 24)
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
 
@@ -98,9 +93,9 @@ def test_reported_error_is_the_change_of_the_output() -> None:
     dense = make_tiny_model("llama")
     stream = embed(dense, sample_tokens(), batch_size=3)
     block = next(iter(bind(dense)))
-    activations = collect(block, block.ffn, stream, 0)
+    activations = collect(block.sublayers[1], stream, 0)
     assert activations.hessian_II.dtype == torch.float64
-    widths = (BlockWidths(4, 32), *WIDTHS[1:])
+    widths = ((4, 32), *WIDTHS[1:])
     config = PruneConfig.create(correction=0)
     plan = prune_blocks(copy.deepcopy(dense), sample_tokens(), widths, config)[0]
     seen = {}
@@ -112,10 +107,10 @@ def test_reported_error_is_the_change_of_the_output() -> None:
     x_TI, y_TO = (seen[key].flatten(0, 1).double() for key in "xy")
     problem = hessian.prepare(dense.model.layers[0].mlp.down_proj.weight, x_TI.T @ x_TI / len(x_TI))
     left = elimination.eliminate_channels(problem, 32)
-    assert plan.ffn.keep == tuple(left.kept_K.tolist())
+    assert plan.sublayers[1].keep == tuple(left.kept_K.tolist())
     change = (x_TI[:, left.kept_K] @ left.weight_OK.double().T - y_TO).square().sum(1).mean()
-    assert plan.ffn.error == pytest.approx(float(change), rel=1e-4)
-    assert plan.ffn.relative_error == pytest.approx(
+    assert plan.sublayers[1].error == pytest.approx(float(change), rel=1e-4)
+    assert plan.sublayers[1].relative_error == pytest.approx(
         float(change / y_TO.square().sum(1).mean()), rel=1e-4
     )
 
@@ -128,7 +123,7 @@ def test_products_in_bfloat16_change_the_statistics_by_their_rounding(
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
         stream = embed(dense, sample_tokens(), batch_size=3)
         block = next(iter(bind(dense)))
-        hessians.append(collect(block, block.ffn, stream, 0).hessian_II)
+        hessians.append(collect(block.sublayers[1], stream, 0).hessian_II)
         assert stream.hidden_NTC.dtype == torch.float32
     difference = torch.linalg.norm(hessians[1] - hessians[0]) / torch.linalg.norm(hessians[0])
     assert 0 < difference < 2**-7
@@ -139,9 +134,9 @@ def test_sums_of_bfloat16_numbers_lose_no_more_than_float32() -> None:
     stream = embed(dense, sample_tokens(), batch_size=3)
     block = next(iter(bind(dense)))
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with device.products_of(stream.hidden_NTC):
+    with device.autocast_to(stream.hidden_NTC):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    activations = collect(block, block.ffn, stream, 10**9)
+    activations = collect(block.sublayers[1], stream, 10**9)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     x_TI = torch.cat(activations.kept).flatten(0, 1).double()
     expected = x_TI.T @ x_TI / len(x_TI)
@@ -162,7 +157,7 @@ def test_second_block_is_calibrated_on_the_pruned_first() -> None:
     weight = dense.model.layers[1].self_attn.o_proj.weight
     problem = hessian.prepare(weight, x_TI.T @ x_TI / len(x_TI))
     errors = elimination.unit_errors(problem.weight_OI, problem.inverse_II, 16)
-    assert set(range(4)) - set(plans[1].attention.keep) == {int(errors.argmin())}
+    assert set(range(4)) - set(plans[1].sublayers[0].keep) == {int(errors.argmin())}
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-biases"])
@@ -188,7 +183,7 @@ def test_the_dense_stream_is_that_of_the_dense_model(
     config = PruneConfig.create()
     stream = embed(dense, sample_tokens(), 3, with_dense=True)
     for block, width in zip(list(bind(dense))[:-1], WIDTHS[:-1], strict=True):
-        prune_block(block, width, stream, config.activation_memory, config)
+        prune_block(block, width, stream, make_method(config), config.activation_memory)
     assert stream.dense_NTC is not None
     assert (stream.dense_NTC - expected).norm() < tolerance * expected.norm()
     assert (stream.hidden_NTC - expected).norm() > 0.1 * expected.norm()
@@ -226,19 +221,19 @@ def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) ->
     )
     given: dict[str, set[object]] = {}
 
-    def spy(module: Any, name: str, *positions: int) -> None:
-        solve = getattr(module, name)
+    def spy(name: str, *positions: int) -> None:
+        solve = getattr(slimgpt_method, name)
 
         def call(*args: object, **kwargs: object) -> object:
             given.setdefault(name, set()).add(tuple(args[i] for i in positions))
             return solve(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(slimgpt_method, name, call)
 
-    spy(hessian, "prepare", 2, 3)
-    spy(elimination, "eliminate_units", 3)
-    spy(elimination, "eliminate_channel_groups", 2, 3)
-    monkeypatch.delattr(elimination, "eliminate_channels")
+    spy("prepare", 2, 3)
+    spy("eliminate_units", 3)
+    spy("eliminate_channel_groups", 2, 3)
+    monkeypatch.delattr(slimgpt_method, "eliminate_channels")
     prune_blocks(make_tiny_model("llama"), sample_tokens(), WIDTHS, config)
     assert given == {
         "prepare": {(0.01, "mean")},
@@ -259,7 +254,7 @@ def test_the_seed_and_the_text_field_choose_the_samples(
         report = slimgpt.prune(
             str(tiny_checkpoint("llama")), tmp_path / name, **options | changed
         ).report
-        errors.add(report["blocks"][-1]["ffn"]["error"])
+        errors.add(report["blocks"][-1]["sublayers"][1]["error"])
     assert len(errors) == 3
 
 
@@ -405,9 +400,9 @@ def test_attention_share_of_zero_leaves_attention_whole(
         slimgpt.plan(source, ratio=0.3, schedule="uniform", attention_share=share)
         for share in (1, 0)
     )
-    groups = [shape.num_groups for shape in whole.shapes]
-    assert [width.num_groups for width in whole.widths] == groups
-    assert sum(width.num_groups for width in halved.widths) < sum(groups)
+    groups = [shape.sublayers[0].num_units for shape in whole.shapes]
+    assert [width[0] for width in whole.widths] == groups
+    assert sum(width[0] for width in halved.widths) < sum(groups)
     assert whole.block_ratio == pytest.approx(halved.block_ratio, abs=0.03)
 
 
@@ -435,7 +430,7 @@ def test_plan_equals_what_prune_does(
     summary = slimgpt.inspect(str(result.output))
     assert summary.params["total"] == planned.params_after
     assert [(b.num_kv_heads, b.num_channels) for b in summary.blocks] == [
-        (w.num_groups, w.num_channels) for w in planned.widths
+        (w[0], w[1]) for w in planned.widths
     ]
     dense = slimgpt.inspect(source)
     assert sum(v for k, v in dense.params.items() if k != "total") == dense.params["total"]

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import Stream, embed
 from slimgpt.config import PruneConfig
 from slimgpt.models.family import Block, Sublayer, bind
 from slimgpt.pruning import refit as module
 from slimgpt.pruning.refit import refit
-from slimgpt.pruning.slicing import shrink_sublayer
+from slimgpt.pruning.slicing import slice_sublayer
 
 NUM_CHANNELS = 48
 
@@ -38,16 +37,20 @@ def first_block(
     return next(iter(bind(model))), stream
 
 
+def config(correction: float, epochs: int) -> PruneConfig:
+    return PruneConfig.create(correction=correction, refit_epochs=epochs)
+
+
 def cut(block: Block) -> Sublayer:
     """Slice the FFN; gives it as it was."""
-    dense = replace(block.ffn, module=copy.deepcopy(block.ffn.module))
+    dense = replace(block.sublayers[1], module=copy.deepcopy(block.sublayers[1].module))
     kept = torch.arange(NUM_CHANNELS)
-    shrink_sublayer(block.ffn, kept, block.ffn.output.weight[:, kept])
+    slice_sublayer(block.sublayers[1], kept, block.sublayers[1].output.weight[:, kept])
     return dense
 
 
 def squared_error(block: Block, stream: Stream, target: Tensor) -> float:
-    output = block.ffn.module(block.ffn.norm(stream.hidden_NTC))
+    output = block.sublayers[1].module(block.sublayers[1].norm(stream.hidden_NTC))
     return float((output - target).square().sum())
 
 
@@ -55,7 +58,7 @@ def test_gradients_may_be_off_around_it() -> None:
     block, stream = first_block("llama")
     dense = cut(block)
     with torch.no_grad():
-        assert refit(block.ffn, dense, stream, 0.5, 1, 0) < 1
+        assert refit(block.sublayers[1], dense, stream, config(0.5, 1)) < 1
 
 
 @pytest.mark.usefixtures("float32_products")
@@ -79,17 +82,20 @@ def test_target(variant: str, correction: float) -> None:
 def test_the_output_comes_nearer_on_other_tokens_too(variant: str) -> None:
     block, stream = first_block(variant)
     dense = cut(block)
-    sliced = [linear.weight.clone() for linear in (*block.ffn.inputs.values(), block.ffn.output)]
+    sliced = [
+        linear.weight.clone()
+        for linear in (*block.sublayers[1].inputs.values(), block.sublayers[1].output)
+    ]
     noise = torch.randn(stream.hidden_NTC.shape, generator=torch.Generator().manual_seed(3))
     other = replace(stream, hidden_NTC=stream.hidden_NTC + 0.1 * noise)
     goals = [dense.module(dense.norm(s.hidden_NTC)) for s in (stream, other)]
     before = [squared_error(block, *pair) for pair in zip((stream, other), goals, strict=True)]
-    gain = refit(block.ffn, dense, stream, 0.0, 10, 0)
+    gain = refit(block.sublayers[1], dense, stream, config(0.0, 10))
     after = [squared_error(block, *pair) for pair in zip((stream, other), goals, strict=True)]
     assert gain < 0.8
     assert after[0] < 0.8 * before[0]
     assert after[1] < 0.95 * before[1]
-    linears = [*block.ffn.inputs.values(), block.ffn.output]
+    linears = [*block.sublayers[1].inputs.values(), block.sublayers[1].output]
     for linear, old in zip(linears, sliced, strict=True):
         assert not torch.equal(linear.weight, old)
         assert not linear.weight.requires_grad
@@ -100,9 +106,9 @@ def test_the_output_comes_nearer_on_other_tokens_too(variant: str) -> None:
 def test_weights_in_half_precision_stay_so(dtype: torch.dtype) -> None:
     block, stream = first_block("llama", dtype=dtype)
     dense = cut(block)
-    assert refit(block.ffn, dense, stream, 0.5, 5, 0) < 0.9
-    assert {p.dtype for p in block.ffn.module.parameters()} == {dtype}
-    assert all(p.isfinite().all() for p in block.ffn.module.parameters())
+    assert refit(block.sublayers[1], dense, stream, config(0.5, 5)) < 0.9
+    assert {p.dtype for p in block.sublayers[1].module.parameters()} == {dtype}
+    assert all(p.isfinite().all() for p in block.sublayers[1].module.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,20 +118,22 @@ def test_weights_stay_where_the_error_grows(
     monkeypatch.setattr(module, "RATE", 100.0)
     block, stream = first_block("llama", dtype=dtype)
     dense = cut(block)
-    before = copy.deepcopy(block.ffn.module.state_dict())
-    assert refit(block.ffn, dense, stream, 0.5, 1, 0) == 1
-    for name, tensor in block.ffn.module.state_dict().items():
+    before = copy.deepcopy(block.sublayers[1].module.state_dict())
+    assert refit(block.sublayers[1], dense, stream, config(0.5, 1)) == 1
+    for name, tensor in block.sublayers[1].module.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 def test_only_what_loses_channels_is_refitted() -> None:
-    widths = [BlockWidths(4, 64), BlockWidths(3, 64), BlockWidths(4, 24), BlockWidths(4, 64)]
+    widths = [(4, 64), (3, 64), (4, 24), (4, 64)]
     plans = {}
     for epochs in (0, 5):
         config = PruneConfig.create(refit_epochs=epochs)
         plans[epochs] = prune_blocks(make_tiny_model("llama"), sample_tokens(64), widths, config)
-    assert [plan.ffn.refit for plan in plans[0]] == [None] * 4
+    assert [plan.sublayers[1].refit for plan in plans[0]] == [None] * 4
     first, second, third, fourth = plans[5]
-    assert {p.attention.refit for p in plans[5]} == {None}
-    assert first.ffn.refit is second.ffn.refit is fourth.ffn.refit is None
-    assert 0 < third.ffn.refit < 1
+    assert {p.sublayers[0].refit for p in plans[5]} == {None}
+    assert (
+        first.sublayers[1].refit is second.sublayers[1].refit is fourth.sublayers[1].refit is None
+    )
+    assert 0 < third.sublayers[1].refit < 1

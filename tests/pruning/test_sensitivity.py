@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.unit_slices import unit_columns
 from slimgpt.models.weights import open_weights
 from slimgpt.pruning import sensitivity
-from slimgpt.pruning.sensitivity import costs_of_changes
+from slimgpt.pruning.decisions import SavedBlock
+from slimgpt.pruning.sensitivity import sensitivities
 
 OPTIONS = {
     "calibration": "pydocs",
@@ -48,23 +50,23 @@ def test_costs_are_derivatives(
 ) -> None:
     model = make_tiny_model(variant)
     samples = torch.randint(320, (24, 32), generator=torch.Generator().manual_seed(1))
-    small, widths = copy.deepcopy(model), [BlockWidths(3, 40), BlockWidths(4, 48)] * 2
+    small, widths = copy.deepcopy(model), [(3, 40), (4, 48)] * 2
     plans = prune_blocks(small, samples, widths, PruneConfig.create(refit_epochs=0))
     source = find_model(str(tiny_checkpoint(variant)))
     weights = open_weights(source, model.config)
     streamed = StreamedModel(build_skeleton(model.config), weights, torch.device("cpu"))
-    reads = [small.get_parameter] * len(plans)
+    saved = [SavedBlock(plan, small.get_parameter) for plan in plans]
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    values = costs_of_changes(streamed, plans, reads, samples)
+    values = list(chain.from_iterable(sensitivities(streamed, saved, samples)))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
-    coarse = costs_of_changes(streamed, plans, reads, samples)
+    coarse = list(chain.from_iterable(sensitivities(streamed, saved, samples)))
     assert coarse != values
     assert coarse == pytest.approx(values, abs=0.2 * max(values))
 
     changes = []
     for block, plan in zip(bind(model), plans, strict=True):
-        for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-            name = f"{block.output_name(sublayer)}.weight"
+        for sublayer, decided in zip(block.sublayers, plan.sublayers, strict=True):
+            name = f"{sublayer.output_name}.weight"
             new = torch.zeros_like(model.get_parameter(name))
             columns = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
             new[:, columns] = small.get_parameter(name)
@@ -91,13 +93,11 @@ def test_units_move_and_the_sum_stays(
     planned = slimgpt.plan(model, **OPTIONS)
     result = slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     assert result.plan.widths != planned.widths
-    step = planned.shapes[0].group_params
+    step = planned.shapes[0].sublayers[0].unit_params
     assert abs(result.plan.params_after - planned.params_after) <= step / 2
-    assert [len(b.attention.keep) for b in result.blocks] == [
-        w.num_groups for w in result.plan.widths
-    ]
-    assert [len(b.ffn.keep) for b in result.blocks] == [w.num_channels for w in result.plan.widths]
-    assert result.report["widths"] == [vars(w) for w in result.plan.widths]
+    assert [len(b.sublayers[0].keep) for b in result.blocks] == [w[0] for w in result.plan.widths]
+    assert [len(b.sublayers[1].keep) for b in result.blocks] == [w[1] for w in result.plan.widths]
+    assert result.report["widths"] == [list(w) for w in result.plan.widths]
 
 
 def test_the_others_give_for_the_only_ffn_that_matters(tmp_path: Path, tokenizer: object) -> None:
@@ -109,7 +109,7 @@ def test_the_others_give_for_the_only_ffn_that_matters(tmp_path: Path, tokenizer
     options = OPTIONS | {"attention_share": 0}
     planned = slimgpt.plan(str(tmp_path / "dense"), **options)
     result = slimgpt.prune(str(tmp_path / "dense"), tmp_path / "slim", **options)
-    before, after = ([w.num_channels for w in p.widths] for p in (planned, result.plan))
+    before, after = ([w[1] for w in p.widths] for p in (planned, result.plan))
     assert after[1] > before[1]
     assert all(a <= b for i, (a, b) in enumerate(zip(after, before, strict=True)) if i != 1)
 
@@ -117,7 +117,7 @@ def test_the_others_give_for_the_only_ffn_that_matters(tmp_path: Path, tokenizer
 def test_nothing_to_remove_needs_no_gradient(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "costs_of_changes", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(sensitivity, "sensitivities", lambda *_: pytest.fail("computed"))
     options = OPTIONS | {"ratio": 0}
     result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
     assert result.plan.params_after == result.plan.params_before
@@ -131,7 +131,7 @@ def test_fewer_tokens_than_channels_measure_nothing(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A survey has the first of four samples of 32 tokens, or two of five, for 64 channels."""
+    """The pass has the first of four samples of 32 tokens, or two of five, for 64 channels."""
     model, options = str(tiny_checkpoint("llama")), OPTIONS | {"nsamples": nsamples}
     planned = slimgpt.plan(model, **options)
     result = slimgpt.prune(model, tmp_path / "slim", **options)
@@ -145,7 +145,7 @@ def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sensitivity, "costs_of_changes", lambda _, plans, *__: [math.nan] * 2 * len(plans)
+        sensitivity, "sensitivities", lambda _, blocks, *__: [[math.nan] * 2] * len(blocks)
     )
     with pytest.raises(NumericalError, match="overflow"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
@@ -166,12 +166,12 @@ def test_what_seems_to_cost_less_than_nothing_is_not_free(
     prices = []
 
     def move(*args: Any) -> list[BlockWidths]:
-        prices.extend(args[3])
+        prices.extend(chain.from_iterable(args[3]))
         return move_units(*args)
 
     monkeypatch.setattr(sensitivity, "move_units", move)
     monkeypatch.setattr(
-        sensitivity, "costs_of_changes", lambda _, plans, *__: [-0.01, 0.1] * len(plans)
+        sensitivity, "sensitivities", lambda _, blocks, *__: [[-0.01, 0.1]] * len(blocks)
     )
     slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
     assert min(prices) >= 0

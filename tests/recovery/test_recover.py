@@ -186,14 +186,14 @@ class InterruptedError_(BaseException):
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    on_log = trainer.MetricsWriter.on_log
+    on_log = trainer.MetricsLogger.on_log
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_log(self, args, state, control, **kwargs)
         if state.global_step == step:
             raise InterruptedError_
 
-    monkeypatch.setattr(trainer.MetricsWriter, "on_log", stop)
+    monkeypatch.setattr(trainer.MetricsLogger, "on_log", stop)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "distill"])
@@ -204,7 +204,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     whole = run(slim, tmp_path / "whole", data, **options)
     with monkeypatch.context() as patch:
         interrupt(patch, step=5)
-        patch.setattr(recover, "peak_memory", lambda: 10**15)
+        patch.setattr(trainer, "peak_memory", lambda: 10**15)
         with pytest.raises(InterruptedError_):
             run(slim, tmp_path / "out", data, **options)
     state = tmp_path / "out" / STATE_DIR

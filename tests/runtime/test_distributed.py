@@ -69,8 +69,10 @@ def test_two_processes_refit_as_one(tiny_checkpoint: Callable[[str], Path], tmp_
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     for one, many in zip(alone.report["blocks"], report["blocks"], strict=True):
-        assert one["ffn"]["refit"] < 0.97
-        assert many["ffn"]["refit"] == pytest.approx(one["ffn"]["refit"], rel=1e-3)
+        assert one["sublayers"][1]["refit"] < 0.97
+        assert many["sublayers"][1]["refit"] == pytest.approx(
+            one["sublayers"][1]["refit"], rel=1e-3
+        )
     expected = load_file(tmp_path / "alone" / "model.safetensors")
     for name, tensor in load_file(output / "model.safetensors").items():
         # Rounding grows in the steps of Adam.
@@ -174,7 +176,7 @@ def test_a_lost_process_ends_the_training(
     assert "internal error" not in died.stderr
 
 
-def test_more_processes_than_batches_of_the_survey(
+def test_more_processes_than_batches_of_the_sensitivity_pass(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     arguments = prune_arguments(tiny_checkpoint("llama"), tmp_path / "slim")

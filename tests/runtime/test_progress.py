@@ -60,7 +60,7 @@ def test_each_block_of_each_pass_is_told(
     with pytest.raises(StoppedError):
         slimgpt.prune(model, output, progress=stop_after_two_blocks, **PRUNING)
     blocks = [("block", done, 4) for done in (1, 2, 3, 4)]
-    assert calls == [*(("survey", done, 4) for done in (1, 2, 3, 4)), *blocks[:2]]
+    assert calls == [*(("sensitivity", done, 4) for done in (1, 2, 3, 4)), *blocks[:2]]
     calls.clear()
     slimgpt.prune(model, output, progress=lambda *call: calls.append(call), **PRUNING)
     assert calls == blocks  # those that were finished are replayed

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from interruption import InterruptionError, fail_at_block, fingerprint
 from safetensors.torch import load_file, save_file
 
 import slimgpt
@@ -27,17 +27,6 @@ from slimgpt.runtime.run_directory import STATE_DIR, Manifest, Stage, open_run
 
 OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
 KILLS = 20
-
-
-def fingerprint(directory: Path) -> dict[str, str]:
-    """Hash of every file; measured times and memory are left out of the report."""
-    report = directory / "pruning_report.json"
-    values = json.loads(report.read_text())
-    for measured in ("seconds", "peak_memory_bytes"):
-        del values[measured]
-    contents = {path.name: path.read_bytes() for path in directory.iterdir() if path != report}
-    contents[report.name] = json.dumps(values).encode()
-    return {name: sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def test_killed_runs_end_with_the_same_files(
@@ -67,10 +56,6 @@ def test_killed_runs_end_with_the_same_files(
         assert fingerprint(tmp_path / str(index)) == expected, outcome
 
 
-class InterruptionError(Exception):
-    """Stands for whatever ends a process."""
-
-
 @pytest.fixture
 def interrupted(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,17 +67,6 @@ def interrupted(
         slimgpt.prune(model, output, **OPTIONS)
     monkeypatch.undo()
     return model, output
-
-
-def fail_at_block(
-    index: int, error: BaseException, monkeypatch: pytest.MonkeyPatch, in_survey: bool = False
-) -> None:
-    def prune_block(block: Any, *args: Any) -> Any:
-        if block.index == index and args[-1] == in_survey:
-            raise error
-        return module.prune_block(block, *args)
-
-    monkeypatch.setattr(sequential, "prune_block", prune_block)
 
 
 def test_finished_blocks_are_not_solved_again(
@@ -117,7 +91,7 @@ def test_refitted_blocks_are_replayed(
     model, options = str(tiny_checkpoint("llama")), {"nsamples": 32, "seqlen": 64}
     options = OPTIONS | options | {"refit_epochs": 20}
     whole = slimgpt.prune(model, tmp_path / "whole", **options)
-    assert min(block["ffn"]["refit"] or 1 for block in whole.report["blocks"][:3]) < 1
+    assert min(block["sublayers"][1]["refit"] or 1 for block in whole.report["blocks"][:3]) < 1
     fail_at_block(3, InterruptionError(), monkeypatch)
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "resumed", **options)
@@ -126,12 +100,12 @@ def test_refitted_blocks_are_replayed(
     assert fingerprint(tmp_path / "resumed") == fingerprint(tmp_path / "whole")
 
 
-def test_an_interrupted_survey_goes_on(
+def test_an_interrupted_sensitivity_pass_goes_on(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = str(tiny_checkpoint("llama"))
     slimgpt.prune(model, tmp_path / "whole", **OPTIONS)
-    fail_at_block(2, InterruptionError(), monkeypatch, in_survey=True)
+    fail_at_block(2, InterruptionError(), monkeypatch, while_measuring=True)
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     monkeypatch.undo()
@@ -140,7 +114,10 @@ def test_an_interrupted_survey_goes_on(
     monkeypatch.setattr(
         sequential,
         "prune_block",
-        lambda block, *a: solved.append((block.index, a[-1])) or prune_block(block, *a),
+        lambda block, *a: (
+            solved.append((block.index, isinstance(a[2], sensitivity.MeasuringSlimGPT)))
+            or prune_block(block, *a)
+        ),
     )
     slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     assert solved == [(2, True), (3, True)] + [(index, False) for index in range(4)]
@@ -386,7 +363,7 @@ def test_a_full_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fail the n-th file of weights: four blocks of the survey, four, then shards."""
+    """Fail the n-th file of weights: four blocks of the sensitivity pass, four, then shards."""
     options = OPTIONS | {"max_shard_size": 50_000}
     model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     written = []
@@ -404,10 +381,10 @@ def test_a_full_disk(
     with pytest.raises(RunStateError, match="No space left on device") as raised:
         slimgpt.prune(model, output, **options)
     assert "free some space" in str(raised.value.hint)
-    surveyed, pruned = (
+    measured, pruned = (
         len(list(output.glob(f"{STATE_DIR}/{stage}-*.safetensors"))) for stage in get_args(Stage)
     )
-    assert surveyed == (failing if failing < 4 else 0)
+    assert measured == (failing if failing < 4 else 0)
     assert pruned == min(max(failing - 4, 0), 4)
     assert output.exists() == (failing > 0)
     slimgpt.prune(model, output, **options)
@@ -528,7 +505,7 @@ def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
     with caplog.at_level("INFO", "slimgpt"):
         slimgpt.prune(model, tmp_path / "mapped", **OPTIONS, activation_memory=1000)
         slimgpt.prune(model, tmp_path / "in_memory", **OPTIONS)
-    # The streams of the pruned and of the dense model: in the survey, for the costs, in the run.
+    # The streams of both models: in the sensitivity pass, for the gradients, in the run.
     file = tmp_path / "mapped" / STATE_DIR
     assert directories == [file, file, None, None, file, file] + [None] * 6
     assert "in a memory-mapped file" in caplog.text

@@ -1,1 +1,1 @@
-"""How much each block loses: schedules and arithmetic. No model runs in here."""
+"""Layer ratios and widths of every block: pure arithmetic, runs no model."""

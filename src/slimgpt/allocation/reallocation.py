@@ -5,22 +5,43 @@ from collections.abc import Sequence
 
 from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 
+SENSITIVITY_SHARE = 4  # the pass has one sample in so many; half as many others are probes
+MAX_PROBES, PROBE_TOKENS = 16, 512  # number of these others at most, and tokens of each
 
-def surveyed_removals(num_units: int, num_keep: int, multiple_of: int = 1) -> range:
-    """Numbers of removed units of a sublayer whose errors a survey measures.
 
-    They leave multiples of `multiple_of`, and go up to twice as many as are removed in the survey
-    itself: further away, what it has measured need not hold.
+def samples_needed(shapes: Sequence[BlockShape], seqlen: int) -> int:
+    """Least number of calibration samples that give the sensitivity pass a token for each channel.
+
+    With fewer tokens, what stays of an FFN fits them whatever goes: its errors are near 0.
     """
-    most = min(2 * (num_units - num_keep), num_units - multiple_of)
-    return range(num_units % multiple_of or multiple_of, most + 1, multiple_of)
+    most_units = max(sublayer.num_units for shape in shapes for sublayer in shape.sublayers)
+    return SENSITIVITY_SHARE * (math.ceil(most_units / seqlen) - 1) + 1
+
+
+def probe_samples(num_samples: int) -> list[int]:
+    """Indices of held-out samples for the gradients.
+
+    They are not among those of the sensitivity pass, if there are others.
+    """
+    step = 2 * SENSITIVITY_SHARE * math.ceil(num_samples / (2 * SENSITIVITY_SHARE * MAX_PROBES))
+    return list(range(1 % num_samples, num_samples, step))
+
+
+def measured_removals(num_units: int, num_keep: int, step: int = 1) -> range:
+    """Numbers of removed units of a sublayer at which the sensitivity pass measures its error.
+
+    They leave multiples of `step`. They go up to twice as many as the pass itself removes: further
+    away, what it has measured need not hold.
+    """
+    most = min(2 * (num_units - num_keep), num_units - step)
+    return range(num_units % step or step, most + 1, step)
 
 
 def move_units(
     shapes: Sequence[BlockShape],
     widths: Sequence[BlockWidths],
-    errors: Sequence[Sequence[float]],
-    prices: Sequence[float],
+    errors: Sequence[Sequence[Sequence[float]]],
+    prices: Sequence[Sequence[float]],
     multiple_of: int,
 ) -> list[BlockWidths]:
     """Remove as many parameters in all, but from where they are cheapest.
@@ -33,50 +54,28 @@ def move_units(
     ----------
     shapes, widths : sequence of BlockShape, sequence of BlockWidths
         The blocks, and the widths to begin with.
-    errors : sequence of sequences of float
-        For attention and FFN of each block in turn the error after each of `surveyed_removals`.
-    prices : sequence of float
-        For each of these sublayers what an error of 1 costs.
+    errors : sequence of sequences of sequences of float
+        By block and sublayer, the error after each of `measured_removals`.
+    prices : sequence of sequences of float
+        By block and sublayer, what an error of 1 costs.
     multiple_of : int
-        Of channels, see `plan_widths`.
+        Of channels, see `slimgpt.allocation.schedule.WidthRules`.
     """
-    budget, kept, steps = 0, [], []
-    for shape, width in zip(shapes, widths, strict=True):
+    budget, steps = 0, []
+    kept = [[sublayer.num_units for sublayer in shape.sublayers] for shape in shapes]
+    for block, (shape, width) in enumerate(zip(shapes, widths, strict=True)):
         budget += removed_params(shape, width)
-        for num_units, num_keep, params, multiple in (
-            (shape.num_groups, width.num_groups, shape.group_params, 1),
-            (shape.num_channels, width.num_channels, shape.channel_params, multiple_of),
-        ):
-            highest, before, error_before, index = 0.0, 0, 0.0, len(kept)
-            removals = surveyed_removals(num_units, num_keep, multiple)
-            for removed, error in zip(removals, errors[index], strict=True):
-                freed = (removed - before) * params
-                highest = max(highest, prices[index] * (error - error_before) / freed)
-                steps.append((highest, index, num_units - removed, freed))
+        for index, (sublayer, num_keep) in enumerate(zip(shape.sublayers, width, strict=True)):
+            highest, before, error_before = 0.0, 0, 0.0
+            removals = measured_removals(sublayer.num_units, num_keep, sublayer.step(multiple_of))
+            for removed, error in zip(removals, errors[block][index], strict=True):
+                freed = (removed - before) * sublayer.unit_params
+                price = prices[block][index]
+                highest = max(highest, price * (error - error_before) / freed)
+                steps.append((highest, block, index, -(sublayer.num_units - removed), freed))
                 before, error_before = removed, error
-            kept.append(num_units)
-    for _, index, num_keep, freed in sorted(steps, key=lambda step: (step[0], step[1], -step[2])):
+    for _, block, index, less, freed in sorted(steps):
         if freed <= 2 * budget:
             budget -= freed
-            kept[index] = num_keep
-    return [BlockWidths(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
-
-
-SURVEY_SHARE = 4  # one sample in so many; half as many others show what errors cost
-
-MAX_PROBES, PROBE_TOKENS = 16, 512  # of these others at most, and tokens of each
-
-
-def samples_needed(shapes: Sequence[BlockShape], seqlen: int) -> int:
-    """Least number of calibration samples of which a survey gets as many tokens as channels.
-
-    With fewer tokens, what stays of an FFN fits them whatever goes: its errors are near 0.
-    """
-    num_channels = max(shape.num_channels for shape in shapes)
-    return SURVEY_SHARE * (math.ceil(num_channels / seqlen) - 1) + 1
-
-
-def probe_samples(num_samples: int) -> list[int]:
-    """Some samples, other than those of the survey if there are others."""
-    step = 2 * SURVEY_SHARE * math.ceil(num_samples / (2 * SURVEY_SHARE * MAX_PROBES))
-    return list(range(1 % num_samples, num_samples, step))
+            kept[block][index] = -less
+    return [tuple(width) for width in kept]

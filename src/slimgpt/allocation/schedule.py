@@ -8,6 +8,7 @@ section 3.4 (Incremental Pruning Ratio).
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 from slimgpt.errors import ConfigError
@@ -29,169 +30,188 @@ def curve(schedule: str, num_blocks: int) -> list[float]:
     return rising[::-1] if decrease else rising
 
 
-def layer_ratios(
-    shapes: Sequence[BlockShape], ratio: float, schedule: str, min_ratio: float | None = None
-) -> list[float]:
+@dataclass(frozen=True)
+class Schedule:
+    """How the ratios of the blocks follow from one ratio, see `layer_ratios`."""
+
+    ratio: float
+    curve: str = "log"
+    min_ratio: float | None = None
+
+
+def layer_ratios(shapes: Sequence[BlockShape], schedule: Schedule) -> list[float]:
     """Ratio of each block, such that their mean, weighted by parameters, is the target.
 
     Parameters
     ----------
     shapes : sequence of BlockShape
         The blocks, first to last.
-    ratio : float
-        Fraction of all prunable parameters to remove, in [0, 1).
-    schedule : {"log", "linear", "uniform", "log_decrease", "linear_decrease"}
-        See `curve`.
-    min_ratio : float, optional
-        The smallest ratio r_0; ``ratio / 8`` if not given. The largest one follows from it.
+    schedule : Schedule
+        ``ratio`` is the fraction of all prunable parameters to remove, in [0, 1). ``curve`` is
+        ``log``, ``linear``, ``uniform``, ``log_decrease`` or ``linear_decrease``, see `curve`.
+        ``min_ratio`` is the smallest ratio r_0, by default ``ratio / 8``; the largest one follows
+        from it.
 
     Returns
     -------
     list of float
         r_i = r_0 + (r_max − r_0)·curve_i.
     """
-    smallest = ratio / 8 if min_ratio is None else min_ratio
-    positions = curve(schedule, len(shapes))
+    smallest = schedule.ratio / 8 if schedule.min_ratio is None else schedule.min_ratio
+    positions = curve(schedule.curve, len(shapes))
     total = sum(shape.params for shape in shapes)
     weighted = sum(shape.params * s for shape, s in zip(shapes, positions, strict=True))
-    spread = (ratio - smallest) * total / weighted
+    spread = (schedule.ratio - smallest) * total / weighted
     return [smallest + spread * s for s in positions]
 
 
-def plan_widths(
-    shapes: Sequence[BlockShape],
-    ratio: float,
-    schedule: str = "log",
-    min_ratio: float | None = None,
-    multiple_of: int = 8,
-    uniform_groups: Collection[int] | None = None,
-    given: Sequence[float] = (),
-    attention_share: float = 1.0,
+@dataclass(frozen=True)
+class WidthRules:
+    """Which widths a block may have.
+
+    Attributes
+    ----------
+    multiple_of : int
+        FFN widths are multiples of this, or the original width.
+    group_counts : collection of int, optional
+        If given, all blocks get the same widths, with a number of key/value groups from this
+        collection. The ratios must be uniform too.
+    attention_share : float
+        Ratio of attention over that of its block, from 0 to 1.
+    """
+
+    multiple_of: int = 8
+    group_counts: Collection[int] | None = None
+    attention_share: float = 1.0
+
+
+def scheduled_widths(
+    shapes: Sequence[BlockShape], schedule: Schedule, rules: WidthRules
 ) -> list[BlockWidths]:
     """Integer widths of every block that together meet the target ratio.
 
     A block loses as many groups as the ratio of its attention covers in whole, more where the FFN
     cannot make up for that, and keeps at least one; the FFN takes up the difference (a group more
-    costs far more, see docs/method.md). Channels are rounded to multiples, and what rounding left
-    over is carried to the next block, so that the whole model misses the target by half a step of
-    the last block at most (more only where a group has more parameters than the FFN of its block
-    can make up for).
-
-    Parameters
-    ----------
-    shapes, ratio, schedule, min_ratio
-        See `layer_ratios`.
-    multiple_of : int
-        FFN widths are multiples of this, or the original width.
-    uniform_groups : collection of int, optional
-        If given, all blocks get the same widths, with a number of groups from this collection;
-        nothing is carried over. The schedule must be uniform too.
-    given : sequence of float, optional
-        Ratios of the first blocks; the others keep all. The ratio and the schedule do not matter
-        then.
-    attention_share : float
-        Ratio of attention over that of its block, from 0 to 1.
+    costs far more, see docs/method.md). Channels are rounded to multiples. What rounding left over
+    is carried to the next block, so that the whole model misses the target by half a step of the
+    last block at most (more only where a group has more parameters than the FFN of its block can
+    make up for).
 
     Returns
     -------
-    list of BlockWidths
-        First block to last.
+    list of tuple of int
+        Units that each block keeps, first block to last, by sublayer.
 
     Raises
     ------
     ConfigError
         If some block would lose more than it can; names the largest feasible ratio. If uniform
-        widths are asked for and the blocks differ. If more ratios are given than there are blocks.
+        widths are asked for and the blocks differ.
     """
-    if len(given) > len(shapes):
-        raise ConfigError(
-            f"layer_ratios has {len(given)} ratios, but there are {len(shapes)} layers",
-            hint=f"give {len(shapes)} ratios at most",
-        )
-    if uniform_groups is not None and len(set(shapes)) > 1:
-        raise ConfigError(
-            "uniform widths need blocks that are all alike, but the blocks of this model differ",
-            hint="prune the original model, or leave out --uniform",
-        )
-    limits = [largest_ratio(shape, multiple_of, uniform_groups) for shape in shapes]
-    if given:
-        ratios = [*given, *[0.0] * (len(shapes) - len(given))]
-    else:
-        ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
+    limits = _limits(shapes, rules)
+    ratios = layer_ratios(shapes, schedule)
     worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
-    if ratios[worst] > limits[worst] and given:
-        raise ConfigError(
-            f"layer_ratios takes {ratios[worst]:.1%} of block {worst}, which can lose "
-            f"{limits[worst]:.1%} at most",
-            hint="give that block a smaller ratio: one group and one step of channels stay",
-        )
     if ratios[worst] > limits[worst]:
-        feasible = _largest_feasible(shapes, limits, schedule, min_ratio)
+        feasible = _largest_feasible(shapes, limits, schedule)
         raise ConfigError(
-            f"ratio={ratio} with schedule={schedule!r} takes {ratios[worst]:.1%} of block {worst}, "
-            f"which can lose {limits[worst]:.1%} at most",
+            f"ratio={schedule.ratio} with schedule={schedule.curve!r} takes {ratios[worst]:.1%} of "
+            f"block {worst}, which can lose {limits[worst]:.1%} at most",
             hint="no ratio is feasible with these options: lower --min-ratio"
             if feasible is None
             else f"the largest feasible ratio with these options is {feasible:.3f}; "
             "a higher --min-ratio or --schedule uniform allows more",
         )
     widths, carried = [], 0.0
-    for shape, block_ratio in zip(shapes, ratios, strict=True):
-        budget = block_ratio * shape.params + carried
-        attention_ratio = attention_share * block_ratio
-        width = _block_widths(shape, attention_ratio, budget, multiple_of, uniform_groups)
-        if uniform_groups is None and not given:
+    for shape, ratio in zip(shapes, ratios, strict=True):
+        budget = ratio * shape.params + carried
+        width = _block_widths(shape, ratio, budget, rules)
+        if rules.group_counts is None:
             carried = budget - removed_params(shape, width)
         widths.append(width)
     return widths
 
 
-def _block_widths(
-    shape: BlockShape,
-    attention_ratio: float,
-    budget: float,
-    multiple_of: int,
-    group_counts: Collection[int] | None,
-) -> BlockWidths:
-    """Groups next above the exact number, if the FFN can take the rest, and that rest."""
+def given_widths(
+    shapes: Sequence[BlockShape], ratios: Sequence[float], rules: WidthRules
+) -> list[BlockWidths]:
+    """Integer widths for given ratios of the first blocks; the other blocks keep all.
 
-    def exact_channels(groups: int) -> float:
-        from_ffn = budget - (shape.num_groups - groups) * shape.group_params
-        return shape.num_channels - from_ffn / shape.channel_params
+    Raises
+    ------
+    ConfigError
+        If a block would lose more than it can, or there are more ratios than blocks.
+    """
+    if len(ratios) > len(shapes):
+        raise ConfigError(
+            f"layer_ratios has {len(ratios)} ratios, but there are {len(shapes)} layers",
+            hint=f"give {len(shapes)} ratios at most",
+        )
+    limits = _limits(shapes, rules)
+    worst = max(range(len(ratios)), key=lambda i: ratios[i] - limits[i])
+    if ratios[worst] > limits[worst]:
+        raise ConfigError(
+            f"layer_ratios takes {ratios[worst]:.1%} of block {worst}, which can lose "
+            f"{limits[worst]:.1%} at most",
+            hint="give that block a smaller ratio: one group and one step of channels stay",
+        )
+    filled = [*ratios, *[0.0] * (len(shapes) - len(ratios))]
+    return [
+        _block_widths(shape, ratio, ratio * shape.params, rules)
+        for shape, ratio in zip(shapes, filled, strict=True)
+    ]
 
-    def preference(groups: int) -> tuple[float, bool, float]:
-        channels = exact_channels(groups)
-        beyond = max(least - channels, channels - shape.num_channels) - multiple_of / 2
-        return max(beyond, 0.0), groups < exact_groups, abs(groups - exact_groups)
 
-    least = min(multiple_of, shape.num_channels)
-    exact_groups = shape.num_groups * (1 - attention_ratio) - 1e-9
-    counts = range(1, shape.num_groups + 1) if group_counts is None else group_counts
-    groups = min(counts, key=preference)
-    channels = exact_channels(groups)
-    lower = max(math.floor(channels / multiple_of) * multiple_of, least)
-    steps = (min(lower + multiple_of, shape.num_channels), min(lower, shape.num_channels))
-    return BlockWidths(groups, min(steps, key=lambda step: abs(step - channels)))
+def largest_ratio(shape: BlockShape, rules: WidthRules) -> float:
+    """Ratio of a block that keeps the least number of units in each sublayer."""
+    least = [min(sub.step(rules.multiple_of), sub.num_units) for sub in shape.sublayers]
+    if rules.group_counts is not None:
+        least[0] = min(rules.group_counts)
+    return removed_params(shape, least) / shape.params
 
 
-def largest_ratio(
-    shape: BlockShape, multiple_of: int, group_counts: Collection[int] | None = None
-) -> float:
-    """Ratio of a block that keeps the least number of groups and `multiple_of` channels."""
-    groups = 1 if group_counts is None else min(group_counts)
-    channels = min(multiple_of, shape.num_channels)
-    return removed_params(shape, BlockWidths(groups, channels)) / shape.params
+def _limits(shapes: Sequence[BlockShape], rules: WidthRules) -> list[float]:
+    if rules.group_counts is not None and len(set(shapes)) > 1:
+        raise ConfigError(
+            "uniform widths need blocks that are all alike, but the blocks of this model differ",
+            hint="prune the original model, or leave out --uniform",
+        )
+    return [largest_ratio(shape, rules) for shape in shapes]
+
+
+def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRules) -> BlockWidths:
+    """Units of each sublayer next above the exact number; the last one takes up the rest."""
+    *others, last = shape.sublayers
+    step = last.step(rules.multiple_of)
+    least = min(step, last.num_units)
+    widths = []
+    for sublayer in others:
+        share = rules.attention_share if sublayer.kind == "attention" else 1.0
+        exact = sublayer.num_units * (1 - share * ratio) - 1e-9
+        counts = rules.group_counts or range(1, sublayer.num_units + 1)
+        preferences = []
+        for count in counts:
+            rest = budget - (sublayer.num_units - count) * sublayer.unit_params
+            left = last.num_units - rest / last.unit_params
+            beyond = max(least - left, left - last.num_units) - step / 2
+            preferences.append((max(beyond, 0.0), count < exact, abs(count - exact), count))
+        count = min(preferences)[-1]
+        budget -= (sublayer.num_units - count) * sublayer.unit_params
+        widths.append(count)
+    left = last.num_units - budget / last.unit_params
+    lower = max(math.floor(left / step) * step, least)
+    steps = (min(lower + step, last.num_units), min(lower, last.num_units))
+    return (*widths, min(steps, key=lambda candidate: abs(candidate - left)))
 
 
 def _largest_feasible(
-    shapes: Sequence[BlockShape], limits: Sequence[float], schedule: str, min_ratio: float | None
+    shapes: Sequence[BlockShape], limits: Sequence[float], schedule: Schedule
 ) -> float | None:
     """Largest ratio, in thousandths, that leaves every block within its limit."""
 
     def feasible(ratio: float) -> bool:
-        ratios = layer_ratios(shapes, ratio, schedule, min_ratio)
+        ratios = layer_ratios(shapes, replace(schedule, ratio=ratio))
         return all(r <= limit for r, limit in zip(ratios, limits, strict=True))
 
-    smallest = 0 if schedule == "uniform" else math.ceil((min_ratio or 0.0) * 1000)
+    smallest = 0 if schedule.curve == "uniform" else math.ceil((schedule.min_ratio or 0.0) * 1000)
     thousandths = (n / 1000 for n in range(999, smallest - 1, -1))
     return next(filter(feasible, thousandths), None)

@@ -1,41 +1,51 @@
-"""What can be removed from a block, and what it keeps."""
+"""What can be removed from a block, and what it keeps: a list of sublayers of equal units."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class BlockShape:
-    """What can be removed from one block.
+class SublayerShape:
+    """What can be removed from a sublayer.
 
     Attributes
     ----------
-    num_groups, num_channels : int
-        Key/value groups of attention and channels of the FFN.
-    group_params, channel_params : int
-        Parameters that go with one of them.
+    kind : str
+        ``attention`` or ``ffn``.
+    num_units : int
+        Key/value groups of attention, channels of an FFN.
+    unit_params : int
+        Parameters that go with a unit.
     """
 
-    num_groups: int
-    group_params: int
-    num_channels: int
-    channel_params: int
+    kind: str
+    num_units: int
+    unit_params: int
 
-    @property
-    def params(self) -> int:
-        """Prunable parameters of the block."""
-        return self.num_groups * self.group_params + self.num_channels * self.channel_params
+    def step(self, multiple_of: int) -> int:
+        """Number that the units left must be a multiple of: only for channels is it not 1."""
+        return multiple_of if self.kind == "ffn" else 1
 
 
 @dataclass(frozen=True)
-class BlockWidths:
-    """How many key/value groups and FFN channels a block keeps."""
+class BlockShape:
+    """What can be removed from a block: its sublayers, in the order of computation."""
 
-    num_groups: int
-    num_channels: int
+    sublayers: tuple[SublayerShape, ...]
+
+    @property
+    def params(self) -> int:
+        """All parameters that can be removed."""
+        return sum(sublayer.num_units * sublayer.unit_params for sublayer in self.sublayers)
 
 
-def removed_params(shape: BlockShape, widths: BlockWidths) -> int:
+# Units that a block keeps, for each of its sublayers.
+BlockWidths = tuple[int, ...]
+
+
+def removed_params(shape: BlockShape, widths: Sequence[int]) -> int:
     """Parameters that a block of these widths has lost."""
-    return (shape.num_groups - widths.num_groups) * shape.group_params + (
-        shape.num_channels - widths.num_channels
-    ) * shape.channel_params
+    return sum(
+        (sublayer.num_units - num_keep) * sublayer.unit_params
+        for sublayer, num_keep in zip(shape.sublayers, widths, strict=True)
+    )

@@ -1,1 +1,1 @@
-"""Measure latency and memory."""
+"""Measure speed and memory in transformers, llama.cpp and vLLM (``slimgpt bench``)."""

@@ -1,1 +1,1 @@
-"""Run blocks over the calibration samples and collect statistics."""
+"""Run blocks on the calibration samples and collect statistics of their activations."""

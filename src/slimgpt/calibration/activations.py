@@ -1,11 +1,12 @@
-"""Run the blocks of a model over the calibration samples, one sublayer at a time.
+"""Run the blocks of a model on the calibration samples, one sublayer at a time.
 
-A sublayer is run once. Its output projection is taken out for the time of the run, so that what
-it returns is the input of that projection; the statistics and, after pruning, the sublayer's
-output both come from these activations. A whole run costs one forward through each block.
+A sublayer runs once, with its output projection replaced by the identity, so that it returns the
+input of that projection. These activations give both the statistics and, after pruning, the
+sublayer's output. A sequential pass costs one forward pass through each block, and a second one for
+the dense stream, if there is one.
 
-Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``I`` columns of the
-output projection, ``O`` its rows (as many as ``C``).
+Shape suffixes: ``N`` samples, ``T`` tokens per sample, ``C`` hidden size, ``I`` columns of the
+output projection, ``O`` its rows (``O`` = ``C``).
 """
 
 import math
@@ -15,25 +16,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.models.device import fast_products, products_of
-from slimgpt.models.family import Block, Sublayer, blocks_of, decoder_of, family_of
+from slimgpt.models.device import autocast, bfloat16_matmul
+from slimgpt.models.family import Sublayer, blocks_of, decoder_of, family_of
 from slimgpt.runtime import distributed
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
 
 CHUNK = 2**24  # bytes
 
-PANEL_SIZE = 256  # of the symmetric products, of which only one half is computed
+PANEL_SIZE = 256  # of the symmetric products, of which only the upper half is computed
 
 
 class Recorder(nn.Module):
-    """Stands in for a block: passes the hidden states on and keeps the other arguments."""
+    """Placeholder for a block: returns the hidden states and records the other arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,19 +48,19 @@ class Recorder(nn.Module):
 
 @dataclass
 class Stream:
-    """The residual stream of the samples at the entry of the next sublayer.
+    """The residual stream of the samples before the next sublayer.
 
     Attributes
     ----------
     hidden_NTC : Tensor
-        In the model's dtype, in host memory or a memory-mapped file.
+        In the model's dtype, in host memory or in a memory-mapped file.
     dense_NTC : Tensor or None
-        The same in the dense model, if errors are corrected.
+        The same for the dense model, if inherited errors are corrected.
     batch_size : int
-        Samples that go through a sublayer together.
+        Samples per forward pass of a sublayer.
     kwargs : list of dict
-        For each block the arguments it gets beside the hidden states (positions, mask); they are
-        the same for every sample.
+        Arguments of each block beside the hidden states (positions, mask); they are the same for
+        every sample.
     """
 
     hidden_NTC: Tensor
@@ -68,16 +69,16 @@ class Stream:
     kwargs: list[dict[str, Any]]
 
     def batches(self) -> tuple[Tensor, ...]:
-        """Views of some samples each."""
+        """Split the stream into batches, which are views."""
         return self.hidden_NTC.split(self.batch_size)
 
     def dense_batches(self) -> tuple[Tensor, ...]:
-        """The same of the dense model; none if it has none."""
+        """Split the dense model's stream in the same way; empty if there is none."""
         return () if self.dense_NTC is None else self.dense_NTC.split(self.batch_size)
 
 
 def choose_batch_size(num_samples: int, seqlen: int) -> int:
-    """Samples of a batch: some thousand tokens, but several batches that can be shared out."""
+    """Choose the samples per batch: a few thousand tokens, but several batches to distribute."""
     return max(1, min(TOKENS_PER_BATCH // seqlen, num_samples // MIN_BATCHES))
 
 
@@ -89,26 +90,26 @@ def embed(
     with_dense: bool = False,
     directory: Path | None = None,
 ) -> Stream:
-    """Compute what enters the first block.
+    """Compute the input of the first block.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model of a supported family; its blocks are not used.
+        A causal language model of a supported family; its blocks are not run.
     samples_NT : Tensor
         int64, calibration tokens.
     batch_size : int
         From `choose_batch_size`.
     with_dense : bool
-        Whether the stream of the dense model is carried too.
+        Whether to keep a second stream for the dense model.
     directory : Path, optional
-        Where the stream shall be in a memory-mapped file, instead of in memory. The file has no
-        name, so that nothing of it stays when the process ends, in whatever way.
+        If given, the stream is in a memory-mapped file there, instead of in memory. The file is
+        unlinked at once, so that nothing remains however the process ends.
 
     Raises
     ------
     OSError
-        If there is no room for the file.
+        If there is not enough space for the file.
     """
     decoder, blocks = decoder_of(model), blocks_of(model)
     device = next(model.get_input_embeddings().parameters()).device
@@ -127,15 +128,15 @@ def embed(
     return Stream(hidden_NTC, dense_NTC, batch_size, [recorder.kwargs for recorder in recorders])
 
 
-def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:
+def run_sublayer(sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:
     """Compute the input of a sublayer's output projection.
 
     Parameters
     ----------
-    block, sublayer
+    sublayer : Sublayer
         What to run.
     stream : Stream
-        Where the other arguments of the block are.
+        Has the other arguments of the block.
     hidden_NTC : Tensor
         One batch of the residual stream.
 
@@ -144,34 +145,35 @@ def run_sublayer(block: Block, sublayer: Sublayer, stream: Stream, hidden_NTC: T
     Tensor
         batch_NTI, on the device of the block.
     """
-    kwargs = stream.kwargs[block.index] if sublayer.kind == "attention" else {}
+    kwargs = stream.kwargs[sublayer.block] if sublayer.kind == "attention" else {}
     name, projection = sublayer.spec.output, sublayer.output
     hidden_NTC = hidden_NTC.to(projection.weight.device)
     sublayer.module.set_submodule(name, nn.Identity())
     try:
-        with fast_products(projection.weight):
+        with autocast(projection.weight):
             result = sublayer.module(sublayer.norm(hidden_NTC), **kwargs)
     finally:
         sublayer.module.set_submodule(name, projection)
     return result[0] if isinstance(result, tuple) else result
 
 
-class Activations(NamedTuple):
+@dataclass
+class Activations:
     """Inputs of a sublayer's output projection.
 
     Attributes
     ----------
     hessian_II : Tensor
-        E[x xᵀ] over the tokens of all processes, float64 (on the CPU where the device has no such
-        type), accumulated from float32 sums over one batch each.
+        E[x xᵀ] over the tokens of all processes, float64 (on the CPU if the device does not support
+        it), accumulated from float32 sums per batch.
     mean_I : Tensor
-        E[x], of the same type.
+        E[x], in the same type.
     kept : list of Tensor
-        The activations themselves, batch by batch, as far as there was room for them.
+        The activations of the first batches, as many as fit into the budget.
     cross_OI : Tensor or None
-        E[(h_dense − h − b) xᵀ], where h_dense is the residual stream of the dense model after the
-        sublayer, h that of the pruned model before it, and b the bias of the output projection;
-        None without the dense model.
+        E[(h_dense − h − b) xᵀ], where h_dense is the dense model's residual stream after the
+        sublayer, h the pruned model's before it, and b the bias of the output projection;
+        None without a dense stream.
     """
 
     hessian_II: Tensor
@@ -179,22 +181,28 @@ class Activations(NamedTuple):
     kept: list[Tensor]
     cross_OI: Tensor | None = None
 
+    def take_sums(self) -> tuple[Tensor, Tensor | None]:
+        """Give `hessian_II` and `cross_OI` away, so that whoever has them can free them."""
+        taken = self.hessian_II, self.cross_OI
+        del self.hessian_II, self.cross_OI
+        return taken
+
 
 @torch.no_grad()
-def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
+def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
     """Run a sublayer up to its output projection, and gather the statistics.
 
     Parameters
     ----------
-    block, sublayer
+    sublayer : Sublayer
         What to run.
     stream : Stream
-        The residual stream before the sublayer, but that of the dense model after it.
+        The residual stream before the sublayer; the dense model's already after it.
     budget : int
-        Bytes of activations to keep.
+        Maximum bytes of activations to keep.
     """
     size, device = sublayer.output.in_features, sublayer.output.weight.device
-    if device.type == "mps":  # has no float64
+    if device.type == "mps":  # which has no float64
         device = torch.device("cpu")
     total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
     sum_I, num_tokens = total_II.new_zeros(size), total_II.new_zeros(())
@@ -204,9 +212,9 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
     kept: list[Tensor] = []
     panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
     for hidden_NTC, dense_NTC in zip_longest(stream.batches(), stream.dense_batches()):
-        batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
+        batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
         rows_TI = batch_NTI.flatten(0, 1).float()
-        with products_of(batch_NTI):
+        with bfloat16_matmul(batch_NTI):
             for start, stop in panels:
                 product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
                 total_II[start:stop, start:] += product.to(device)
@@ -222,55 +230,52 @@ def collect(block: Block, sublayer: Sublayer, stream: Stream, budget: int) -> Ac
             kept.append(batch_NTI)
     for start, stop in panels:
         total_II[stop:, start:stop] = total_II[start:stop, stop:].T
-    distributed.add_up(num_tokens)
-    hessian_II = distributed.add_up(total_II).div_(num_tokens)
-    mean_I = distributed.add_up(sum_I).div_(num_tokens)
+    distributed.all_reduce(num_tokens)
+    hessian_II = distributed.all_reduce(total_II).div_(num_tokens)
+    mean_I = distributed.all_reduce(sum_I).div_(num_tokens)
     if cross_OI is not None:
-        distributed.add_up(cross_OI).div_(num_tokens)
+        distributed.all_reduce(cross_OI).div_(num_tokens)
     return Activations(hessian_II, mean_I, kept, cross_OI)
 
 
 @torch.no_grad()
 def propagate(
-    block: Block,
     sublayer: Sublayer,
     stream: Stream,
     columns: Tensor,
     weight: Tensor,
     kept: Sequence[Tensor] = (),
 ) -> None:
-    """Add the output of the sublayer as it will be to the residual stream, in place.
+    """Add the output of the pruned sublayer to the residual stream, in place.
 
     Parameters
     ----------
-    block, sublayer
-        The sublayer, which must still be as it was.
+    sublayer : Sublayer
+        It must still be as it was.
     stream : Stream
-        The residual stream before the sublayer; afterwards the one after it.
+        The residual stream before the sublayer; on return, the one after it.
     columns : Tensor
-        The columns of the activations that stay, sorted.
+        The columns of the activations that are kept, sorted.
     weight : Tensor
         (out features, columns), the new weight of the output projection, in the model's dtype.
     kept : sequence of Tensor
-        Activations from `collect`; those that are not among them are computed.
+        Activations from `collect`; the missing ones are computed again.
     """
     for hidden_NTC, known_NTI in zip_longest(stream.batches(), kept):
         batch_NTI = known_NTI
         if batch_NTI is None:
-            batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
-        with fast_products(weight):
+            batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
+        with autocast(weight):
             output = nn.functional.linear(batch_NTI[..., columns], weight, sublayer.output.bias)
         hidden_NTC.add_(output.to(hidden_NTC.device))
 
 
 @torch.no_grad()
-def pass_through(
-    block: Block, sublayer: Sublayer, stream: Stream, batches: Iterable[Tensor]
-) -> None:
+def pass_through(sublayer: Sublayer, stream: Stream, batches: Iterable[Tensor]) -> None:
     """Add the output of the sublayer as it is to batches of a residual stream, in place."""
     for hidden_NTC in batches:
-        batch_NTI = run_sublayer(block, sublayer, stream, hidden_NTC)
-        with fast_products(sublayer.output.weight):
+        batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
+        with autocast(sublayer.output.weight):
             output = sublayer.output(batch_NTI)
         hidden_NTC.add_(output.to(hidden_NTC.device))
 
@@ -282,7 +287,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None
     descriptor, name = tempfile.mkstemp(dir=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            # A hole in a mapped file would crash the process where the disk is full.
+            # Writing to a hole in a mapped file would crash the process if the disk is full.
             num_bytes = size * dtype.itemsize
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, num_bytes)

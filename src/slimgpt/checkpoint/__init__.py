@@ -1,1 +1,1 @@
-"""What is written to and read from a model directory."""
+"""The files of a pruned model: weights, config, modelling code, report, model card."""

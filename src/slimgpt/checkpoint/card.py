@@ -9,7 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from yaml import YAMLError
 
 from slimgpt.checkpoint.results import (
     PERPLEXITY_FILE,
@@ -19,10 +20,18 @@ from slimgpt.checkpoint.results import (
     TASKS_FILE,
     PruningReport,
     RecoveryReport,
-    read_report,
     read_typed,
 )
+from slimgpt.data.datasets import short_name
 from slimgpt.errors import ConfigError, SlimGPTError
+from slimgpt.presentation.tables import (
+    escaped,
+    markdown_table,
+    perplexity_table,
+    sizes,
+    tasks_table,
+    to_markdown,
+)
 from slimgpt.runtime.files import write_atomically
 from slimgpt.runtime.locks import writing_alone
 
@@ -30,23 +39,14 @@ log = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 
-_CARD = """---
-{front_matter}---
-# {base_name}, pruned by {percent:g} %
+_CARD = """
+# {base}, pruned by {percent:g} %
 
-A smaller dense model, made from {base_name} by structured pruning with
-SlimGPT {version}: whole key/value groups of attention and whole FFN channels are gone, and
+A smaller dense model, made from {base} by structured pruning with
+SlimGPT {version}. Whole key/value groups of attention and whole FFN channels are removed;
 {rest}.
 
-| | |
-|---|---|
-| Parameters | {params_before:,} → {params_after:,} |
-| Removed of the prunable block parameters, asked for | {target_ratio:.2%} |
-| Removed of the prunable block parameters, in fact | {block_ratio:.2%} |
-| Removed of all parameters, embeddings included | {total_ratio:.2%} |
-| Layer ratios | {layer_ratios} |
-| Calibration | {data}, {nsamples} × {seqlen} tokens, seed {seed} |
-| Method | {method} |
+{facts}
 
 ## Use
 
@@ -76,11 +76,10 @@ _REST = """the
 remaining weights are updated so that each layer's output changes as little as possible
 (method: [arXiv 2412.18110](https://arxiv.org/abs/2412.18110))"""
 
-_REST_OF_OTHERS = "the\nremaining weights are as they were (method for comparison: {method})"
-
 _METHOD = (
-    "slimgpt, channels {channel_selection}, head error {head_error}, "
-    "damping {damping} {damping_mode}, correction {correction}, refit epochs {refit_epochs}"
+    "slimgpt, channels {0.channel_selection}, head error {0.head_error}, "
+    "damping {0.damping} {0.damping_mode}, correction {0.correction}, "
+    "refit epochs {0.refit_epochs}"
 )
 
 _PERPLEXITY = "<!-- perplexity -->", "<!-- end of perplexity -->"
@@ -88,16 +87,17 @@ _PERPLEXITY = "<!-- perplexity -->", "<!-- end of perplexity -->"
 _TASKS = "<!-- tasks -->", "<!-- end of tasks -->"
 
 _WHY = """
-The layers differ in width, so a small modelling file comes with the checkpoint
+The layers differ in width, so the checkpoint has a small modelling file of its own
 (`trust_remote_code=True`). After `import slimgpt` it is not needed.
 """
 
 _RECOVERY = """
 ## Recovery
 
-After pruning, trained for {steps} steps of {batch_size} examples on {data}: method {method},
-learning rate {learning_rate:g}, {seqlen} tokens per example. Perplexity on {held_out}, windows of
-{seqlen} tokens: {before:.2f} before and {after:.2f} after. Curves: `{recovery_file}`.
+After pruning, fine-tuned for {report.steps} steps of {config.batch_size} examples on {data}:
+method {config.method}, learning rate {config.learning_rate:g}, {config.seqlen} tokens per example.
+Held-out perplexity on {held_out}, windows of {config.seqlen} tokens: {before:.2f} before and
+{after:.2f} after. Curves: `{file}`.
 """
 
 
@@ -109,25 +109,24 @@ def write_card(directory: Path) -> None:
     directory : Path
         Of a pruned model.
     """
-    raw = read_report(directory / REPORT_FILE, PruningReport)
-    report, base = _escaped(raw), raw["base_model"]
-    config, calibration = report["config"], report["calibration"]
-    uniform = config["uniform"]
-    is_ours = config["method"] == "slimgpt"
-    card = _CARD.format(
-        **{key: report[key] for key in ("params_before", "params_after")},
-        **{key: report[key] for key in ("target_ratio", "block_ratio", "total_ratio")},
-        **{key: calibration[key] for key in ("data", "nsamples", "seqlen")},
-        seed=config["seed"],
-        layer_ratios=_layer_ratios(config, report["layer_ratios"], report["is_measured"]),
-        rest=_REST if is_ours else _REST_OF_OTHERS.format(**config),
-        method=_METHOD.format(**config) if is_ours else config["method"],
-        front_matter=_front_matter(base),
-        percent=round(100 * report["target_ratio"], 4),
-        base_name=report["base_model"],
-        version=report["versions"]["slimgpt"],
-        trust="" if uniform else ", trust_remote_code=True",
-        why="" if uniform else _WHY,
+    report = read_typed(directory / REPORT_FILE, PruningReport)
+    config, calibration = report.config, report.calibration
+    is_ours = config.method == "slimgpt"
+    facts = sizes(report) | {
+        "Layer ratios": _layer_ratios(config, report.layer_ratios, report.is_measured),
+        "Calibration": f"{escaped(calibration.data)}, {calibration.nsamples} × "
+        f"{calibration.seqlen} tokens, seed {config.seed}",
+        "Method": _METHOD.format(config) if is_ours else config.method,
+    }
+    others = f"the\nremaining weights are unchanged (baseline method: {config.method})"
+    body = _CARD.format(
+        base=escaped(report.base_model),
+        percent=round(100 * report.target_ratio, 4),
+        version=escaped(report.versions["slimgpt"]),
+        rest=_REST if is_ours else others,
+        facts=markdown_table(("", ""), facts.items()),
+        trust="" if config.uniform else ", trust_remote_code=True",
+        why="" if config.uniform else _WHY,
         recovery=_recovery(directory / RECOVERY_FILE),
         perplexity=_PERPLEXITY[0],
         end_of_perplexity=_PERPLEXITY[1],
@@ -135,122 +134,120 @@ def write_card(directory: Path) -> None:
         end_of_tasks=_TASKS[1],
         report_file=REPORT_FILE,
     )
-    write_atomically(directory / CARD_FILE, card)
+    metadata = _metadata(report.base_model).to_yaml()
+    write_atomically(directory / CARD_FILE, f"---\n{metadata}\n---\n{body}")
 
 
-def _front_matter(base: str) -> str:
+def _metadata(base: str) -> ModelCardData:
     """Metadata for the hub, with the base model if that is there."""
-    values: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["slimgpt", "pruned"],
-    }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        values["base_model"] = base
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    return ModelCardData(
+        base_model=base if is_on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["slimgpt", "pruned"],
+        **(_license(base) if is_on_hub else {}),
+    )
 
 
-def _plain(text: str) -> str:
-    """Text on one line, without characters that cannot be printed."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def _license(base: str) -> dict[str, Any]:
+    """The license of a model of the hub, where its card is in the cache."""
+    file = try_to_load_from_cache(base, CARD_FILE)
+    if not isinstance(file, str):
+        return {}
+    try:
+        data = _read_card(Path(file)).data
+    except ConfigError as err:
+        log.debug("the license of %s is unknown: %s", base, err)
+        return {}
+    return {name: data.get(name) for name in ("license", "license_name")}
 
 
-def _escaped(value: Any) -> Any:
-    """JSON values, in whose texts nothing is markup for Markdown or HTML."""
-    if isinstance(value, str):
-        for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-            value = value.replace(character, entity)
-        return re.sub(r"([\\`*\[\]|~$])", r"\\\1", _plain(value))
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+def _read_card(file: Path) -> ModelCard:
+    """Read a card and its metadata, which others may have written."""
+    try:
+        return ModelCard.load(file)
+    except (OSError, LookupError, RecursionError, TypeError, ValueError, YAMLError) as err:
+        raise ConfigError(
+            f"{file}, which cannot be read: {' '.join(str(err).split())}",
+            hint="a model card is Markdown in UTF-8 with YAML at its top",
+        ) from None
 
 
-def _layer_ratios(config: dict[str, Any], ratios: Sequence[float], is_measured: bool) -> str:
-    if given := config["layer_ratios"]:
+def _layer_ratios(config: Any, ratios: Sequence[float], is_measured: bool) -> str:
+    if given := config.layer_ratios:
         percents = ", ".join(f"{ratio:.1%}" for ratio in ratios[: len(given)])
         return f"given: {percents} of the first blocks; the others are whole"
     if is_measured:
         return f"measured, {min(ratios):.1%} to {max(ratios):.1%}"
-    return (
-        f"{config['schedule']}, {ratios[0]:.1%} in the first block to {ratios[-1]:.1%} in the last"
-    )
+    return f"{config.schedule}, {ratios[0]:.1%} in the first block to {ratios[-1]:.1%} in the last"
 
 
 def _recovery(file: Path) -> str:
     if not file.is_file():
         return ""
-    report = _escaped(read_report(file, RecoveryReport))
-    config, curve = report["config"], report["held_out_perplexity"]
+    report = read_typed(file, RecoveryReport)
+    curve = report.held_out_perplexity
     return _RECOVERY.format(
-        **{key: report[key] for key in ("steps", "data", "held_out")},
-        **{key: config[key] for key in ("batch_size", "method", "learning_rate", "seqlen")},
+        report=report,
+        config=report.config,
+        data=escaped(report.data),
+        held_out=escaped(report.held_out),
         before=curve[0][1],
         after=curve[-1][1],
-        recovery_file=RECOVERY_FILE,
+        file=RECOVERY_FILE,
     )
 
 
-def _update_card(directory: Path, name: str, results: list[dict[str, Any]]) -> None:
-    """Replace results in ``README.md``, if it has a section for them, and nothing else."""
+def _update_card(directory: Path, name: str, results: list[Any]) -> None:
+    """Replace results in ``README.md`` and its metadata, if it has a section for them."""
     file = directory / CARD_FILE
     sections = {
-        PERPLEXITY_FILE: (*_PERPLEXITY, _perplexity_table),
-        TASKS_FILE: (*_TASKS, _tasks_table),
+        PERPLEXITY_FILE: (*_PERPLEXITY, perplexity_table, _perplexity_metric),
+        TASKS_FILE: (*_TASKS, tasks_table, _task_metric),
     }
     if name not in sections or not file.is_file():
         return
-    start, end, make_table = sections[name]
+    start, end, make_table, metric = sections[name]
     try:
-        card = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        log.warning("the results are not in %s, which cannot be read: %s", file, err)
+        card = _read_card(file)
+    except ConfigError as err:
+        log.warning("the results are not in %s", err)
         return
-    before, found_start, rest = card.partition(start)
+    data: Any = card.data
+    before, found_start, rest = card.text.partition(start)
     _, found_end, after = rest.partition(end)
     if found_start and found_end:
-        table = make_table(_escaped(results))
-        write_atomically(file, f"{before}{start}\n{table}\n{end}{after}")
+        card.text = f"{before}{start}\n{to_markdown(make_table(results))}\n{end}{after}"
+        metrics = [*(data.eval_results or ()), *map(metric, results)]
+        by_protocol = {str((m.unique_identifier, m.metric_type)): m for m in metrics}
+        data.eval_results = list(by_protocol.values())
+        data.model_name = data.model_name or results[0].model
+        write_atomically(file, str(card))
 
 
-def _perplexity_table(results: list[dict[str, Any]]) -> str:
-    rows = [
-        "| Text | Window | Tokens | Precision | Perplexity | Base | Its perplexity | KL to it |",
-        "|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {r['data']} | {r['seqlen']} | {r['tokens']:,} | {r['dtype']} "
-            f"| {_number(r['perplexity'])} | {r['base'] or ''} | {_number(r['base_perplexity'])} "
-            f"| {_number(r['kl_divergence'])} |"
-            for r in sorted(results, key=lambda r: (r["data"], r["seqlen"]))
-        ),
-    ]
-    protocol = "Windows do not overlap; every token but the first of a window is predicted."
-    return "\n".join([*rows, "", protocol])
+def _perplexity_metric(result: Any) -> EvalResult:
+    """A perplexity as the hub's metadata has it; ``dataset_config`` tells protocols apart."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=short_name(result.data),
+        dataset_name=result.data,
+        dataset_config=f"windows of {result.seqlen} tokens, {result.dtype}",
+        metric_type="perplexity",
+        metric_value=result.perplexity,
+    )
 
 
-def _tasks_table(results: list[dict[str, Any]]) -> str:
-    rows = [
-        "| Task | Metric | Shots | Questions | Data | Precision | Score | Base | Its score |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {r['task']} | {r['metric']} | {r['num_fewshot']} | {r['num_docs']:,} | {r['data']} "
-            f"| {r['dtype']} | {_score(r['value'], r['stderr'])} | {r['base'] or ''} "
-            f"| {_score(r['base_value'], r['base_stderr'])} |"
-            for r in results
-        ),
-    ]
-    versions = ", ".join(sorted({r["lm_eval"].split(",")[0] for r in results}))
-    return "\n".join([*rows, "", f"lm-eval {versions}, ± one standard error."])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _score(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+def _task_metric(result: Any) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=result.task,
+        dataset_name=result.task,
+        dataset_config=f"{result.num_fewshot}-shot, {result.num_docs} questions of {result.data}, "
+        f"{result.dtype}",
+        metric_type=result.metric,
+        metric_value=result.value,
+    )
 
 
 def keep_results(
@@ -280,11 +277,10 @@ def keep_results(
             raise OSError(f"{file.parent} is a link that leads elsewhere")
         file.parent.mkdir(exist_ok=True)
         with writing_alone(file.parent, SECONDS_FOR_OTHERS):
-            kept = [*_kept(file, type(results[0])), *results]
-            by_protocol = {protocol(result): result for result in map(asdict, kept)}
-            values = list(by_protocol.values())
-            write_atomically(file, json.dumps(values, indent=1) + "\n")
-            _update_card(directory, name, values)
+            both = [*_kept(file, type(results[0])), *results]
+            kept = list({protocol(asdict(result)): result for result in both}.values())
+            write_atomically(file, json.dumps(kept, indent=1, default=asdict) + "\n")
+            _update_card(directory, name, kept)
     except (OSError, SlimGPTError) as err:
         log.warning("the results are not kept in %s: %s", directory, err)
 

@@ -83,15 +83,16 @@ def inspect(model: str | Path) -> ModelSummary:
     skeleton = build_skeleton(config)
     blocks, head_dim = [], 0
     for block, layer in zip(bind(skeleton), config.per_layer_config, strict=True):
-        num_kv_heads, num_heads = (getattr(layer, key) for key in block.attention.spec.widths)
-        head_dim = block.attention.output.in_features // num_heads
+        attention, ffn = block.sublayers
+        num_kv_heads, num_heads = (getattr(layer, key) for key in attention.spec.widths)
+        head_dim = attention.output.in_features // num_heads
         blocks.append(
             BlockSummary(
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
-                num_channels=block.ffn.num_units,
-                attention_params=_count(block.attention.module),
-                ffn_params=_count(block.ffn.module),
+                num_channels=ffn.num_units,
+                attention_params=_count(attention.module),
+                ffn_params=_count(ffn.module),
             )
         )
     total = skeleton.num_parameters()

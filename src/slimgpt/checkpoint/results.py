@@ -45,20 +45,24 @@ class _Read(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class _Widths(_Read):
-    num_groups: Count
-    num_channels: Count
+class _SublayerShape(_Read):
+    kind: str
+    num_units: Count
+
+
+class _Shape(_Read):
+    sublayers: list[_SublayerShape] = Field(min_length=1)
 
 
 class _Sublayer(_Read):
+    kind: str
     keep: list[Count]
     relative_error: float
 
 
 class _Block(_Read):
     block: Count
-    attention: _Sublayer
-    ffn: _Sublayer
+    sublayers: list[_Sublayer] = Field(min_length=1)
 
 
 class _Calibration(_Read):
@@ -87,8 +91,8 @@ class PruningReport(_Read):
     dtype: str
     device: str
     calibration: _Calibration
-    shapes: list[_Widths]
-    widths: list[_Widths]
+    shapes: list[_Shape]
+    widths: list[list[Count]]
     layer_ratios: list[FiniteFloat]
     target_ratio: FiniteFloat
     block_ratio: FiniteFloat
@@ -100,6 +104,44 @@ class PruningReport(_Read):
     seconds: dict[str, FiniteFloat]
     peak_memory_bytes: Count | None
     versions: dict[str, str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert(cls, values: Any) -> Any:
+        """Read reports of version 0.1 too, where a block was a pair of attention and FFN."""
+        if not isinstance(values, dict) or not isinstance(values.get("blocks"), list):
+            return values
+        if not all(isinstance(block, dict) and "ffn" in block for block in values["blocks"]):
+            return values
+        units = {
+            "attention": ("num_groups", "group_params"),
+            "ffn": ("num_channels", "channel_params"),
+        }
+
+        def shape(old: Any) -> dict[str, Any]:
+            return {
+                "sublayers": [
+                    {"kind": kind, "num_units": old[number], "unit_params": old[params]}
+                    for kind, (number, params) in units.items()
+                ]
+            }
+
+        def block(old: Any) -> dict[str, Any]:
+            return {
+                "block": old["block"],
+                "sublayers": [{"kind": kind} | old[kind] for kind in units],
+            }
+
+        try:
+            return values | {
+                "shapes": list(map(shape, values["shapes"])),
+                "widths": [
+                    [old[number] for number, _ in units.values()] for old in values["widths"]
+                ],
+                "blocks": list(map(block, values["blocks"])),
+            }
+        except (KeyError, TypeError) as err:
+            raise ValueError(f"its blocks, widths or shapes lack {err}") from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -29,8 +29,8 @@ def pruned_config(
     ----------
     config : PreTrainedConfig
         Of the model before.
-    widths : sequence of BlockWidths
-        What each block has kept.
+    widths : sequence of tuple of int
+        Units that each block has kept, by sublayer.
     uniform : bool
         All blocks have the same widths: the result is of the stock class.
 
@@ -72,13 +72,11 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
         Of the model before.
     """
     family, first = family_of(config.model_type), config.per_layer_config[0]
-    num_groups = getattr(first, family.attention.widths[0])
-    num_channels = getattr(first, family.ffn.widths[0])
+    num_groups, *others = (getattr(first, spec.widths[0]) for spec in family.sublayers)
     accepted = []
     for count in range(1, num_groups + 1):
-        kept = BlockWidths(count, num_channels)
         with contextlib.suppress(StrictDataclassError, ValueError):
-            pruned_config(config, [kept], uniform=True)
+            pruned_config(config, [(count, *others)], uniform=True)
             accepted.append(count)
     return accepted
 
@@ -139,8 +137,8 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
         Of the model before.
     index : int
         The block.
-    kept : BlockWidths
-        Its key/value groups and channels afterwards.
+    kept : tuple of int
+        Its units afterwards, by sublayer.
 
     Returns
     -------
@@ -151,9 +149,6 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     before = config.per_layer_config[index]
     return {
         key: getattr(before, key) * num_units // getattr(before, spec.widths[0])
-        for spec, num_units in (
-            (family.attention, kept.num_groups),
-            (family.ffn, kept.num_channels),
-        )
+        for spec, num_units in zip(family.sublayers, kept, strict=True)
         for key in spec.widths
     }

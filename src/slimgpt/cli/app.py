@@ -1,4 +1,4 @@
-"""The command line: one verb per public function. Results on stdout, progress on stderr."""
+"""The command line: one command per public function. Results on stdout, progress on stderr."""
 
 import io
 import json
@@ -22,12 +22,12 @@ from rich.table import Table
 import slimgpt
 from slimgpt.cli.options import options_of
 from slimgpt.cli.tables import (
-    bench_tables,
-    perplexity_table,
+    bench_lines,
+    perplexity_lines,
     plan_table,
     pruning_table,
     ratio_lines,
-    tasks_table,
+    task_lines,
 )
 from slimgpt.config import (
     BenchConfig,
@@ -49,12 +49,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Structured pruning of large language models: smaller dense checkpoints that load.",
+    help="Structured pruning of large language models into smaller dense checkpoints.",
 )
 
 
 class _Stderr(Console):
-    """Standard error, which may be closed or full: the run goes on without it."""
+    """Standard error. If it is closed or full, the run continues without it."""
 
     def tell(self, text: str, style: str | None = None) -> None:
         """Print a line."""
@@ -64,7 +64,7 @@ class _Stderr(Console):
             _give_up(2)
 
     def on_broken_pipe(self) -> None:
-        """Leave it to the caller; Rich would end the process."""
+        """Raise, so that the caller decides; Rich would end the process."""
         raise BrokenPipeError
 
 
@@ -72,9 +72,9 @@ stdout = Console(highlight=False, markup=False)
 
 stderr = _Stderr(stderr=True, highlight=False, markup=False)
 
-LONGEST_MESSAGE = 500  # characters of what is wrong with the command line
+LONGEST_MESSAGE = 500  # characters of a message about the command line
 
-# Of click, or of typer's own copy of it.
+# click's class, or that of typer's own copy of click.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 Model = Annotated[
@@ -85,7 +85,7 @@ Model = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 Recipe = Annotated[
-    Path | None, typer.Option(help="YAML file with any of these options; flags go first.")
+    Path | None, typer.Option(help="YAML file with any of these options; flags override it.")
 ]
 
 
@@ -95,7 +95,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Handle the options that stand before the verb."""
+    """Handle the options before the command."""
     if debug:
         log.setLevel(logging.DEBUG)
     if version:
@@ -115,7 +115,7 @@ def prune(
         bool, typer.Option("--dry-run", help="Print the planned widths; load no weights.")
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away an interrupted run in OUTPUT.")
+        bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
     ] = False,
     as_json: Json = False,
     **options: Any,
@@ -126,7 +126,9 @@ def prune(
         planned = slimgpt.plan(model, **values)
         lines = plan_table(planned)
         if planned.is_measured:
-            lines += ("the run moves heads and channels between the blocks; the sums stay",)
+            lines += (
+                "the run may move heads and channels between blocks; the totals do not change",
+            )
         _emit(planned, lines, as_json)
         return
     if output is None:
@@ -148,12 +150,12 @@ def evaluate(model: Model, recipe: Recipe = None, as_json: Json = False, **optio
     """Measure the perplexity of MODEL, dense or pruned, and run benchmark tasks on it."""
 
     def show(results: slimgpt.Evaluation) -> None:
-        tables = (
-            *(perplexity_table(results.perplexity) if results.perplexity else ()),
-            *(tasks_table(results.tasks) if results.tasks else ()),
+        lines = (
+            *(perplexity_lines(results.perplexity) if results.perplexity else ()),
+            *(task_lines(results.tasks) if results.tasks else ()),
         )
-        if tables:
-            _emit(results, tables, as_json)
+        if lines:
+            _emit(results, lines, as_json)
 
     with _showing_what_was_measured(show):
         results = slimgpt.evaluate(model, **_given(recipe, options))
@@ -166,13 +168,13 @@ def recover(
     model: Model,
     output: Annotated[Path, typer.Option(help="Directory for the recovered model.")],
     restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what an interrupted run has left.")
+        bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
     ] = False,
     recipe: Recipe = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Train a pruned MODEL a little, to win back quality."""
+    """Fine-tune a pruned MODEL to recover quality."""
     values = _given(recipe, options)
     with _resumable(), progress_bar(stderr) as progress:
         result = slimgpt.recover(model, output, restart=restart, progress=progress, **values)
@@ -201,7 +203,7 @@ def inspect_model(model: Model, as_json: Json = False) -> None:
 def export(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option(help="File to write. Default: in the directory of the model.")
+        Path | None, typer.Option(help="Output file. Default: in the directory of the model.")
     ] = None,
     as_json: Json = False,
     **options: Any,
@@ -215,10 +217,10 @@ def export(
 @app.command()
 @options_of(BenchConfig)
 def bench(model: Model, recipe: Recipe = None, as_json: Json = False, **options: Any) -> None:
-    """Measure how fast MODEL runs in an engine, next to its base."""
+    """Measure speed and memory of MODEL in an engine, beside its base."""
 
     def show(result: slimgpt.BenchResult) -> None:
-        _emit(result, bench_tables(result), as_json)
+        _emit(result, bench_lines(result), as_json)
 
     with _showing_what_was_measured(show):
         result = slimgpt.bench(model, **_given(recipe, options))
@@ -232,25 +234,27 @@ def report(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Show what is known of the model in OUT on one page: OUT/report.html."""
+    """Write all results for the model in OUT to one page, OUT/report.html."""
     page = slimgpt.report(output, **_given(None, options))
     _emit({"page": str(page)}, (f"the report is {page}",), as_json)
 
 
 @app.command("run")
 def run_recipe(
-    recipe: Annotated[Path, typer.Argument(help="YAML file with a grid.", metavar="RECIPE")],
+    recipe: Annotated[
+        Path, typer.Argument(help="YAML file with a grid, or table1, figure2, …", metavar="RECIPE")
+    ],
     output: Annotated[Path, typer.Option(help="Directory for the results.")],
     small: Annotated[bool, typer.Option("--small", help="Run the small variant.")] = False,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder that {data} in the recipe stands for.")
+        Path | None, typer.Option(help="Folder that replaces {data} in the recipe.")
     ] = None,
     keep_models: Annotated[
-        bool, typer.Option(help="Keep the pruned models when they are no longer needed.")
+        bool, typer.Option(help="Keep the pruned models after the run.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run the experiments of RECIPE and make its table or figure."""
+    """Run the experiments of RECIPE and write its table or figure."""
     options: dict[str, Any] = {"small": small, "data_dir": data_dir, "keep_models": keep_models}
     with _resumable():
         result = slimgpt.run_recipe(recipe, output, **options)
@@ -262,29 +266,29 @@ def run_recipe(
         raise SlimGPTError(
             f"{len(result.errors)} of {len(result.report['cells'])} cells failed: "
             + "; ".join(dict.fromkeys(result.errors)),
-            hint="the same command tries them again; what is finished is not done again",
+            hint="the same command tries them again; finished cells are not repeated",
         )
 
 
 def main() -> None:
-    """Run the command line; turn errors into one line, a hint and an exit code."""
+    """Run the command line; report an error as one line, a hint and an exit code."""
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # consoles that cannot show every character
+            stream.reconfigure(errors="replace")  # for consoles without Unicode
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of dependencies to each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between dependencies
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    is_main = os.environ.get("RANK", "0") == "0"  # under torchrun, one process reports
+    is_main = os.environ.get("RANK", "0") == "0"  # under torchrun, only one process reports
     if not is_main:
         sys.stdout = io.StringIO()
     log.setLevel(logging.INFO if is_main else logging.WARNING)
     log.handlers = [_StderrHandler()]
     log.propagate = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers end jobs with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent by job schedulers
     try:
         code = _run()
     finally:
@@ -298,13 +302,13 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Run a command; return its exit code."""
+    """Run a command and return its exit code."""
     try:
         _check_arguments(sys.argv[1:])
         return app(standalone_mode=False) or 0
     except _UsageError as err:
         return _report_usage(err)
-    except BrokenPipeError:  # who reads has gone
+    except BrokenPipeError:  # the reader has closed the pipe
         return 1
     except Exception as err:
         if log.isEnabledFor(logging.DEBUG):
@@ -327,9 +331,9 @@ def _report(err: SlimGPTError) -> None:
 
 
 def _report_usage(err: Any) -> int:
-    """Report what is wrong with the command line as all other errors are reported."""
+    """Report a usage error in the same form as all other errors."""
     command = err.ctx.command_path if err.ctx else "slimgpt"
-    if message := err.format_message():  # none where the help was asked for
+    if message := err.format_message():  # empty if help was requested
         text = message[0].lower() + message[1:].rstrip(".")
         _report(ConfigError(_cut(text), hint=f"`{command} --help` explains the options"))
     return err.exit_code
@@ -340,7 +344,7 @@ def _cut(text: str) -> str:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Check that all arguments can be names and be written."""
+    """Check that all arguments can be file names and can be printed."""
     for argument in arguments:
         try:
             check_text(argument)
@@ -352,7 +356,10 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open closed streams to nowhere, so that no file of ours gets their numbers and their text."""
+    """Open closed standard streams on the null device.
+
+    Otherwise the next opened file would get the descriptor of a standard stream, and its output.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -361,7 +368,7 @@ def _open_standard_streams() -> None:
 
 
 def _give_up(number: int) -> None:
-    """Lead a standard stream that cannot be written to nowhere."""
+    """Redirect a standard stream that cannot be written to the null device."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)
@@ -369,7 +376,7 @@ def _give_up(number: int) -> None:
 
 @contextmanager
 def _showing_what_was_measured(show: Callable[[Any], None]) -> Iterator[None]:
-    """Before an error, show what was measured until then."""
+    """If an error occurs, first show what was measured before it."""
     try:
         yield
     except BaseException as err:
@@ -380,14 +387,14 @@ def _showing_what_was_measured(show: Callable[[Any], None]) -> Iterator[None]:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Answer Ctrl-C with the command that goes on."""
+    """After Ctrl-C, show the command that resumes the run."""
     try:
         yield
     except KeyboardInterrupt:
         arguments = [argument for argument in sys.argv[1:] if argument != "--restart"]
         launcher = "torchrun … -m slimgpt" if "TORCHELASTIC_RUN_ID" in os.environ else "slimgpt"
         command = f"{launcher} {shlex.join(arguments)}"
-        stderr.tell(f"interrupted; this goes on with it:\n  {command}")
+        stderr.tell(f"interrupted; resume with:\n  {command}")
         raise typer.Exit(130) from None
 
 
@@ -399,7 +406,7 @@ class _StderrHandler(logging.Handler):
 
 
 def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user has set: those of the recipe, then those of the flags."""
+    """Merge the options of the recipe and the flags; flags take precedence."""
     flags = {name: value for name, value in options.items() if value is not None}
     values = load_recipe(recipe) if recipe else {}
     if arguments := values.keys() & {"model", "output", "restart", "progress"}:
@@ -436,5 +443,5 @@ def _print(*renderables: Any) -> None:
         _give_up(1)
         raise ResourceError(
             f"the results cannot be written to standard output: {err.strerror}",
-            hint="what the command has written to files is complete",
+            hint="the files that the command has written are complete",
         ) from None

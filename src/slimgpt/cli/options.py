@@ -1,4 +1,4 @@
-"""Command-line flags made from the fields of a config class."""
+"""Command-line flags derived from the fields of a config class."""
 
 import inspect
 import types
@@ -13,7 +13,7 @@ Command = Callable[..., None]
 
 
 def options_of(config: type[BaseModel]) -> Callable[[Command], Command]:
-    """Give a command one flag for each field of a config class, in place of its ``**options``."""
+    """Replace a command's ``**options`` by one flag for each field of a config class."""
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command)
@@ -32,12 +32,12 @@ def options_of(config: type[BaseModel]) -> Callable[[Command], Command]:
 
 
 def _flag(name: str, field: FieldInfo) -> Any:
-    """Annotation of the flag for a config field: its type, metavar, help and shown default."""
+    """Build the annotation of a flag: type, metavar, help and default as shown."""
     types_ = [arg for arg in _union_args(field.annotation) if arg is not types.NoneType]
     kind = types_[0]
     metavar, default, text = None, field.default, field.description
     if get_origin(kind) is Literal:
-        # The names in the metavar would be cut on a narrow terminal, and other flags with them.
+        # A list of names as the metavar would be cut off on a narrow terminal.
         text = f"{text} One of {', '.join(get_args(kind)).replace('_', '-')}."
         kind, metavar = str, "NAME"
         default = str(default).replace("_", "-")

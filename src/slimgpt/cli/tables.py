@@ -1,74 +1,62 @@
 """Tables of the command line."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.table import Table
+from rich import box
+from rich import table as rich
 
 import slimgpt
+from slimgpt.presentation import tables
 from slimgpt.pruning.memory import size
 
-if TYPE_CHECKING:
-    from slimgpt.benchmarking.results import Spread
 
-
-def perplexity_table(results: "Sequence[slimgpt.EvalResult]") -> tuple[Any, ...]:
+def perplexity_lines(results: "tuple[slimgpt.EvalResult, ...]") -> tuple[Any, ...]:
     """Show perplexities, and those of the base model beside them."""
-    table = Table("text", "window", "tokens", "perplexity", title=results[0].model)
-    if results[0].base:
-        table.add_column("base")
-        table.add_column("KL to base")
-    for result in results:
-        numbers = (result.perplexity, result.base_perplexity, result.kl_divergence)
-        table.add_row(
-            result.data,
-            str(result.seqlen),
-            f"{result.tokens:,}",
-            *(f"{number:.3f}" for number in numbers if number is not None),
-        )
-    return table, "windows do not overlap; every token but the first of a window is predicted"
+    table = tables.perplexity_table(results, digits=3)
+    return *_lines(table, results[0].model), table.note
 
 
-def tasks_table(results: "Sequence[slimgpt.TaskResult]") -> tuple[Any, ...]:
+def task_lines(results: "tuple[slimgpt.TaskResult, ...]") -> tuple[Any, ...]:
     """Show the scores of tasks."""
-    table = Table("task", "metric", "shots", "questions", "data", "score", title=results[0].model)
-    if results[0].base:
-        table.add_column("base")
-    for column in (table.columns[0], *table.columns[5:]):
-        column.no_wrap = True
-    for result in results:
-        pairs = ((result.value, result.stderr), (result.base_value, result.base_stderr))
-        table.add_row(
-            result.task,
-            result.metric,
-            str(result.num_fewshot),
-            f"{result.num_docs:,}",
-            result.data,
-            *(
-                f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-                for value, stderr in pairs
-                if value is not None
-            ),
-        )
-    return table, f"lm-eval {results[0].lm_eval.split(',')[0]}; ± is one standard error"
+    table = tables.tasks_table(results)
+    return *_lines(table, results[0].model), table.note
+
+
+def bench_lines(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
+    """Show speeds, latencies and memory of a benchmark."""
+    threads = f", threads: {result.threads}" if result.threads else ""
+    speeds = tables.speed_table(result)
+    title = f"{result.engine}, {result.device}{threads}"
+    return *_lines(speeds, title), speeds.note, *_lines(tables.cost_table(result), "memory")
+
+
+def _lines(table: tables.Table, title: str) -> tuple[Any, ...]:
+    """A table, and a line with the labels that all its rows share."""
+    cells = {column: {row[column] for row in table.rows} for column in table.labels[1:]}
+    shared = {column: texts.pop() for column, texts in cells.items() if len(texts) == 1}
+    columns = [column for column in table.columns if column not in shared]
+    shown = rich.Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    for column in columns:
+        justify = "right" if column in table.numbers else "left"
+        shown.add_column(column, justify=justify, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(row[column] for column in columns))
+    line = ", ".join(f"{column} {text}" for column, text in shared.items())
+    return (shown, line) if line else (shown,)
 
 
 def ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
     """Say how many parameters are removed."""
-    return (
-        f"parameters: {planned.params_before:,} → {planned.params_after:,} "
-        f"({planned.total_ratio:.2%} of all removed)",
-        f"block parameters removed: {planned.block_ratio:.2%}, asked for "
-        f"{planned.target_ratio:.2%}",
-    )
+    return tuple(f"{name}: {value}" for name, value in tables.sizes(planned).items())
 
 
 def plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     """Show the widths of every block."""
-    table = Table("block", "kv groups", "channels", "removed")
+    names = {"attention": "kv groups", "ffn": "channels"}
+    kinds = [names[sublayer.kind] for sublayer in planned.shapes[0].sublayers]
+    table = rich.Table("block", *kinds, "removed")
     for index, (width, ratio) in enumerate(zip(planned.widths, planned.layer_ratios, strict=True)):
-        table.add_row(str(index), str(width.num_groups), str(width.num_channels), f"{ratio:.1%}")
+        table.add_row(str(index), *map(str, width), f"{ratio:.1%}")
     return table, *ratio_lines(planned)
 
 
@@ -77,47 +65,8 @@ def pruning_table(summary: "slimgpt.ModelSummary") -> tuple[Any, ...]:
     cost = summary.pruning
     if cost is None:
         return ()
-    table = Table(*cost.seconds, "all", "peak memory", title="pruning took, in seconds")
+    table = rich.Table(*cost.seconds, "all", "peak memory", title="pruning took, in seconds")
     seconds = [*cost.seconds.values(), sum(cost.seconds.values())]
     peak = "" if cost.peak_memory_bytes is None else size(cost.peak_memory_bytes)
     table.add_row(*(f"{value:.1f}" for value in seconds), peak)
     return (table,)
-
-
-def bench_tables(result: "slimgpt.BenchResult") -> tuple[Any, ...]:
-    """Show speeds, latencies and memory of a benchmark."""
-
-    def number(value: float) -> str:
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-    def cell(spread: "Spread") -> str:
-        return f"{number(spread.median)} ({number(spread.low)}–{number(spread.high)})"
-
-    threads = f"{result.threads} threads, " if result.threads else ""
-    title = f"{result.engine}, {result.device}, {threads}{result.new_tokens} new tokens"
-    speeds = Table("batch", "prompt", "model", "prefill, tok/s", "decode, tok/s", title=title)
-    speeds.add_column("first token, ms")
-    speeds.add_column("each token, ms")
-    costs = Table("model", "dtype", "weights on disk, MiB", "read for each token, MiB")
-    costs.add_column("peak memory, MiB")
-    names = [Path(cost.name).name for cost in result.costs]
-    for setting in result.settings:
-        lengths = str(setting.batch_size), str(setting.prompt_length)
-        for name, speed in zip(names, (setting.model, setting.base), strict=False):
-            if speed:
-                times = (speed.first_token.median, speed.token.median)
-                milliseconds = (number(1000 * seconds) for seconds in times)
-                speeds.add_row(
-                    *lengths, name, cell(speed.prefill), cell(speed.decode), *milliseconds
-                )
-        if setting.prefill_speedup and setting.decode_speedup:
-            ratios = cell(setting.prefill_speedup), cell(setting.decode_speedup)
-            speeds.add_row(*lengths, "speed-up", *ratios, end_section=True)
-    if result.ideal_prefill:
-        ideals = f"{result.ideal_prefill:.3g}", f"{result.ideal_decode:.3g}"
-        speeds.add_row("", "", "ideal", *ideals)
-    for name, cost in zip(names, result.costs, strict=True):
-        sizes = (cost.disk_bytes, cost.step_bytes, cost.peak_memory_bytes)
-        mebibytes = ("" if size is None else f"{size / 2**20:,.0f}" for size in sizes)
-        costs.add_row(name, cost.dtype, *mebibytes)
-    return speeds, costs, f"median (smallest–largest) of {result.repeats} rounds"

@@ -1,1 +1,1 @@
-"""Text for calibration, evaluation and training."""
+"""Data sets and local files to tokens, for calibration, evaluation and training."""

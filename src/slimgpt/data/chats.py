@@ -1,4 +1,4 @@
-"""Chats in the template that a tokenizer has for them."""
+"""Render and tokenise chats with the tokenizer's chat template."""
 
 import itertools
 import re
@@ -19,7 +19,7 @@ _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def render(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any
 ) -> Any:
-    """Write a chat in the tokenizer's template.
+    """Render a chat with the tokenizer's chat template.
 
     Parameters
     ----------
@@ -28,46 +28,46 @@ def render(
     tokenizer : PreTrainedTokenizerBase
         The model's tokenizer.
     where : str
-        Where the chat is from, for messages.
+        Origin of the chat, for error messages.
     **options
-        Of ``apply_chat_template``.
+        Passed to ``apply_chat_template``.
 
     Returns
     -------
     str
-        The text, or what the options ask for.
+        The text, or what the options request.
 
     Raises
     ------
     DataError
-        If there is no template, or it does not take this chat.
+        If there is no template, or it rejects this chat.
     """
     if not tokenizer.chat_template:
         raise DataError(
             f"{where} is a chat, and the tokenizer has no chat template",
-            hint="take the tokenizer of a chat model, or data with a field 'text'",
+            hint="use the tokenizer of a chat model, or data with a field 'text'",
         )
     apply: Any = tokenizer.apply_chat_template
     try:
         return apply(list(messages), **{"tokenize": False} | options)
     except ImportError as err:
         raise MissingDependencyError("jinja2", "a chat template", "pip install jinja2") from err
-    except Exception as err:  # the template is a program of the model's, and raises what it likes
+    except Exception as err:  # the template is the model's own code and may raise anything
         reason = " ".join(str(err).split())[:200]
         raise DataError(
             f"the tokenizer's chat template does not take {where}: {reason}",
-            hint="change the roles of the turns to what the model knows, or leave the chat out",
+            hint="use roles that the template supports, or remove the chat",
         ) from err
 
 
 def chat_tokens(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[list[int], list[bool]]:
-    """Tokenise a chat, and say which tokens are the assistant's.
+    """Tokenise a chat, and mark the assistant's tokens.
 
-    A template that marks answers (``{% generation %}``) says so itself. Of others, an answer is
-    what the template adds to the turns before it and its own opening of an answer; turns that later
-    ones change are not taken for answers.
+    Some templates mark answers themselves (``{% generation %}``). For others, an answer is the text
+    that the template adds to the rendered earlier turns and their generation prompt. A turn that is
+    rendered differently once later turns follow does not count as an answer.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def chat_tokens(
     Returns
     -------
     list of int, list of bool
-        The tokens, and for each whether it is the assistant's.
+        The tokens, and whether each is the assistant's.
 
     Raises
     ------
@@ -95,7 +95,7 @@ def chat_tokens(
         )
         return marked["input_ids"], list(map(bool, marked["assistant_masks"]))
     whole = render(messages, tokenizer, where)
-    bounds = [0]  # what is not an answer, an answer, and so on in turn
+    bounds = [0]  # of alternating parts: not an answer, answer, …
     for number, message in enumerate(messages):
         if message["role"] == ASSISTANT and number:
             before = render(messages[:number], tokenizer, where, add_generation_prompt=True)

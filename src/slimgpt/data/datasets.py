@@ -1,4 +1,4 @@
-"""The data sets that a name can stand for, and their documents."""
+"""Named data sets, local data files, and their documents."""
 
 import itertools
 import os
@@ -42,17 +42,17 @@ class HubDataset:
     Attributes
     ----------
     path : str
-        Its id.
+        Hub id.
     splits : dict
         The split for each purpose.
     options : dict
-        Further arguments of ``datasets.load_dataset``.
+        Additional arguments of ``datasets.load_dataset``.
     text_field : str or None
-        Field of the text; None for instructions (see `instruction_prompt`).
+        Field with the text; None for instructions (see `instruction_prompt`).
     separator : str
-        What stands between two documents for evaluation, as published results have it.
+        Separator of two documents in evaluation, as in published results.
     evaluation_documents : int or None
-        Documents that count for evaluation, from the first; None is all.
+        Number of documents for evaluation, from the first; None is all.
     """
 
     path: str
@@ -94,7 +94,7 @@ HUB_DATASETS = {
 
 
 def check_dataset(name: str, purpose: Purpose) -> None:
-    """Check a data set's name before any work is done.
+    """Check the name of a data set before any work is done.
 
     Parameters
     ----------
@@ -102,14 +102,14 @@ def check_dataset(name: str, purpose: Purpose) -> None:
         ``pydocs``, ``self`` (calibration only), a key of `HUB_DATASETS`, a local file, or a
         directory of such files.
     purpose : {"calibration", "evaluation"}
-        What it is for.
+        Purpose of the data.
 
     Raises
     ------
     ConfigError
-        If there is no such data set or file, or both.
+        If no data set or file has this name, or both a data set and a directory have it.
     MissingDependencyError
-        If reading it needs the package ``datasets`` and that is not installed.
+        If a package that reads it (``datasets`` or ``pyarrow``) is not installed.
     """
     hub_names = [key for key, dataset in HUB_DATASETS.items() if purpose in dataset.splits]
     known = [PYDOCS, *hub_names] + ([SELF] if purpose == "calibration" else [])
@@ -118,7 +118,7 @@ def check_dataset(name: str, purpose: Purpose) -> None:
         if files:
             raise ConfigError(
                 f"{name!r} is a data set, and a local directory with data files",
-                hint=f"write ./{name} for the directory, or rename it to have the data set",
+                hint=f"write ./{name} for the directory, or rename it to use the data set",
             )
     elif not files:
         raise _no_dataset(name, purpose, known)
@@ -133,10 +133,12 @@ def check_dataset(name: str, purpose: Purpose) -> None:
 
 
 def _no_dataset(name: str, purpose: Purpose, known: list[str]) -> ConfigError:
-    if name and os.path.isdir(name):  # unlike Path, takes names that the system cannot have
+    if name and os.path.isdir(name):  # unlike Path, accepts names that the system forbids
         return ConfigError(f"the directory {name} has no data files", hint=SUFFIXES_HINT)
     if os.path.lexists(name) and not os.path.isfile(name):
-        return ConfigError(f"{name} is no file", hint="give a file, or a directory of files")
+        return ConfigError(
+            f"{name} is not a regular file", hint="give a file, or a directory of files"
+        )
     if os.path.isfile(name):
         return ConfigError(
             f"the suffix {Path(name).suffix!r} of the data file {name} is not known",
@@ -151,7 +153,7 @@ def _no_dataset(name: str, purpose: Purpose, known: list[str]) -> ConfigError:
 
 
 def dataset_files(name: str) -> list[Path]:
-    """List the files that a data set's name stands for, sorted; none if it is not local."""
+    """List the local files of a data set, sorted; empty for named data sets."""
     return [] if name in (PYDOCS, SELF, *HUB_DATASETS) else _local_files(name)
 
 
@@ -162,7 +164,7 @@ def _local_files(name: str) -> list[Path]:
 
 
 def describe_dataset(name: str, purpose: Purpose) -> str:
-    """Say in a few words what text a data set's name stands for, for reports."""
+    """Describe a data set in a few words, for reports."""
     if name == PYDOCS:
         part = "first 80 %" if purpose == "calibration" else "last 20 %"
         return f"pydocs ({part}, Python {platform.python_version()})"
@@ -174,12 +176,12 @@ def describe_dataset(name: str, purpose: Purpose) -> str:
 
 
 def short_name(description: str) -> str:
-    """What `describe_dataset` says, without the source."""
+    """Strip the source from a description by `describe_dataset`."""
     return description.partition(" (")[0]
 
 
 def read_documents(name: str, purpose: Purpose, text_field: str | None) -> Iterator[Document]:
-    """Read the documents of a data set, see `check_dataset`."""
+    """Read the documents of a data set; for names see `check_dataset`."""
     if name == PYDOCS:
         return iter([Document(name, _pydocs(purpose))])
     if name not in HUB_DATASETS:
@@ -198,7 +200,7 @@ def _hub_records(name: str, dataset: HubDataset, split: str) -> Iterator[tuple[s
         records = load_dataset(dataset.path, split=split, streaming=True, **dataset.options)
         for number, record in enumerate(records, 1):
             yield f"{name}, record {number}", record
-    except Exception as err:  # whatever went wrong on the way, the data set cannot be read
+    except Exception as err:  # whatever the cause, the data set cannot be read
         reason = " ".join(str(err).split())[:200]
         raise DataError(
             f"cannot read {name} ({dataset.path}) from the hub: {reason}", hint=LOCAL_HINT
@@ -206,7 +208,7 @@ def _hub_records(name: str, dataset: HubDataset, split: str) -> Iterator[tuple[s
 
 
 def _pydocs(purpose: Purpose) -> str:
-    """Python's documentation of its own language, from the standard library."""
+    """Return the documentation of the Python language, from the standard library."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[key] for key in sorted(topics))

@@ -1,4 +1,4 @@
-"""Records of data sets to documents: plain text, instructions and chats."""
+"""Convert records of data sets to documents: plain text, instructions and chats."""
 
 import itertools
 import logging
@@ -19,9 +19,9 @@ FIELDS = (TEXT, *CHAT, INSTRUCTION, INPUT, OUTPUT)
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
-LONGEST_DOCUMENT = 2**21  # characters; a longer one is cut into several
+LONGEST_DOCUMENT = 2**21  # characters; a longer one is split
 
-MAX_WITHOUT_TEXT = 10**6  # records in a row
+MAX_WITHOUT_TEXT = 10**6  # consecutive records
 
 _KINDS = {
     type(None): "null",
@@ -40,7 +40,7 @@ class Document(NamedTuple):
     Attributes
     ----------
     where : str
-        File and line, or data set, for messages.
+        File and line, or data set, for error messages.
     text : str
         The text, or the answer to an instruction.
     prompt : str
@@ -48,7 +48,7 @@ class Document(NamedTuple):
     messages : tuple of dict
         ``role`` and ``content`` of each turn of a chat; empty for other documents.
     goes_on : bool
-        Whether it goes on with the document before it.
+        Whether it continues the previous document.
     """
 
     where: str
@@ -59,7 +59,7 @@ class Document(NamedTuple):
 
 
 def instruction_prompt(record: dict[str, Any]) -> str:
-    """Prompt of an instruction record, in the template of Stanford Alpaca."""
+    """Format the prompt of an instruction record with the template of Stanford Alpaca."""
     given = f"### Input:\n{record[INPUT]}\n\n" if record.get(INPUT) else ""
     paired = ", paired with an input that provides further context" if given else ""
     return (
@@ -72,27 +72,27 @@ def instruction_prompt(record: dict[str, Any]) -> str:
 def to_documents(
     records: Iterable[tuple[str, Any]], name: str, text_field: str | None = None
 ) -> Iterator[Document]:
-    """Turn records into documents.
+    """Convert records to documents.
 
     Parameters
     ----------
     records : iterable of (str, Any)
-        Where each record is, and what it is.
+        Origin of each record (for messages) and its value.
     name : str
-        The data set.
+        Name of the data set.
     text_field : str, optional
-        The field with a text or a chat; by default those of `FIELDS` are tried in turn.
+        The field with a text or a chat; by default the `FIELDS` are tried in order.
 
     Yields
     ------
     Document
-        One a record, or several where it is long. Records whose text is null are left out, and a
-        warning says how many.
+        One per record, or several for a long one. Records whose text is null are skipped, and a
+        warning counts them.
 
     Raises
     ------
     DataError
-        If a record has no such field, or its value is of another type or no Unicode text.
+        If a record has no such field, or its value has another type or is not valid Unicode.
     """
     num_null = num_in_a_row = 0
     try:
@@ -102,7 +102,7 @@ def to_documents(
             if num_in_a_row == MAX_WITHOUT_TEXT:
                 raise DataError(
                     f"{MAX_WITHOUT_TEXT} records up to {where} have no text",
-                    hint="leave out the records without text",
+                    hint="remove the records without text",
                 )
             if document is None:
                 num_null += 1
@@ -112,23 +112,23 @@ def to_documents(
                 yield from cut(document, [document.text])
     finally:
         if num_null:
-            log.warning("%d records of %s have null for a text: left out", num_null, name)
+            log.warning("%d records of %s have a null text: skipped", num_null, name)
 
 
 def cut(document: Document, texts: Iterable[str]) -> Iterator[Document]:
-    """Cut a long text into documents, at blank lines where it has them, else at white space.
+    """Split a long text into documents, preferably at blank lines, else at white space.
 
     Parameters
     ----------
     document : Document
-        All but the text.
+        The document without its text.
     texts : iterable of str
         The text, in parts.
 
     Yields
     ------
     Document
-        At most `LONGEST_DOCUMENT` characters each; joined, they are the text.
+        At most `LONGEST_DOCUMENT` characters each; together they are the text.
     """
     rest = ""
     for text in texts:
@@ -149,11 +149,11 @@ def _last_break(text: str) -> int:
 
 
 def _document(where: str, record: Any, text_field: str | None) -> Document | None:
-    """Make a document of a record; None if its text is null."""
+    """Convert a record to a document; None if its text is null."""
     if not isinstance(record, dict):
         raise DataError(
             f"{where} is {_kind(record)}, not an object with a text",
-            hint='a record is as {"text": "…"}',
+            hint='a record looks like {"text": "…"}',
         )
     names = (text_field,) if text_field else (TEXT, *CHAT)
     chats = () if text_field else CHAT
@@ -188,7 +188,7 @@ def _instruction(where: str, record: dict[str, Any]) -> Document | None:
 
 
 def _messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
-    """Turns of a chat as role and content, or as ShareGPT has them: from and value."""
+    """Read the turns of a chat: role and content, or ShareGPT's from and value."""
     messages = []
     for number, turn in enumerate(turns, 1):
         place = f"{name}[{number}]"
@@ -206,7 +206,7 @@ def _messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
 
 
 def _checked(value: Any, where: str, name: str) -> str:
-    """Check that a value is a string of Unicode characters."""
+    """Check that a value is a valid Unicode string."""
     if not isinstance(value, str):
         raise _wrong_type(where, name, value)
     try:
@@ -214,8 +214,8 @@ def _checked(value: Any, where: str, name: str) -> str:
     except UnicodeEncodeError as err:
         raise DataError(
             f"{where}: character {err.start + 1} of {name!r} is half of a surrogate pair "
-            f"(\\u{ord(value[err.start]):04x}), which is no Unicode text",
-            hint="leave the record out, or write its text anew as UTF-8",
+            f"(\\u{ord(value[err.start]):04x}), which is not valid Unicode",
+            hint="remove the record, or write its text again as UTF-8",
         ) from None
     return value
 

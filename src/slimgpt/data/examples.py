@@ -1,4 +1,4 @@
-"""Examples to train on, with labels."""
+"""Training examples with labels."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 Example = dict[str, list[int]]
 
-IGNORED = -100  # the label of a token that is not trained on, as in PyTorch
+IGNORED = -100  # label of a token that is not trained on, as in PyTorch
 
 
 def training_examples(
@@ -26,12 +26,12 @@ def training_examples(
     max_examples: int | None = None,
     text_field: str | None = None,
 ) -> list[Example]:
-    """Tokenise examples to train on.
+    """Tokenise training examples.
 
-    An instruction becomes one example: the prompt of Alpaca, the answer and, where it fits, an
-    EOS token; the labels are those of the answer. A chat becomes one in the model's template; the
-    labels are those of the assistant's turns. Plain text is joined and cut into windows that do
-    not overlap, every token of which is a label.
+    An instruction becomes one example: the prompt of Alpaca, the answer and, if it fits, an
+    EOS token; only the answer has labels. A chat is rendered in the model's template; only the
+    assistant's turns have labels. Plain text is joined and cut into non-overlapping windows, in
+    which every token has a label.
 
     Parameters
     ----------
@@ -40,22 +40,22 @@ def training_examples(
     tokenizer : PreTrainedTokenizerBase
         The model's tokenizer.
     seqlen : int
-        Tokens of a window, and the most of an instruction or chat; what is longer is cut off.
+        Tokens in a window, and maximum length of an instruction or chat; the rest is cut off.
     max_examples : int, optional
         Stop after this many.
     text_field : str, optional
-        Field of the text in local data files; by default ``text``, a chat or an instruction.
+        Field with the text in local data files; by default ``text``, a chat or an instruction.
 
     Returns
     -------
     list of dict
-        ``input_ids`` and ``labels``, of equal length; the labels are `IGNORED` in what is not to
-        be learned. Examples without a label in their first `seqlen` tokens are left out.
+        ``input_ids`` and ``labels``, of equal length; tokens that are not trained on have the
+        label `IGNORED`. Examples without a label in their first `seqlen` tokens are skipped.
 
     Raises
     ------
     DataError
-        If the data cannot be read or has not one example.
+        If the data cannot be read or yields no example.
     """
     examples: list[Example] = []
     num_dropped = 0
@@ -68,7 +68,11 @@ def training_examples(
         if len(examples) == max_examples:
             break
     if num_dropped:
-        log.warning("%d prompts of %s leave no room for an answer: left out", num_dropped, name)
+        log.warning(
+            "skipped %d examples of %s: their prompts leave no room for an answer",
+            num_dropped,
+            name,
+        )
     if not examples:
         raise DataError(
             f"{name} has not one example of {seqlen} tokens",
@@ -80,7 +84,7 @@ def training_examples(
 def _examples(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, seqlen: int
 ) -> Iterator[Example | None]:
-    """Give the examples of documents; None for one without a label."""
+    """Yield the examples of documents; None for one without labels."""
     text: list[int] = []
     for document in documents:
         if document.prompt or document.messages:

@@ -1,4 +1,4 @@
-"""Records and texts of local data files, read piece by piece, so that memory stays bounded."""
+"""Read records and texts of local data files in pieces, in bounded memory."""
 
 import codecs
 import gzip
@@ -24,7 +24,7 @@ SUFFIXES_HINT = f"known are {', '.join(FILE_SUFFIXES)}; all but the last also wi
     COMPRESSIONS
 )
 
-PIECE = 2**18  # characters of a text that are read at once
+PIECE = 2**18  # bytes of a text that are read at once
 
 MAX_RECORD = 2**25  # bytes of a line, characters of a JSON value
 
@@ -36,18 +36,18 @@ MAX_BATCH = 1024  # rows of a Parquet file that are read at once
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 
-_DAMAGED_HINT = "the file is damaged, or not what its suffix says: write it again"
+_DAMAGED_HINT = "the file is damaged, or its suffix is wrong: write it again"
 
 
 class Record(NamedTuple):
-    """What stands in a file, and where: file and line, or file and number of the record."""
+    """A value in a file, and where it is: file and line, or file and number of the record."""
 
     where: str
     value: Any
 
 
 def data_suffix(path: Path) -> str | None:
-    """Give the suffix that says how a file is read, without a compression; None: not known."""
+    """Return the suffix that decides how a file is read, without compression; None if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     known = FILE_SUFFIXES
     if suffixes and suffixes[-1] in COMPRESSIONS:
@@ -57,12 +57,12 @@ def data_suffix(path: Path) -> str | None:
 
 
 def needs_pyarrow(path: Path) -> bool:
-    """Whether a data file can only be read with the package pyarrow."""
+    """Whether reading a data file requires the package pyarrow."""
     return path.suffix.lower() in (".parquet", ".zst")
 
 
 def data_files(directory: Path) -> list[Path]:
-    """Files below a directory that have a known suffix, sorted, without hidden ones."""
+    """List the files with a known suffix in a directory tree, sorted, without hidden ones."""
     found = []
     for root, folders, names in os.walk(directory):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
@@ -74,19 +74,19 @@ def data_files(directory: Path) -> list[Path]:
 def read_records(path: Path, fields: Collection[str] = ()) -> Iterator[Record]:
     """Read the records of a .jsonl, .json or .parquet file, one by one.
 
-    A .json file is a list of records, or has JSON values one after the other.
+    A .json file is a list of records, or a sequence of JSON values.
 
     Parameters
     ----------
     path : Path
         The file.
     fields : collection of str
-        Columns of a Parquet file that are enough, if it has one of them; by default all are read.
+        Columns of a Parquet file to read, if it has any of them; by default all.
 
     Raises
     ------
     DataError
-        If the file cannot be read, or a part of it is too large.
+        If the file cannot be read, or a record is too large.
     """
     suffix = data_suffix(path)
     if suffix == ".parquet":
@@ -95,7 +95,7 @@ def read_records(path: Path, fields: Collection[str] = ()) -> Iterator[Record]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    r"""Read a text in UTF-8 piece by piece, without a byte order mark, with newlines as ``\n``.
+    r"""Read a UTF-8 text in pieces, without a byte order mark, with newlines as ``\n``.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def _not_utf8(where: str, position: int, err: UnicodeDecodeError) -> DataError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, decompress it if need be, and name it in what goes wrong meanwhile."""
+    """Open a file, decompressed; errors inside the context name the file."""
     try:
         with path.open("rb") as file:
             if path.suffix.lower() == ".gz":
@@ -170,7 +170,7 @@ def _too_long(where: str) -> DataError:
 
 
 def _reason(err: ValueError | RecursionError) -> str:
-    """Say what is wrong with JSON; the place is said elsewhere."""
+    """Explain a JSON error; the caller adds the place."""
     if isinstance(err, json.JSONDecodeError):
         return f"no JSON: {err.msg} at column {err.colno}"
     return "nested too deep" if isinstance(err, RecursionError) else str(err)
@@ -198,14 +198,14 @@ def _json_records(path: Path) -> Iterator[Record]:
 
 
 class _JsonText:
-    """JSON values one after the other, of which no more than one is in memory."""
+    """A sequence of JSON values, of which at most one is in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.pieces = path, read_text(path)
         self.text, self.position, self.line = "", 0, 1
 
     def next_character(self) -> str:
-        """Give the next character that is not white space; none at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             blank: Any = _BLANK.match(self.text, self.position)
             self.skip(blank.end() - self.position)
@@ -218,7 +218,7 @@ class _JsonText:
         self.position = end
 
     def value(self) -> Any:
-        """Parse the value that begins here."""
+        """Parse the value at the current position."""
         decode: Callable[..., tuple[Any, int]] = json.JSONDecoder().raw_decode
         while True:
             try:
@@ -240,7 +240,7 @@ class _JsonText:
         )
 
     def _read_on(self) -> bool:
-        """Double what is in memory from here on."""
+        """Double the text in memory from the current position on."""
         parts = [self.text[self.position :]]
         before, self.position = len(parts[0]), 0
         if before > MAX_RECORD:
@@ -276,10 +276,10 @@ def _parquet_records(path: Path, fields: Collection[str]) -> Iterator[Record]:
 
 
 def _batch_size(path: Path, file: Any, group: int, columns: list[str] | None) -> int:
-    """Number of rows that do not exceed a row group's bound, were each as large as can be.
+    """Number of rows that stay within the bound of a row group, even at their largest size.
 
-    A value is stored at least once, so none is larger than its column; but a column can have it a
-    billion times in a few bytes.
+    A value is stored at least once, so no value is larger than its column. But a column can repeat
+    a value a billion times in a few bytes.
     """
     metadata = file.metadata.row_group(group)
     chunks = [metadata.column(i) for i in range(metadata.num_columns)]

@@ -1,4 +1,4 @@
-"""Tokens for calibration and evaluation."""
+"""Token tensors for calibration and evaluation."""
 
 import itertools
 import random
@@ -15,12 +15,12 @@ from slimgpt.data.documents import Document
 from slimgpt.data.tokenization import tokenize
 from slimgpt.errors import DataError
 
-MAX_TOKENS = 2**28  # of a text or of all samples: 2 GiB
+MAX_TOKENS = 2**28  # in a text or in all samples: 2 GiB
 
-SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # in memory at once
+SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # size of the shuffle buffer
 
-# Memory to read and tokenise local files or the hub, at most: the texts that are shuffled, at 4
-# bytes a character, a record of the largest size while it is parsed, and a piece in the tokenizer.
+# Upper bound of the memory for reading and tokenising local files or the hub: the shuffle buffer at
+# 4 bytes per character, one record of maximum size while it is parsed, a piece in the tokenizer.
 READING_BYTES = 2**29
 
 
@@ -34,10 +34,11 @@ def calibration_tokens(
 ) -> Tensor:
     """Draw calibration samples.
 
-    Documents are shuffled and joined until there are enough tokens; the text is cut into windows
-    that do not overlap, of which `nsamples` are chosen at random. Chats are in the model's own
-    template. No more than `SHUFFLED_DOCUMENTS` and about `SHUFFLED_CHARACTERS` are shuffled at
-    once. A document beyond `slimgpt.data.documents.LONGEST_DOCUMENT` characters counts as several.
+    Documents are shuffled and joined until there are enough tokens. The text is cut into
+    non-overlapping windows, of which `nsamples` are chosen at random. Chats are rendered in the
+    model's own template. The shuffle buffer holds at most `SHUFFLED_DOCUMENTS` documents and about
+    `SHUFFLED_CHARACTERS` characters. A document longer than
+    `slimgpt.data.documents.LONGEST_DOCUMENT` characters counts as several.
 
     Parameters
     ----------
@@ -46,11 +47,11 @@ def calibration_tokens(
     tokenizer : PreTrainedTokenizerBase
         The model's tokenizer.
     nsamples, seqlen : int
-        Number of samples and tokens of each.
+        Number of samples and tokens in each.
     seed : int
-        Seed of both random choices.
+        Random seed of the shuffling and of the choice of windows.
     text_field : str, optional
-        Field of the text in local data files; by default ``text``, or an instruction record.
+        Field with the text in local data files; by default ``text``, a chat or an instruction.
 
     Returns
     -------
@@ -60,7 +61,7 @@ def calibration_tokens(
     Raises
     ------
     DataError
-        If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are asked for.
+        If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are requested.
     """
     needed = tokens_needed(nsamples, seqlen)
     documents = read_documents(name, "calibration", text_field)
@@ -90,11 +91,12 @@ def evaluation_tokens(
     max_tokens: int | None = None,
     text_field: str | None = None,
 ) -> Tensor:
-    """Tokens of an evaluation text: all documents joined and tokenised as one.
+    """Tokenise an evaluation text: all documents, joined and tokenised as one.
 
-    Blank lines join documents, in C4 and PTB spaces. Where the tokenizer adds a BOS token, it
-    stands once, at the start. The text is read and tokenised piece by piece, no further than
-    `max_tokens` (see `slimgpt.data.tokenization.tokenize`). Chats are in the model's own template.
+    Documents are separated by blank lines, in C4 and PTB by spaces. If the tokenizer adds a BOS
+    token, it appears once, at the start. The text is read and tokenised in pieces, only as far as
+    `max_tokens` requires (see `slimgpt.data.tokenization.tokenize`). Chats are rendered in the
+    model's own template.
 
     Parameters
     ----------
@@ -105,7 +107,7 @@ def evaluation_tokens(
     max_tokens : int, optional
         Keep this many tokens from the start.
     text_field : str, optional
-        Field of the text in local data files; by default ``text``, or an instruction record.
+        Field with the text in local data files; by default ``text``, a chat or an instruction.
 
     Returns
     -------
@@ -115,7 +117,7 @@ def evaluation_tokens(
     Raises
     ------
     DataError
-        If the data cannot be read, or has more than `MAX_TOKENS` where all are to be kept.
+        If the data cannot be read, or has more than `MAX_TOKENS` and `max_tokens` is not given.
     """
     separator = HUB_DATASETS[name].separator if name in HUB_DATASETS else BLANK_LINE
     documents = read_documents(name, "evaluation", text_field)
@@ -139,7 +141,7 @@ def _joined(
 
 
 def tokens_needed(nsamples: int, seqlen: int) -> int:
-    """Number of tokens of so many samples, which is bounded."""
+    """Compute the number of tokens in the samples, and check that it is within `MAX_TOKENS`."""
     if nsamples * seqlen > MAX_TOKENS:
         raise DataError(
             f"{nsamples} samples of {seqlen} tokens are {nsamples * seqlen} tokens; at most "
@@ -150,7 +152,7 @@ def tokens_needed(nsamples: int, seqlen: int) -> int:
 
 
 def _text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write a document as one text, without a BOS token, which the tokenizer adds."""
+    """Render a document as one text, without the BOS token that the tokenizer adds."""
     if not document.messages:
         return document.prompt + document.text
     text = render(document.messages, tokenizer, document.where)
@@ -160,7 +162,7 @@ def _text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
-    """Shuffle a stream, a buffer at a time."""
+    """Shuffle a stream, one buffer at a time."""
     generator = random.Random(seed)
     while batch := list(_buffer(texts)):
         generator.shuffle(batch)
@@ -168,7 +170,7 @@ def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
 
 
 def _buffer(texts: Iterator[str]) -> Iterator[str]:
-    """Take as many texts as are shuffled at once."""
+    """Take the texts of one shuffle buffer."""
     num_characters = 0
     for text in itertools.islice(texts, SHUFFLED_DOCUMENTS):
         yield text

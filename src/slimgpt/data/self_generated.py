@@ -1,4 +1,4 @@
-"""Calibration samples that the dense model writes itself."""
+"""Calibration samples that the dense model generates itself."""
 
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ from slimgpt.errors import DataError, NumericalError
 
 log = logging.getLogger(__name__)
 
-TEXT_LENGTH, TEXTS_AT_ONCE = 128, 128  # tokens of a text that the model writes
+TEXT_LENGTH, TEXTS_AT_ONCE = 128, 128  # tokens in a generated text; texts in a batch
 
 
 @torch.no_grad()
@@ -28,17 +28,17 @@ def sample_from_model(
     seqlen: int,
     seed: int = 0,
 ) -> Tensor:
-    """Let the dense model write its own calibration samples, at temperature 1.
+    """Generate calibration samples with the dense model, at temperature 1.
 
-    It writes many short texts at once, which takes hardly more time than one, and they are joined
-    and cut into samples.
+    The model generates many short texts in one batch, which takes hardly longer than one text. They
+    are joined and cut into samples.
 
     Parameters
     ----------
     model, tokenizer
-        The model and its tokenizer, which must name a token to begin with (BOS, else EOS).
+        The model and its tokenizer, which must define a token to start from (BOS, else EOS).
     nsamples, seqlen, seed : int
-        Number of samples, tokens of each, seed.
+        Number of samples, tokens in each, random seed.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def sample_from_model(
     Raises
     ------
     DataError
-        If the tokenizer has neither BOS nor EOS, or more than `MAX_TOKENS` are asked for.
+        If the tokenizer has neither BOS nor EOS, or more than `MAX_TOKENS` are requested.
     NumericalError
         If the model's probabilities are not finite.
     """
@@ -56,7 +56,7 @@ def sample_from_model(
     if first is None:
         raise DataError(
             "the tokenizer has neither BOS nor EOS, so the model cannot start a text",
-            hint="name texts for --calibration, without self",
+            hint="give --calibration other texts than self",
         )
     needed, length = tokens_needed(nsamples, seqlen), min(TEXT_LENGTH, seqlen)
     prompts = torch.tensor([[first]] * -(-needed // length))
@@ -65,7 +65,7 @@ def sample_from_model(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for prompt in prompts.to(model.device).split(TEXTS_AT_ONCE):
-            log.info("sampling from the model: text %d of %d", len(texts), len(prompts))
+            log.info("generating calibration text %d of %d", len(texts), len(prompts))
             texts += generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -79,21 +79,21 @@ def sample_from_model(
 
 
 class _Draw(LogitsProcessor):
-    """Draw the next token, and leave it as the only one.
+    """Draw the next token, and mask all others.
 
-    One random number a text; sampling in `generate` takes one a token of the vocabulary, which on
-    a CPU costs as much as a small model.
+    This needs one random number per text. Sampling in `generate` needs one per vocabulary entry,
+    which on a CPU costs as much as a small model.
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         upto = scores.float().softmax(dim=-1).cumsum(dim=-1)
         if not upto[:, -1].isfinite().all():
             raise NumericalError(
-                f"the logits of token {input_ids.shape[-1] + 1} of a text that the model writes "
+                f"the logits of token {input_ids.shape[-1] + 1} of a generated text "
                 f"are not finite in {str(scores.dtype).removeprefix('torch.')}",
                 hint="give --dtype float32; if that does not help, the weights are broken",
             )
-        # In (0, 1], so that what has no probability is never the first to reach it.
+        # In (0, 1], so that a token without probability is never the first to reach it.
         number = upto[:, -1:] * (1 - torch.rand(len(upto), 1, device=upto.device))
         drawn = torch.searchsorted(upto, number)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0)

@@ -1,4 +1,4 @@
-"""Long texts to tokens, piece by piece, with the tokens of the whole."""
+"""Tokenise long texts in pieces, with the same tokens as for the whole text."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -6,36 +6,36 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-PIECE = 2**18  # characters that are tokenised at once: some 50 MB in the tokenizer
+PIECE = 2**18  # characters tokenised at once: about 50 MB in the tokenizer
 
-OVERLAP = 2**13  # characters that two pieces share
+OVERLAP = 2**13  # characters shared by two pieces
 
-AGREEMENT = 16  # tokens before and after a cut that are the same in both pieces
+AGREEMENT = 16  # tokens before and after a cut that must be equal in both pieces
 
 
 class _Tokens(NamedTuple):
-    """Token ids, each with the position in the text where it ends."""
+    """Token ids, and the position in the text where each ends."""
 
     ids: list[int]
     ends: list[int]
 
 
 def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Tokenise a text that comes in pieces, as if it were one.
+    """Tokenise a text that arrives in parts, as if it were one.
 
-    What is longer than `PIECE` characters is tokenised in overlapping pieces. They are joined in
-    the overlap, where both have the same `AGREEMENT` tokens on each side. This assumes that such a
-    run of tokens separates what is before it from what is after it, as it does where a tokenizer
-    splits text into words first or merges neighbours only. Where the pieces do not agree (a word
-    longer than the overlap), they are tokenised as one. A tokenizer without positions, which are
-    the slow ones in Python, gets the whole text.
+    A text longer than `PIECE` characters is tokenised in overlapping pieces. Two pieces are joined
+    inside their overlap, at a cut with `AGREEMENT` equal tokens on each side. This assumes that the
+    tokens on one side of such a run do not depend on the text on the other side, which holds if a
+    tokenizer first splits text into words or merges neighbours only. Pieces that do not agree (a
+    word longer than the overlap) are tokenised as one. A slow (Python) tokenizer reports no
+    positions and gets the whole text.
 
     Parameters
     ----------
     texts : iterable of str
         Parts of the text, of any length.
     tokenizer : PreTrainedTokenizerBase
-        The tokenizer; special tokens that it adds stand at the start and the end of the whole.
+        The tokenizer; its special tokens appear only at the start and the end of the text.
 
     Yields
     ------
@@ -49,7 +49,7 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
         return
     first, last = _special_tokens(tokenizer)
     yield first
-    position = num_done = 0  # of the window in the text; of its tokens
+    position = num_done = 0  # of the window in the text; tokens of it already yielded
     tokens = _encode(window, position, tokenizer)
     while following is not None:
         next_window = window[-OVERLAP:] + following
@@ -70,7 +70,7 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterat
 
 
 def _cut_anew(texts: Iterable[str]) -> Iterator[str]:
-    """Join texts and cut them into pieces of `PIECE` characters."""
+    """Join texts and split them into pieces of `PIECE` characters."""
     joined = ""
     for text in texts:
         joined += text
@@ -82,7 +82,7 @@ def _cut_anew(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text."""
+    """Find the special tokens that the tokenizer adds before and after a text."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -101,7 +101,7 @@ def _encode(text: str, position: int, tokenizer: PreTrainedTokenizerBase) -> _To
 
 
 def _meet(before: _Tokens, after: _Tokens) -> tuple[int, int] | None:
-    """Find where two overlapping pieces have the same tokens: as many of each come before it."""
+    """Find a cut at which two overlapping pieces agree; return its index in each."""
     pairs = list(zip(*after, strict=True))
     start = next((i for i, end in enumerate(before.ends) if end > after.ends[0]), 0)
     stop = next((i for i, pair in enumerate(pairs) if pair[1] > before.ends[-1]), len(pairs))

@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence and tasks."""
+"""Measure perplexity, KL divergence and lm-eval tasks (``slimgpt eval``)."""

@@ -126,9 +126,14 @@ def evaluate(model: str, **options: Any) -> Evaluation:
     scores: list[TaskResult] = []
     try:
         for name, tokens in texts.items():
+            about = subjects | {
+                "data": describe_dataset(name, "evaluation"),
+                "data_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+            }
             for seqlen in usable_lengths(config.seqlen, [live, base or live], len(tokens)):
                 log.info("evaluating on %s, windows of %d tokens", name, seqlen)
-                perplexity.append(_on_text(live, base, name, tokens, seqlen, subjects))
+                windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+                perplexity.append(_on_text(live, base, windows, about))
                 keep_results(source.directory, PERPLEXITY_FILE, perplexity[-1:], TEXT_PROTOCOL)
         if tasks:
             size = config.limit, config.batch_size
@@ -152,19 +157,14 @@ def evaluate(model: str, **options: Any) -> Evaluation:
 def _on_text(
     model: PreTrainedModel,
     base: PreTrainedModel | None,
-    name: str,
-    tokens: Tensor,
-    seqlen: int,
-    subjects: dict[str, Any],
+    windows_NT: Tensor,
+    about: dict[str, Any],
 ) -> EvalResult:
-    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-    losses = mean_losses(model, base, windows)
+    losses = mean_losses(model, base, windows_NT)
     return EvalResult(
-        **subjects,
-        data=describe_dataset(name, "evaluation"),
-        data_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
-        seqlen=seqlen,
-        tokens=windows.numel() - len(windows),
+        **about,
+        seqlen=windows_NT.shape[1],
+        tokens=windows_NT.numel() - len(windows_NT),
         perplexity=_perplexity(losses.nll),
         base_perplexity=_perplexity(losses.base_nll) if base else None,
         kl_divergence=losses.kl_divergence if base else None,

@@ -1,1 +1,1 @@
-"""Recipes: tables of many runs."""
+"""Run grids of experiments from recipes, and write tables and figures (``slimgpt run``)."""

@@ -1,6 +1,7 @@
 """A recipe, and the cells of its table."""
 
 import math
+import os
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
@@ -26,6 +27,9 @@ Curve = Literal["layer_ratios", "layer_errors", "train_loss", "held_out_perplexi
 
 # A recipe is short: larger files, and mappings nested more deeply, are something else.
 RECIPE_BYTES, RECIPE_DEPTH, RECIPE_CELLS = 10**6, 32, 4096
+
+# The recipes of the paper, by name.
+SHIPPED = {file.stem: file for file in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
 
 VERBS: dict[str, type[Options]] = {
     "prune": PruneConfig,
@@ -73,6 +77,24 @@ class RecipeConfig(Options):
             if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
                 raise ValueError(f"x={self.x!r} is no dimension of numbers")
         return self
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Find a recipe: a file, or one that comes with the package.
+
+    Raises
+    ------
+    ConfigError
+        If there is neither; lists the recipes of the package.
+    """
+    if str(name) in SHIPPED and not os.path.isfile(name):
+        return SHIPPED[str(name)]
+    if not os.path.exists(name):
+        raise ConfigError(
+            f"cannot read the recipe {name}: there is no such file",
+            hint=did_you_mean(str(name), list(SHIPPED)),
+        )
+    return Path(name)
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from torch.distributed import is_torchelastic_launched
 
 from slimgpt.benchmarking.bench import bench
@@ -46,7 +46,15 @@ from slimgpt.errors import (
 )
 from slimgpt.evaluation.evaluate import Evaluation, evaluate
 from slimgpt.evaluation.tasks import check_tasks
-from slimgpt.experiments.recipe import VERBS, Cell, RecipeConfig, expand, filled_in, read_recipe
+from slimgpt.experiments.recipe import (
+    VERBS,
+    Cell,
+    RecipeConfig,
+    expand,
+    filled_in,
+    find_recipe,
+    read_recipe,
+)
 from slimgpt.experiments.tables import SHOWN, describe, draw, to_markdown
 from slimgpt.models.source import find_model
 from slimgpt.pruning.inputs import check_inputs
@@ -54,8 +62,9 @@ from slimgpt.pruning.plan import PrunePlan, plan
 from slimgpt.pruning.prune import prune
 from slimgpt.recovery.recover import check_packages, recover
 from slimgpt.runtime.environment import machine, reset_peak_memory, versions
-from slimgpt.runtime.files import describe_file, read_json, replacing, write_atomically, writing
-from slimgpt.runtime.run_directory import Run, locked
+from slimgpt.runtime.files import describe_file, write_atomically, writing
+from slimgpt.runtime.locks import writing_alone
+from slimgpt.runtime.run_directory import Run
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +131,8 @@ def run_recipe(
     Parameters
     ----------
     recipe : str or Path
-        A YAML file with the fields of `slimgpt.experiments.recipe.RecipeConfig`.
+        A YAML file with the fields of `slimgpt.experiments.recipe.RecipeConfig`, or the name of a
+        recipe of the paper, like ``table6``.
     output : str or Path
         Directory for the table (``.md``), all numbers (``.json``) and the figure (``.svg``), which
         have the name of the recipe, and for what they are made from, which recipes share.
@@ -148,38 +158,33 @@ def run_recipe(
     Examples
     --------
     >>> import slimgpt
-    >>> slimgpt.run_recipe("recipes/table6.yaml", "table6", small=True,
-    ...                    data_dir="data")  # doctest: +SKIP
+    >>> slimgpt.run_recipe("table6", "runs", small=True, data_dir="data")  # doctest: +SKIP
     """
     if is_torchelastic_launched():
         raise ConfigError(
             "a recipe runs in one process", hint="torchrun is for `slimgpt prune` and `recover`"
         )
-    config = read_recipe(Path(recipe), small)
+    file = find_recipe(recipe)
+    config = read_recipe(file, small)
     cells = expand(config, data_dir)
     _check(config, cells)
     directory = Path(output)
     with writing(directory):
         for folder in ("steps", "models"):
             (directory / folder).mkdir(parents=True, exist_ok=True)
-        lock = locked(directory / LOCK_FILE, directory)
-    try:
+    with writing_alone(directory, lock_file=directory / LOCK_FILE):
         rows = _run(cells, directory.resolve(), keep_models)
         report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
-        table, numbers, figure = (f"{Path(recipe).stem}.{kind}" for kind in ("md", "json", "svg"))
+        table, numbers, figure = (f"{file.stem}.{kind}" for kind in ("md", "json", "svg"))
         result = RecipeResult(directory, report, to_markdown(report, figure))
         with suppress(OSError):  # that it is not empty
             (directory / "models").rmdir()
         with writing(directory):
             if config.figure:
-                with replacing(directory / figure) as temporary:
-                    draw(report, temporary)
+                draw(report, directory / figure)
             write_atomically(directory / numbers, json.dumps(report, indent=1) + "\n")
             write_atomically(directory / table, result.markdown)
         return result
-    finally:
-        (directory / LOCK_FILE).unlink()  # while it is held: who comes next has another one
-        lock.release()
 
 
 def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict[str, Any]]:
@@ -280,26 +285,29 @@ class _Work:
             if getattr(cell, verb) is None:
                 continue
             file = self.directory / "steps" / f"{verb}-{self._key(verb)}.json"
-            if not self._is_done(file, verb):
+            results[verb] = self._stored(file, verb)
+            if results[verb] is None:
                 place = {"machine": _machine(), "versions": versions()}
                 no_folder = {f"{self.directory / 'models'}{os.sep}": ""}
-                result = filled_in(place | step(), no_folder)
+                text = json.dumps(filled_in(place | step(), no_folder), indent=1) + "\n"
                 with writing(self.directory):
-                    write_atomically(file, json.dumps(result, indent=1) + "\n")
-            results[verb] = read_json(file)
+                    write_atomically(file, text)
+                results[verb] = json.loads(text)
         return results
 
-    def _is_done(self, file: Path, verb: str) -> bool:
-        """Whether there is a result of a step, as this version writes it."""
+    def _stored(self, file: Path, verb: str) -> dict[str, Any] | None:
+        """The result of a step, if there is one as this version writes it."""
         if not file.exists():
-            return False
+            return None
         try:
-            read_typed(file, _RESULTS[verb])
-            read_typed(file, _Place)
-        except ConfigError as err:
-            log.warning("%s; the step is done again", err)
-            return False
-        return True
+            result = read_typed(file, dict[str, Any])
+            for kind in (_RESULTS[verb], _Place):
+                TypeAdapter(kind).validate_python(result)
+        except (ConfigError, ValidationError) as err:
+            reason = " ".join(str(err).split())
+            log.warning("%s is not used, and the step is done again: %s", file, reason)
+            return None
+        return result
 
     def models(self) -> set[Path]:
         """Where the models are that the steps make."""

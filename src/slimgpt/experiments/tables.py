@@ -5,10 +5,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slimgpt.data.datasets import short_name
 from slimgpt.experiments.recipe import VERBS
+from slimgpt.presentation.tables import escaped, markdown_table
 
 Values = dict[str, Any]
 
@@ -41,7 +42,22 @@ SHARES = {
     MEAN,
 }
 
-Best = Callable[[Iterable[float]], float]
+
+class Value(NamedTuple):
+    """A number of a table.
+
+    Attributes
+    ----------
+    number, error : float
+        The number and its standard error, 0 if it has none.
+    best : callable or None
+        Gives which number is shown in bold, of the rows with the same ratio; those with standard
+        errors only where it differs from all others by more than that of the difference.
+    """
+
+    number: float
+    error: float = 0.0
+    best: Callable[[Iterable[float]], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,20 +71,12 @@ class Columns:
     read : callable
         Gives the values of a row, by the header of their column.
     style : str
-        Format specification of the values.
-    best : callable
-        Gives, by the same headers, which value is shown in bold, of the rows with the same ratio;
-        if it has a standard error, only where it differs from all others by more than that of the
-        difference.
-    errors : callable
-        Gives the standard errors of values, by the same headers.
+        Format specification of the numbers.
     """
 
     verb: str
-    read: Callable[[Values], dict[str, float]]
+    read: Callable[[Values], dict[str, Value]]
     style: str
-    best: Callable[[Values], dict[str, Best]] = lambda _: {}
-    errors: Callable[[Values], dict[str, float]] = lambda _: {}
 
 
 @dataclass(frozen=True)
@@ -90,48 +98,34 @@ class Curves:
     axis: str
 
 
-def _pruning(report: Values) -> dict[str, float]:
-    seconds, peak = report.get("seconds", {}), report.get("peak_memory_bytes")
-    values = {
-        "pruning, s": sum(seconds.values()) or None,
-        "peak memory, GiB": peak / 2**30 if peak else None,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+def _pruning(report: Values) -> dict[str, Value]:
+    seconds, peak = sum(report.get("seconds", {}).values()), report.get("peak_memory_bytes")
+    values = {"pruning, s": seconds, "peak memory, GiB": (peak or 0) / 2**30}
+    return {name: Value(value) for name, value in values.items() if value}
 
 
-def _perplexity(evaluation: Values) -> dict[str, float]:
+def _perplexity(evaluation: Values) -> dict[str, Value]:
     return {
-        f"perplexity, {short_name(r['data'])} × {r['seqlen']}": r["perplexity"]
+        f"perplexity, {short_name(r['data'])} × {r['seqlen']}": Value(r["perplexity"], best=min)
         for r in evaluation["perplexity"]
     }
 
 
-def _tasks(evaluation: Values) -> dict[str, float]:
-    return {_task(r): _scale(r) * r["value"] for r in evaluation["tasks"]}
+def _tasks(evaluation: Values) -> dict[str, Value]:
+    values = {}
+    for r in evaluation["tasks"]:
+        scale = 100 if r["metric"].partition(",")[0] in SHARES else 1
+        best = max if r["higher_is_better"] else min
+        numbers = scale * r["value"], scale * (r["stderr"] or 0.0)
+        values[f"{r['task']}, {r['metric']}"] = Value(*numbers, best)
+    return values
 
 
-def _task_errors(evaluation: Values) -> dict[str, float]:
-    scored = (r for r in evaluation["tasks"] if r["stderr"] is not None)
-    return {_task(r): _scale(r) * r["stderr"] for r in scored}
-
-
-def _best_tasks(evaluation: Values) -> dict[str, Best]:
-    return {_task(r): max if r["higher_is_better"] else min for r in evaluation["tasks"]}
-
-
-def _task(result: Values) -> str:
-    return f"{result['task']}, {result['metric']}"
-
-
-def _scale(result: Values) -> int:
-    return 100 if result["metric"].partition(",")[0] in SHARES else 1
-
-
-def _means(evaluation: Values) -> dict[str, float]:
+def _means(evaluation: Values) -> dict[str, Value]:
     return {name: value for name, value in _tasks(evaluation).items() if name.endswith(f", {MEAN}")}
 
 
-def _inference(result: Values) -> dict[str, float]:
+def _inference(result: Values) -> dict[str, Value]:
     values = {}
     for setting in result["settings"]:
         where = f"{setting['batch_size']} × {setting['prompt_length']}"
@@ -141,17 +135,16 @@ def _inference(result: Values) -> dict[str, float]:
                 values[f"{phase} {where}, × base"] = setting[f"{phase}_speedup"]["median"]
     cost = result["costs"][0]
     sizes = {"weights, MiB": cost["disk_bytes"], "peak memory, MiB": cost["peak_memory_bytes"]}
-    return values | {name: size / 2**20 for name, size in sizes.items() if size is not None}
+    values |= {name: size / 2**20 for name, size in sizes.items() if size is not None}
+    return {name: Value(value) for name, value in values.items()}
 
 
 MEASURES = {
-    "parameters": Columns("prune", lambda report: {"parameters": report["params_after"]}, ",d"),
+    "parameters": Columns("prune", lambda r: {"parameters": Value(r["params_after"])}, ",d"),
     "pruning": Columns("prune", _pruning, ".1f"),
-    "perplexity": Columns(
-        "evaluate", _perplexity, ".2f", lambda r: dict.fromkeys(_perplexity(r), min)
-    ),
-    "tasks": Columns("evaluate", _tasks, ".1f", _best_tasks, _task_errors),
-    "means": Columns("evaluate", _means, ".1f", _best_tasks, _task_errors),
+    "perplexity": Columns("evaluate", _perplexity, ".2f"),
+    "tasks": Columns("evaluate", _tasks, ".1f"),
+    "means": Columns("evaluate", _means, ".1f"),
     "inference": Columns("bench", _inference, ",.2f"),
 }
 
@@ -186,10 +179,10 @@ def to_markdown(report: Values, figure_file: str) -> str:
     recipe, rows = report["recipe"], report["cells"]
     source = f"{recipe['reproduces']} of SlimGPT (arXiv 2412.18110)"
     parts = [
-        f"# {_one_line(recipe['title'])}",
+        f"# {escaped(recipe['title'])}",
         f"{source}, small variant." if report["is_small"] else f"{source}.",
         recipe["note"],
-        f"![{recipe['title']}]({figure_file})" if recipe["figure"] else "",
+        f"![{escaped(recipe['title'])}]({figure_file})" if recipe["figure"] else "",
         _table(recipe, rows),
         _protocol(rows),
     ]
@@ -197,49 +190,33 @@ def to_markdown(report: Values, figure_file: str) -> str:
 
 
 def _table(recipe: Values, rows: Sequence[Values]) -> str:
-    columns = {name: [_label(name, row["labels"][name]) for row in rows] for name in recipe["grid"]}
-    ratios = [row["labels"].get(RATIO) for row in rows]
+    labels = [row["labels"] for row in rows]
+    columns = {name: [escaped(_label(name, of[name])) for of in labels] for name in recipe["grid"]}
+    ratios = [of.get(RATIO) for of in labels]
     for name in recipe["table"]:
         measure = MEASURES[name]
-        results = [row.get(measure.verb) for row in rows]
-        read = [measure.read(result) if result else {} for result in results]
-        errors = [measure.errors(result) if result else {} for result in results]
+        read = [measure.read(row[measure.verb]) if row.get(measure.verb) else {} for row in rows]
         for header in dict.fromkeys(header for values in read for header in values):
-            cells = [
-                (values[header], error.get(header, 0.0)) if header in values else None
-                for values, error in zip(read, errors, strict=True)
-            ]
-            places = list(zip(ratios, cells, strict=True))
-            bests = (measure.best(result).get(header) for result in results if result)
-            best = next(filter(None, bests), None)
+            cells = list(zip(ratios, (values.get(header) for values in read), strict=True))
             columns[header] = [
-                _cell(cell, [c for r, c in places if c and r == ratio], measure.style, best)
+                _cell(cell, [c for r, c in cells if c and r == ratio], measure.style)
                 if cell
                 else ""
-                for ratio, cell in places
+                for ratio, cell in cells
             ]
     if any(row["error"] for row in rows):
-        columns["failed"] = [row["error"] or "" for row in rows]
-    rows_of_text = [map(_one_line, line) for line in zip(*columns.values(), strict=True)]
-    lines = [map(_one_line, columns), ["---"] * len(columns), *rows_of_text]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        columns["failed"] = [escaped(row["error"] or "") for row in rows]
+    return markdown_table(map(escaped, columns), zip(*columns.values(), strict=True))
 
 
-def _one_line(text: str) -> str:
-    """Text that stays in its cell."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _cell(
-    cell: tuple[float, float], rivals: list[tuple[float, float]], style: str, best: Best | None
-) -> str:
-    """A value and its standard error; in bold if it is the best of its rivals."""
-    value, error = cell
-    text = f"{value:{style}}"
-    differences = [(abs(value - v), math.hypot(error, e)) for v, e in rivals if v != value]
-    is_best = best and differences and value == best(v for v, _ in rivals)
-    if is_best and all(difference > noise for difference, noise in differences):
-        text = f"**{text}**"
+def _cell(value: Value, rivals: list[Value], style: str) -> str:
+    """A number and its standard error; in bold if it is the best of its rivals."""
+    number, error, best = value
+    text = f"{number:{style}}"
+    others = [rival for rival in rivals if rival.number != number]
+    if best and others and number == best(rival.number for rival in rivals):
+        differs = (abs(number - o.number) > math.hypot(error, o.error) for o in others)
+        text = f"**{text}**" if all(differs) else text
     return f"{text} ± {error:{style}}" if error else text
 
 
@@ -280,7 +257,7 @@ def _facts(row: Values) -> Iterator[tuple[str, str]]:
 
 
 def draw(report: Values, file: Path) -> None:
-    """Draw the figure of a recipe as SVG.
+    """Draw the figure of a recipe.
 
     Parameters
     ----------
@@ -289,8 +266,7 @@ def draw(report: Values, file: Path) -> None:
     file : Path
         Where to write it.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    from slimgpt.presentation.figures import curves, save
 
     recipe = report["recipe"]
     panels: dict[str, dict[str, Points]] = defaultdict(lambda: defaultdict(list))
@@ -300,18 +276,15 @@ def draw(report: Values, file: Path) -> None:
                 series = {key: v for key, v in row["labels"].items() if key != recipe["x"]}
                 if points:
                     panels[title][describe(series)] += points
-    num_panels = max(1, len(panels))  # none if every cell has failed
-    figure = Figure(figsize=(5 * num_panels, 4), layout="constrained")
-    all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
-    for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
-        for label, points in curves.items():
-            axes.plot(*zip(*points, strict=True), marker=".", label=label or None)
-        axes.set_title(title.replace("_", " ") if title in CURVES else title)
-        axes.set_xlabel(recipe["x"] or CURVES[title].axis)
-        if any(curves):
-            axes.legend()
-    with matplotlib.rc_context({"svg.hashsalt": "slimgpt"}):  # the same numbers, the same file
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    drawn = [
+        curves(
+            series,
+            recipe["x"] or CURVES[title].axis,
+            title.replace("_", " ") if title in CURVES else title,
+        )
+        for title, series in panels.items()
+    ]
+    save(drawn, file)
 
 
 def _points(row: Values, name: str, x: str | None) -> dict[str, Points]:
@@ -322,7 +295,7 @@ def _points(row: Values, name: str, x: str | None) -> dict[str, Points]:
     if isinstance(shown, Curves):
         return {name: shown.read(row[shown.verb])}
     values = shown.read(row[shown.verb])
-    return {header: [(row["labels"][x], value)] for header, value in values.items()}
+    return {header: [(row["labels"][x], value.number)] for header, value in values.items()}
 
 
 def _label(name: str, value: Any) -> str:

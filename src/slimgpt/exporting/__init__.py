@@ -1,1 +1,1 @@
-"""Convert a model for other engines."""
+"""Convert a checkpoint to GGUF for llama.cpp and Ollama (``slimgpt export``)."""

@@ -8,10 +8,9 @@ from typing import Any
 
 from slimgpt.config import ExportConfig
 from slimgpt.errors import MissingDependencyError, RunStateError
-from slimgpt.exporting.ollama import write_modelfile
-from slimgpt.models.loading import load_config, load_generation_config
+from slimgpt.exporting.formats import FORMATS, Format
 from slimgpt.models.source import Source, find_model
-from slimgpt.runtime.files import replacing, writing
+from slimgpt.runtime.files import writing
 from slimgpt.runtime.locks import writing_alone
 
 
@@ -24,7 +23,7 @@ class ExportResult:
     output : Path
         The file.
     arch : str
-        llama.cpp's name of the graph that computes it.
+        The format's name of the architecture: for GGUF, of the graph that computes it.
     num_bytes : int
         Size of the file.
     """
@@ -35,10 +34,10 @@ class ExportResult:
 
 
 def export(model: str, output: str | Path | None = None, **options: Any) -> ExportResult:
-    """Write a dense or pruned model as a GGUF file, for llama.cpp and what is built on it.
+    """Write a dense or pruned model in the format of another engine.
 
-    If all layers have the same widths, a ``Modelfile`` for Ollama is put beside it, unless there
-    is one already.
+    As GGUF it is for llama.cpp and what is built on it. If all layers have the same widths, a
+    ``Modelfile`` for Ollama is put beside it, unless there is one already.
 
     Parameters
     ----------
@@ -53,7 +52,8 @@ def export(model: str, output: str | Path | None = None, **options: Any) -> Expo
     Raises
     ------
     SlimGPTError
-        If an option or the model is wrong, the file exists, or llama.cpp cannot compute the model.
+        If an option or the model is wrong, a package is missing, the file exists, or the engine
+        cannot compute the model.
 
     Examples
     --------
@@ -62,21 +62,18 @@ def export(model: str, output: str | Path | None = None, **options: Any) -> Expo
     """
     config = ExportConfig.create(**options)
     source = find_model(model)
-    if find_spec("gguf") is None:
-        raise MissingDependencyError("gguf", "writing a GGUF file", "pip install 'slimgpt[gguf]'")
-    from slimgpt.exporting.gguf import PER_LAYER_ARCH, write_gguf
-
-    file = Path(output) if output else _default_output(source, config.type)
+    chosen = FORMATS[config.to]
+    for package in chosen.packages:
+        if find_spec(package) is None:
+            command = f"pip install 'slimgpt[{config.to}]'"
+            raise MissingDependencyError(package, f"--to {config.to}", command)
+    file = Path(output) if output else _default_output(source, chosen, config)
     _check_new(file)
-    generation = load_generation_config(source, load_config(source))
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with writing_alone(file):
             _check_new(file)  # which another process may have written since
-            with replacing(file) as temporary:
-                arch = write_gguf(source, temporary, config.type)
-            if arch != PER_LAYER_ARCH:
-                write_modelfile(generation, file)
+            arch = chosen.write(source, file, config)
     return ExportResult(file, arch, file.stat().st_size)
 
 
@@ -85,8 +82,9 @@ def _check_new(file: Path) -> None:
         raise RunStateError(f"{file} exists", hint="choose another --output, or remove it first")
 
 
-def _default_output(source: Source, kind: str) -> Path:
+def _default_output(source: Source, chosen: Format, config: ExportConfig) -> Path:
     directory = Path(source.name)
-    if not directory.is_dir():
-        return Path(f"{directory.stem if source.gguf_file else directory.name}-{kind}.gguf")
-    return directory / f"{directory.resolve().name}-{kind}.gguf"
+    if directory.is_dir():
+        return directory / chosen.default_name(directory.resolve().name, config)
+    stem = directory.stem if source.gguf_file else directory.name
+    return Path(chosen.default_name(stem, config))

@@ -1,1 +1,1 @@
-"""What decides which units go; one file for each method."""
+"""Pruning methods: which units to remove and how to update the rest; one file per method."""

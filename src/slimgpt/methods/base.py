@@ -1,31 +1,27 @@
-"""How much each unit matters, by the rival methods that SlimGPT is compared with.
+"""The protocol of a pruning method, and what the methods that only score units share.
 
-Every method gives each unit of a sublayer a score; the units of the lowest scores go. Calibration,
-schedule and shrinking are SlimGPT's, so each layer loses as much as it does there, also with
-methods whose authors rank all layers together. The weights that stay are not changed.
+A method gets the statistics of one sublayer at a time and decides which units stay, and with what
+weights. Calibration, schedule and slicing are the same for all of them, so each layer loses as much
+with every method, also with those whose authors rank all layers together.
 
-Shape suffixes: ``O`` out features, ``I`` in features, ``U`` units, ``N`` samples, ``T`` tokens.
-
-References
-----------
-Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda),
-arXiv 2306.11695.
-An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (FLAP and
-Wanda-sp), arXiv 2312.11983.
-Ma, Fang & Wang 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models",
-arXiv 2305.11627.
-Zhang et al. 2023, "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning",
-arXiv 2305.18403.
+Shape suffixes: ``O`` out features, ``I`` in features, ``U`` units, ``K`` kept columns, ``R``
+removed columns, ``N`` samples, ``T`` tokens.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.calibration.activations import Activations
+from slimgpt.config import PruneConfig
 from slimgpt.models.family import Sublayer, bind
+from slimgpt.models.unit_slices import unit_columns
+from slimgpt.solver.hessian import output_power
 
 
 class Decision(NamedTuple):
@@ -37,21 +33,125 @@ class Decision(NamedTuple):
         Indices, sorted.
     weight_OK : Tensor
         The kept columns of the output projection.
-    bias_O : Tensor or None
-        Its bias.
     error, power : float
         E‖Δy‖² and E‖y‖² over the calibration tokens.
-    damping, errors
-        See `SublayerPlan`.
+    bias_O : Tensor or None
+        Its new bias; None leaves it as it is.
+    damping : float
+        Damping that the Hessian needed, if one was factorised.
+    errors : tuple of float
+        The error at other widths, where the sensitivity pass asks for it.
     """
 
     kept_units: Tensor
     weight_OK: Tensor
-    bias_O: Tensor | None
     error: float
     power: float
+    bias_O: Tensor | None = None
     damping: float = 0.0
     errors: tuple[float, ...] = ()
+
+
+class Method(ABC):
+    """What decides which units of a sublayer stay.
+
+    Attributes
+    ----------
+    package : str or None
+        A package of the extra ``recover`` that it needs.
+    needs_gradients : bool
+        Whether `score_model` takes gradients of the whole model, which is then in memory.
+    needs_dense : bool
+        Whether the residual stream of the dense model is needed beside the pruned one.
+    refit_epochs : int
+        For how many epochs a pruned FFN is refitted.
+    scores : dict of str to Tensor
+        What `score_model` gave, or nothing.
+    """
+
+    package: ClassVar[str | None] = None
+    needs_gradients: ClassVar[bool] = False
+    needs_dense: bool = False
+    refit_epochs: int = 0
+
+    def __init__(self, config: PruneConfig) -> None:
+        self.config = config
+        self.scores: dict[str, Tensor] = {}
+
+    @property
+    def scores_model(self) -> bool:
+        """Whether the method has scores that come from the model as a whole."""
+        return type(self).score_model is not Method.score_model
+
+    def extend_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Config of the model that is pruned: the original, with what the method adds to it."""
+        return config
+
+    def score_model(
+        self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]
+    ) -> dict[str, Tensor]:
+        """Score the units of all sublayers at once.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            Dense; with weights only if the method needs gradients, which are then set.
+        samples_NT : Tensor
+            int64, calibration tokens.
+        widths : sequence of tuple of int
+            Units that each block will keep.
+
+        Returns
+        -------
+        dict
+            scores_U, by the name of the sublayer.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
+        """Decide which units stay, and with what weights.
+
+        Parameters
+        ----------
+        sublayer : Sublayer
+            As it was before, with its weights.
+        num_keep : int
+            How many units stay.
+        activations : Activations
+            Statistics of the calibration; the method may take them (see `Activations.take_sums`).
+        """
+
+
+class ScoringMethod(Method):
+    """A method that gives each unit a score; the units of the lowest scores go.
+
+    The weights that stay are not changed.
+    """
+
+    def score(self, sublayer: Sublayer, activations: Activations) -> Tensor:
+        """Score the units of a sublayer: scores_U."""
+        return self.scores[sublayer.name]
+
+    def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
+        """Keep the units of the highest scores, see `Method.decide`."""
+        scores_U = self.score(sublayer, activations)
+        kept_units = scores_U.argsort(descending=True, stable=True)[:num_keep].sort().values
+        hessian_II, mean_I = activations.hessian_II, activations.mean_I
+        weight_OI = sublayer.output.weight.to(mean_I.device).to(mean_I.dtype)
+        columns_K = unit_columns(kept_units, sublayer.unit_size).to(mean_I.device)
+        removed_R = torch.ones_like(mean_I, dtype=torch.bool).index_fill_(0, columns_K, False)
+        weight_OR, lost_RR = weight_OI[:, removed_R], hessian_II[removed_R][:, removed_R]
+        bias_O = self.replace(sublayer, weight_OR, mean_I[removed_R], lost_RR)
+        error = output_power(weight_OR, lost_RR)
+        power = output_power(weight_OI, hessian_II)
+        return Decision(kept_units, weight_OI[:, columns_K], error, power, bias_O)
+
+    def replace(
+        self, sublayer: Sublayer, weight_OR: Tensor, mean_R: Tensor, lost_RR: Tensor
+    ) -> Tensor | None:
+        """Replace the removed columns by a bias_O, and take what it stands for from `lost_RR`."""
+        return None
 
 
 def unit_sums(sublayer: Sublayer, score: Callable[[Any], Tensor]) -> Tensor:

@@ -1,4 +1,10 @@
-"""FLAP: fluctuation of the inputs, and biases that replace what goes."""
+"""FLAP: fluctuation of the inputs, and a bias in place of what goes.
+
+References
+----------
+An et al. 2023, "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+arXiv 2312.11983.
+"""
 
 import copy
 from typing import Any
@@ -7,41 +13,48 @@ from torch import Tensor
 
 from slimgpt.calibration.activations import Activations
 from slimgpt.errors import UnsupportedModelError
+from slimgpt.methods.base import ScoringMethod
 from slimgpt.models.family import Sublayer, family_of
 
 
-def with_biases(config: Any) -> Any:
-    """Config of the same model with a bias in every linear layer of its blocks.
+class Flap(ScoringMethod):
+    """FLAP puts the mean of what goes into the bias, so that only its variance is lost."""
 
-    Parameters
-    ----------
-    config : PreTrainedConfig
-        Of a model of a supported family.
+    def extend_config(self, config: Any) -> Any:
+        """Give every linear layer of the blocks a bias.
 
-    Raises
-    ------
-    UnsupportedModelError
-        If models of this type have no such biases.
-    """
-    family = family_of(config.model_type)
-    keys = family.attention.bias, family.ffn.bias
-    if not all(hasattr(config, key) for key in keys):
-        raise UnsupportedModelError(
-            f"models of type {config.model_type!r} have no biases in their output projections",
-            hint="the method flap needs them; choose another --method",
-        )
-    config = copy.deepcopy(config)
-    for key in keys:
-        setattr(config, key, True)
-    return config
+        Raises
+        ------
+        UnsupportedModelError
+            If models of this type have no such biases.
+        """
+        keys = {spec.bias for spec in family_of(config.model_type).sublayers}
+        if not all(hasattr(config, key) for key in keys):
+            raise UnsupportedModelError(
+                f"models of type {config.model_type!r} have no biases in their output projections",
+                hint="the method flap needs them; choose another --method",
+            )
+        config = copy.deepcopy(config)
+        for key in keys:
+            setattr(config, key, True)
+        return config
 
+    def score(self, sublayer: Sublayer, activations: Activations) -> Tensor:
+        """Σ Var(x_j)·‖w_j‖² over a unit's columns (FLAP, WIFV), see `ScoringMethod.score`.
 
-def fluctuation(sublayer: Sublayer, activations: Activations) -> Tensor:
-    """Σ Var(x_j)·‖w_j‖² over the output projection's columns (FLAP, WIFV).
+        FLAP puts the scores of all layers on one scale to choose the widths too; here the schedule
+        does that.
+        """
+        variance_I = activations.hessian_II.diagonal() - activations.mean_I.square()
+        sums_I = sublayer.output.weight.float().square().sum(dim=0).to(variance_I.device)
+        return (sums_I * variance_I).view(sublayer.num_units, -1).sum(dim=1)
 
-    FLAP puts the scores of all layers on one scale to choose the widths too; here the schedule
-    does that.
-    """
-    variance_I = activations.hessian_II.diagonal() - activations.mean_I.square()
-    sums_I = sublayer.output.weight.float().square().sum(dim=0).to(variance_I.device)
-    return (sums_I * variance_I).view(sublayer.num_units, -1).sum(dim=1)
+    def replace(
+        self, sublayer: Sublayer, weight_OR: Tensor, mean_R: Tensor, lost_RR: Tensor
+    ) -> Tensor:
+        """Put the mean output of the removed columns into the bias."""
+        lost_RR -= mean_R.outer(mean_R)
+        bias_O = weight_OR @ mean_R
+        if sublayer.output.bias is not None:
+            bias_O += sublayer.output.bias.to(bias_O.device)
+        return bias_O

@@ -1,4 +1,10 @@
-"""LoRAPrune: first-order change of the loss from the gradients of LoRA adapters."""
+"""LoRAPrune: first-order change of the loss from the gradients of LoRA adapters.
+
+References
+----------
+Zhang et al. 2023, "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning",
+arXiv 2305.18403.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,70 +16,61 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.allocation.shapes import BlockWidths
-from slimgpt.methods.base import add_gradient, sublayers_of, unit_sums
+from slimgpt.methods.base import ScoringMethod, add_gradient, sublayers_of, unit_sums
 from slimgpt.models.family import family_of
 
 # Settings of LoRAPrune, but for the last three, which suit the few samples of a calibration.
 LORA_RANK, LORA_ALPHA, LEARNING_RATE = 8, 16, 1e-4
-
 NUM_STEPS, MOVING_AVERAGE, FULLY_MASKED = 16, 0.9, 0.8
 
 
-def lora_gradient(
-    model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths], seed: int
-) -> list[Tensor]:
-    """Σ (w·ĝ)² over all weights of a unit, ĝ from the gradients of adapters (LoRAPrune).
+class LoRAPrune(ScoringMethod):
+    """Importance of weights from the gradients of adapters, while units are masked step by step."""
 
-    While adapters B A are trained on the samples, ĝ = ∂B A + B ∂A − ∂B ∂A estimates the gradient
-    of the weight W + B A. The scores are moving averages, and the units of the lowest ones are
-    masked as the training goes on, until as many are masked as shall go. LoRAPrune trains on much
-    more text and keeps the adapters; here they are for the scores only, and recovery is a
-    step of its own.
+    package = "peft"
+    needs_gradients = True
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A dense model in memory; adapters are put into it.
-    samples_NT : Tensor
-        int64, calibration tokens.
-    widths : sequence of BlockWidths
-        What each block will keep.
-    seed : int
-        For the adapters.
+    def score_model(
+        self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]
+    ) -> dict[str, Tensor]:
+        """Σ (w·ĝ)² over all weights of a unit, ĝ from the gradients of adapters; −inf if it goes.
 
-    Returns
-    -------
-    list of Tensor
-        As of `random`; −inf for units that go.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
+        While adapters B A are trained on the samples, ĝ = ∂B A + B ∂A − ∂B ∂A estimates the
+        gradient of the weight W + B A. The scores are moving averages, and the units of the lowest
+        ones are masked as the training goes on, until as many are masked as shall go. LoRAPrune
+        trains on much more text and keeps the adapters; here they are for the scores only, and
+        recovery is a step of its own. See `Method.score_model`.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
 
-    sublayers = sublayers_of(model)
-    num_keep = [n for width in widths for n in (width.num_groups, width.num_channels)]
-    adapted = family_of(model.config.model_type).linears
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=adapted)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
-    scores = [torch.zeros(s.num_units, dtype=torch.float64) for s in sublayers]
-    for sublayer, scores_U in zip(sublayers, scores, strict=True):
-        projection: Any = sublayer.module.get_submodule(sublayer.spec.output)
-        projection.register_forward_pre_hook(partial(_mask, scores_U))
-    batches = samples_NT.split(math.ceil(len(samples_NT) / NUM_STEPS))
-    for step, batch_NT in enumerate(batches):
-        optimizer.zero_grad()
-        for sample_T in batch_NT:
-            add_gradient(model, sample_T)
-        progress = min((step + 1) / len(batches) / FULLY_MASKED, 1)
-        masked = 1 - (1 - progress) ** 3  # the share that is masked grows as a cubic
-        for sublayer, keep, scores_U in zip(sublayers, num_keep, scores, strict=True):
-            new_U = unit_sums(sublayer, _lora_gradient_squared)
-            scores_U.mul_(MOVING_AVERAGE).add_(new_U, alpha=1 - MOVING_AVERAGE)
-            num_masked = round(masked * (sublayer.num_units - keep))
-            scores_U[scores_U.argsort(stable=True)[:num_masked]] = -torch.inf
-        optimizer.step()
-    return scores
+        sublayers = sublayers_of(model)
+        num_keep = [number for width in widths for number in width]
+        adapted = family_of(model.config.model_type).linears
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=adapted)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            inject_adapter_in_model(config, model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, LEARNING_RATE)
+        scores = {s.name: torch.zeros(s.num_units, dtype=torch.float64) for s in sublayers}
+        for sublayer in sublayers:
+            projection: Any = sublayer.module.get_submodule(sublayer.spec.output)
+            projection.register_forward_pre_hook(partial(_mask, scores[sublayer.name]))
+        batches = samples_NT.split(math.ceil(len(samples_NT) / NUM_STEPS))
+        for step, batch_NT in enumerate(batches):
+            optimizer.zero_grad()
+            for sample_T in batch_NT:
+                add_gradient(model, sample_T)
+            progress = min((step + 1) / len(batches) / FULLY_MASKED, 1)
+            masked = 1 - (1 - progress) ** 3  # the share that is masked grows as a cubic
+            for sublayer, keep in zip(sublayers, num_keep, strict=True):
+                scores_U = scores[sublayer.name]
+                new_U = unit_sums(sublayer, _lora_gradient_squared)
+                scores_U.mul_(MOVING_AVERAGE).add_(new_U, alpha=1 - MOVING_AVERAGE)
+                num_masked = round(masked * (sublayer.num_units - keep))
+                scores_U[scores_U.argsort(stable=True)[:num_masked]] = -torch.inf
+            optimizer.step()
+        return scores
 
 
 def _lora_gradient_squared(adapted: Any) -> Tensor:

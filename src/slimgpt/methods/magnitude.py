@@ -3,10 +3,13 @@
 from torch import Tensor
 
 from slimgpt.calibration.activations import Activations
-from slimgpt.methods.base import unit_sums
+from slimgpt.methods.base import ScoringMethod, unit_sums
 from slimgpt.models.family import Sublayer
 
 
-def magnitude(sublayer: Sublayer, _: Activations) -> Tensor:
+class Magnitude(ScoringMethod):
     """Squared norm of all weights of a unit."""
-    return unit_sums(sublayer, lambda linear: linear.weight.float().square())
+
+    def score(self, sublayer: Sublayer, activations: Activations) -> Tensor:
+        """Σ w², see `ScoringMethod.score`."""
+        return unit_sums(sublayer, lambda linear: linear.weight.float().square())

@@ -7,18 +7,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimgpt.allocation.shapes import BlockWidths
-from slimgpt.methods.base import sublayers_of
+from slimgpt.methods.base import ScoringMethod, sublayers_of
 
 
-def random(
-    model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths], seed: int
-) -> list[Tensor]:
-    """Uniform random numbers; the samples and widths do not matter.
+class Random(ScoringMethod):
+    """Uniform random numbers."""
 
-    Returns
-    -------
-    list of Tensor
-        scores_U for the attention of the first block, its FFN, the attention of the second, …
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(s.num_units, generator=generator) for s in sublayers_of(model)]
+    def score_model(
+        self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]
+    ) -> dict[str, Tensor]:
+        """Draw the scores; samples and widths do not matter. See `Method.score_model`."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return {s.name: torch.rand(s.num_units, generator=generator) for s in sublayers_of(model)}

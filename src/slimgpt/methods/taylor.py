@@ -1,4 +1,10 @@
-"""Taylor: first-order change of the loss, as in LLM-Pruner."""
+"""Taylor: first-order change of the loss, as in LLM-Pruner.
+
+References
+----------
+Ma, Fang & Wang 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models",
+arXiv 2305.11627.
+"""
 
 from collections.abc import Sequence
 
@@ -6,38 +12,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.allocation.shapes import BlockWidths
-from slimgpt.methods.base import add_gradient, sublayers_of, unit_sums
+from slimgpt.methods.base import ScoringMethod, add_gradient, sublayers_of, unit_sums
 
 
-def taylor(
-    model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths], seed: int
-) -> list[Tensor]:
-    """Σ |w·∂L/∂w| over all weights of a unit (LLM-Pruner, first order, element-wise, summed).
+class Taylor(ScoringMethod):
+    """First-order importance of single weights, summed over a unit."""
 
-    L is the loss of the language model, summed over the samples. LLM-Pruner takes ten of them; here
-    all of the calibration count.
+    needs_gradients = True
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A dense model in memory; its weights get gradients.
-    samples_NT : Tensor
-        int64, calibration tokens.
-    widths, seed
-        Do not matter.
+    def score_model(
+        self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]
+    ) -> dict[str, Tensor]:
+        """Σ |w·∂L/∂w| over all weights of a unit (LLM-Pruner, element-wise).
 
-    Returns
-    -------
-    list of Tensor
-        As of `random`.
-    """
-    sublayers = sublayers_of(model)
-    for sublayer in sublayers:
-        for linear in (*sublayer.inputs.values(), sublayer.output):
-            linear.weight.requires_grad_()
-    for sample_T in samples_NT:
-        add_gradient(model, sample_T)
-    return [unit_sums(sublayer, _first_order) for sublayer in sublayers]
+        L is the loss of the language model, summed over the samples. LLM-Pruner takes ten of them;
+        here all of the calibration count. See `Method.score_model`.
+        """
+        sublayers = sublayers_of(model)
+        for sublayer in sublayers:
+            for linear in (*sublayer.inputs.values(), sublayer.output):
+                linear.weight.requires_grad_()
+        for sample_T in samples_NT:
+            add_gradient(model, sample_T)
+        return {sublayer.name: unit_sums(sublayer, _first_order) for sublayer in sublayers}
 
 
 def _first_order(linear: nn.Linear) -> Tensor:

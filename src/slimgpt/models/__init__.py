@@ -1,1 +1,1 @@
-"""Find, check and load checkpoints, and where their prunable tensors are."""
+"""Find, check and load checkpoints; describe where each family has its prunable tensors."""

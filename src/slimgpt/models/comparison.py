@@ -1,4 +1,4 @@
-"""Check that two models can be compared."""
+"""Check that models can be compared."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from slimgpt.models.tokenizer import load_tokenizer
 
 
 def stored_dtype(source: Source) -> str:
-    """Precision in which a checkpoint is stored; float32 for GGUF, which is dequantised."""
+    """Return the precision of a stored checkpoint; float32 for GGUF, which is dequantised."""
     stored: Any = None if source.gguf_file else load_config(source).dtype
     return str(stored or torch.float32).removeprefix("torch.")
 
 
 def check_same_dtype(sources: Sequence[Source]) -> None:
-    """Check that models that are compared are stored in one precision.
+    """Check that all models are stored in the same precision.
 
     Raises
     ------
     ConfigError
-        If they are not.
+        If they differ.
     """
     dtypes = {source.name: stored_dtype(source) for source in sources}
     if len(set(dtypes.values())) > 1:
@@ -35,12 +35,12 @@ def check_same_dtype(sources: Sequence[Source]) -> None:
 
 
 def check_same_vocabulary(source: Source, base: Source) -> None:
-    """Check that two models give the same token the same number.
+    """Check that two models have the same vocabulary.
 
     Raises
     ------
     ConfigError
-        If they do not, so that their predictions cannot be compared.
+        If they differ, so that predictions cannot be compared.
     """
     sizes = [load_config(s).vocab_size for s in (source, base)]
     vocabularies = [load_tokenizer(s).get_vocab() for s in (source, base)]

@@ -1,4 +1,4 @@
-"""Check what a model's JSON files say, before transformers builds anything of it."""
+"""Validate a model's JSON files before transformers builds anything from them."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from slimgpt.errors import ConfigError, UnsupportedModelError
 from slimgpt.models.family import family_of
 from slimgpt.runtime.files import read_json
 
-MAX_DEPTH = 20  # of nested JSON; the libraries go through it by recursion
+MAX_DEPTH = 20  # of nested JSON; the libraries traverse it recursively
 
-# Far beyond any model there is, so that no config can ask for more than a machine can count.
+# Far beyond any existing model; a config cannot request absurd sizes.
 _Layers = Annotated[int, Field(ge=1, le=1024)]
 
 _Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -34,7 +34,7 @@ _TokenIds = int | list[int] | None
 
 _CONFIG_HINT = "correct config.json, or take the one that came with the model"
 
-# Keys by which a config makes transformers read other files than those that are checked.
+# Keys by which a config makes transformers read files that were not checked.
 _REDIRECTIONS = ("transformers_weights", "configuration_files")
 
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -45,7 +45,7 @@ class _Checked(BaseModel):
 
 
 class _Rope(_Checked):
-    """RoPE parameters, in the new form or that of older versions."""
+    """RoPE parameters, in the new or the old form."""
 
     rope_type: str | None = None
     type: str | None = None
@@ -66,7 +66,7 @@ class _Rope(_Checked):
 
 
 class _ModelConfig(_Checked):
-    """The keys of a ``config.json`` that SlimGPT and the models it knows depend on."""
+    """The keys of a ``config.json`` on which SlimGPT and the supported models depend."""
 
     model_type: str
     architectures: list[str] | None = None
@@ -99,7 +99,9 @@ class _ModelConfig(_Checked):
     bos_token_id: _TokenIds = None
     eos_token_id: _TokenIds = None
     pad_token_id: int | None = None
-    num_labels: Annotated[int, Field(ge=0, le=2**16)] | None = None  # are listed one by one
+    num_labels: Annotated[int, Field(ge=0, le=2**16)] | None = (
+        None  # transformers lists them one by one
+    )
     per_layer_config: dict[str, dict[str, _Width]] | None = None
     attn_implementation: str | None = None
     experts_implementation: str | None = None
@@ -114,12 +116,12 @@ class _TokenNumbers(_Checked):
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object that is not nested deeper than any real one.
+    """Read a JSON object, and check that it is not nested too deeply.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read, is no JSON object, or is nested too deeply.
+        If the file cannot be read, is not a JSON object, or is nested too deeply.
     """
     values = read_json(file)
     level, depth = [values], 0
@@ -140,29 +142,29 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def explain(error: ValidationError) -> str:
-    """The first problems that pydantic found, each with its key."""
+    """Format the first problems that pydantic found, each with its key."""
     problems = dict.fromkeys(map(_problem, error.errors(include_url=False)))
     return "; ".join(list(problems)[:10])
 
 
 def check_model_config(model: str, values: Mapping[str, Any], hint: str = _CONFIG_HINT) -> None:
-    """Check the content of a ``config.json``, or what takes its place.
+    """Check the content of a ``config.json``, or the equivalent from a GGUF file.
 
     Parameters
     ----------
     model : str
-        Its name, for errors.
+        Its name, for error messages.
     values : dict
         The content.
     hint : str
-        What to do about wrong values.
+        Hint of the error for wrong values.
 
     Raises
     ------
     ConfigError
-        If values are of the wrong type, out of bounds, or contradict each other; names them all.
+        If values have the wrong type, are out of bounds, or contradict each other; names them all.
     UnsupportedModelError
-        If the model is of no supported family, quantised, or asks for code from elsewhere.
+        If the family is not supported, or the model is quantised or needs remote code.
     """
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
@@ -191,12 +193,12 @@ def check_model_config(model: str, values: Mapping[str, Any], hint: str = _CONFI
 
 
 def check_generation_config(model: str, values: Mapping[str, Any], vocab_size: int) -> None:
-    """Check the tokens that a ``generation_config.json`` names.
+    """Check the token ids in a ``generation_config.json``.
 
     Raises
     ------
     ConfigError
-        If they are no tokens of the model.
+        If they are not tokens of the model.
     """
     try:
         _TokenNumbers.model_validate(values)
@@ -211,7 +213,7 @@ def check_generation_config(model: str, values: Mapping[str, Any], vocab_size: i
 
 
 def _problem(problem: Mapping[str, Any]) -> str:
-    # Of a union pydantic names the member too, which is no key.
+    # For a union, pydantic also names the member, which is not a key.
     key = ".".join(str(part) for part in problem["loc"] if part not in ("int", "list[int]"))
     if problem["type"] == "missing":
         return f"{key} is missing"
@@ -236,7 +238,7 @@ def _check_no_code(model: str, values: Mapping[str, Any]) -> None:
         if name in _IMPLEMENTATIONS and value not in built_in:
             raise UnsupportedModelError(
                 f"the config of {model} has {key}={_short(value)}, which is not part of "
-                "transformers but code from the hub; such code is never run",
+                "transformers but remote code, which is never run",
                 hint=f"remove {key} from config.json",
             )
     if quantised := values.get("quantization_config") or values.get("compression_config"):
@@ -250,8 +252,8 @@ def _check_no_code(model: str, values: Mapping[str, Any]) -> None:
     for key in _REDIRECTIONS:
         if key in values:
             raise UnsupportedModelError(
-                f"the config of {model} has {key}={_short(values[key])}: other files than the "
-                "usual ones are not read",
+                f"the config of {model} has {key}={_short(values[key])}: only the "
+                "standard files are read",
                 hint=f"remove {key} from config.json",
             )
 
@@ -259,16 +261,16 @@ def _check_no_code(model: str, values: Mapping[str, Any]) -> None:
 def _foreign_keys(
     config_class: Any, fields: Mapping[str, Any], values: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Keys that would take the place of parts of the config's class."""
+    """Find keys that would overwrite attributes of the config class."""
     for key in values:
         found = getattr(config_class, key, None)
         settable = isinstance(found, property) and found.fset is not None
         if key not in (*fields, "model_type") and hasattr(config_class, key) and not settable:
-            yield f"{key} is no key of a config"
+            yield f"{key} is not a valid config key"
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with values that are of the right type each."""
+    """Find contradictions between values that are valid by themselves."""
     hidden, heads, groups, layers, vocab_size = (
         _count(values.get(key))
         for key in (
@@ -307,20 +309,20 @@ def _tokens_beyond(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
 
 def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -> Iterator[str]:
     family = family_of(model_type)
-    known = {*family.attention.widths, *family.ffn.widths}
+    known = {key for spec in family.sublayers for key in spec.widths}
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"
         if not (index.isdecimal() and int(index) < num_layers):
             yield f"{key}: the layers are 0 to {num_layers - 1}"
         if not isinstance(widths, dict):
-            continue  # has been said
+            continue  # already reported
         if strangers := sorted({*widths} - known):
             yield f"{key}: {', '.join(strangers)} cannot differ between layers"
-        groups, heads = (_count(widths.get(name)) for name in family.attention.widths)
+        groups, heads = (_count(widths.get(name)) for name in family.sublayer("attention").widths)
         if groups and heads and heads % groups:
             yield f"{key}: num_attention_heads={heads} is no multiple of {groups} key/value heads"
 
 
 def _count(value: Any) -> int | None:
-    """The value, if it is a positive integer."""
+    """Return the value if it is a positive integer, else None."""
     return value if type(value) is int and value > 0 else None

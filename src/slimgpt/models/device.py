@@ -1,4 +1,4 @@
-"""The device a model runs on, and the precision of its products there."""
+"""The device of a model, and the precision of its matrix products there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,31 +9,31 @@ from torch import Tensor
 
 from slimgpt.errors import ConfigError
 
-BFLOAT16_PRODUCTS = ("amx_bf16", "avx512_bf16", "bf16")  # by their names on x86 and ARM
+BFLOAT16_PRODUCTS = ("amx_bf16", "avx512_bf16", "bf16")  # CPU capabilities on x86 and ARM
 
 
 def fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What a model of this type is run in: bfloat16 for float32 where the CPU has such products.
+    """Choose the precision of forward passes: bfloat16 for float32 if the CPU supports it.
 
-    Statistics and solver have more precision. (torch 2.6 cannot tell what the CPU has.)
+    Statistics and solver use higher precision. (torch 2.6 cannot report the CPU's capabilities.)
     """
     has = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
     is_slow = device.type == "cpu" and dtype == torch.float32
     return torch.bfloat16 if is_slow and any(map(has.get, BFLOAT16_PRODUCTS)) else dtype
 
 
-def fast_products(weight: Tensor) -> torch.autocast:
-    """Compute the products with a weight in its `fast_dtype`."""
+def autocast(weight: Tensor) -> torch.autocast:
+    """Compute matrix products with a weight in its `fast_dtype` (autocast)."""
     dtype = fast_dtype(weight.device, weight.dtype)
     return torch.autocast(weight.device.type, dtype, enabled=dtype != weight.dtype)
 
 
 @contextmanager
-def products_of(batch: Tensor) -> Iterator[None]:
-    """For products in float32 of the numbers in a batch, on a CPU.
+def bfloat16_matmul(batch: Tensor) -> Iterator[None]:
+    """Use bfloat16 units for float32 products of bfloat16 activations, on a CPU.
 
-    Units for bfloat16 multiply such numbers without loss, since they have 8 bits, and sum up in
-    float32. (torch before 2.9 cannot be told to use them.)
+    This is exact, because the values have 8 significant bits and the units accumulate in float32.
+    (torch before 2.9 has no setting for it.)
     """
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None or batch.dtype != torch.bfloat16:
@@ -48,7 +48,7 @@ def products_of(batch: Tensor) -> Iterator[None]:
 
 
 def find_device(name: str) -> torch.device:
-    """Turn the option ``device`` into a device.
+    """Resolve the option ``device``.
 
     Raises
     ------

@@ -1,21 +1,21 @@
 """Where the prunable tensors of each model family are.
 
-A family is one JSON file in the folder ``families``; a new family needs no code. Both sublayers of
-a block, attention and FFN, have one form: a norm, a module whose input projections make the
-columns of one output projection, and units (key/value groups, channels) that own equal shares of
-the rows of the former and of the columns of the latter.
+A family is one JSON file in the folder ``families``; a new family needs no code. A block is a list
+of sublayers of one form: a norm, a module whose input projections make the columns of one output
+projection, and units (key/value groups, channels) that own equal shares of the rows of the former
+and of the columns of the latter.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from slimgpt.allocation.shapes import BlockShape
+from slimgpt.allocation.shapes import BlockShape, SublayerShape
 from slimgpt.errors import UnsupportedModelError
 
 PRUNED_PREFIX = "slimgpt_"
@@ -26,6 +26,8 @@ class SublayerSpec(BaseModel):
 
     Attributes
     ----------
+    kind : {"attention", "ffn"}
+        What it is.
     norm, module : str
         The norm before the sublayer, and the sublayer.
     inputs, output : tuple of str, str
@@ -38,6 +40,7 @@ class SublayerSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["attention", "ffn"]
     norm: str
     module: str
     inputs: tuple[str, ...]
@@ -54,13 +57,16 @@ class Family(BaseModel):
     model_types: tuple[str, ...]
     decoder: str
     blocks: str
-    attention: SublayerSpec
-    ffn: SublayerSpec
+    sublayers: tuple[SublayerSpec, ...]
 
     @property
     def linears(self) -> list[str]:
-        """Names of the linear layers of both sublayers."""
-        return [n for spec in (self.attention, self.ffn) for n in (*spec.inputs, spec.output)]
+        """Names of the linear layers of all sublayers."""
+        return [n for spec in self.sublayers for n in (*spec.inputs, spec.output)]
+
+    def sublayer(self, kind: str) -> SublayerSpec:
+        """The names of the sublayer of this kind."""
+        return next(spec for spec in self.sublayers if spec.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -69,24 +75,39 @@ class Sublayer:
 
     Attributes
     ----------
-    kind : str
-        ``attention`` or ``ffn``.
+    block : int
+        The block that it is in.
+    name : str
+        Name of its module in the model.
     spec : SublayerSpec
         Its names.
     norm, module : nn.Module
         The norm before it, and the sublayer itself.
+    num_units : int
+        Key/value groups or channels.
     """
 
-    kind: str
+    block: int
+    name: str
     spec: SublayerSpec
     norm: nn.Module
     module: nn.Module
     num_units: int
 
     @property
+    def kind(self) -> str:
+        """``attention`` or ``ffn``."""
+        return self.spec.kind
+
+    @property
     def output(self) -> nn.Linear:
         """The projection whose columns are solved for."""
         return _linear(self.module, self.spec.output)
+
+    @property
+    def output_name(self) -> str:
+        """Name of this projection in the model."""
+        return f"{self.name}.{self.spec.output}"
 
     @property
     def inputs(self) -> dict[str, nn.Linear]:
@@ -99,10 +120,11 @@ class Sublayer:
         return self.output.in_features // self.num_units
 
     @property
-    def unit_params(self) -> int:
-        """Parameters that go with one unit."""
+    def shape(self) -> SublayerShape:
+        """What can be removed from it."""
         tensors = [self.output.weight, *(p for m in self.inputs.values() for p in m.parameters())]
-        return sum(tensor.numel() for tensor in tensors) // self.num_units
+        params = sum(tensor.numel() for tensor in tensors)
+        return SublayerShape(self.kind, self.num_units, params // self.num_units)
 
 
 @dataclass(frozen=True)
@@ -115,38 +137,19 @@ class Block:
         Its place, and its name in the model.
     module : nn.Module
         The layer.
-    attention, ffn : Sublayer
-        Its two halves.
+    sublayers : tuple of Sublayer
+        Its parts, in the order of computation.
     """
 
     index: int
     name: str
     module: nn.Module
-    attention: Sublayer
-    ffn: Sublayer
-
-    @property
-    def sublayers(self) -> tuple[Sublayer, Sublayer]:
-        """Attention and FFN, in the order of computation."""
-        return self.attention, self.ffn
-
-    def output_name(self, sublayer: Sublayer) -> str:
-        """Name in the model of the output projection of one of them."""
-        return self.linear_name(sublayer, sublayer.spec.output)
-
-    def linear_name(self, sublayer: Sublayer, name: str) -> str:
-        """Name in the model of a linear layer of one of its sublayers."""
-        return f"{self.name}.{sublayer.spec.module}.{name}"
+    sublayers: tuple[Sublayer, ...]
 
     @property
     def shape(self) -> BlockShape:
         """What can be removed from the block."""
-        return BlockShape(
-            self.attention.num_units,
-            self.attention.unit_params,
-            self.ffn.num_units,
-            self.ffn.unit_params,
-        )
+        return BlockShape(tuple(sublayer.shape for sublayer in self.sublayers))
 
 
 @cache
@@ -206,17 +209,19 @@ def bind(model: Any) -> Iterator[Block]:
     family = family_of(model.config.model_type)
     layers = zip(blocks_of(model), model.config.per_layer_config, strict=True)
     for index, (module, config) in enumerate(layers):
-        attention, ffn = (
+        name = f"{family.decoder}.{family.blocks}.{index}"
+        sublayers = tuple(
             Sublayer(
-                kind=kind,
+                block=index,
+                name=f"{name}.{spec.module}",
                 spec=spec,
                 norm=module.get_submodule(spec.norm),
                 module=module.get_submodule(spec.module),
                 num_units=getattr(config, spec.widths[0]),
             )
-            for kind, spec in (("attention", family.attention), ("ffn", family.ffn))
+            for spec in family.sublayers
         )
-        yield Block(index, f"{family.decoder}.{family.blocks}.{index}", module, attention, ffn)
+        yield Block(index, name, module, sublayers)
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:

@@ -1,7 +1,7 @@
-"""What a GGUF file holds: checked before a model is built, and what transformers' loader drops.
+"""Read and check GGUF files, including what transformers' loader drops.
 
-The loader takes a file's counts as they are, and ignores scaled rotary frequencies, biases that
-the model type does not always have, and every tensor that it has no name for.
+The loader trusts the counts in a file. It ignores scaled rotary frequencies, biases that are
+optional in the model type, and every tensor whose name it does not know.
 """
 
 import re
@@ -26,7 +26,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 # Scalings of the rotary frequencies that do not depend on the length of the text.
 STATIC_ROPE = ("linear", "llama3")
 
-# What gguf raises for a file that is cut off, damaged or no GGUF file.
+# What gguf raises for a file that is truncated, damaged or not a GGUF file.
 _READ_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, TypeError)
 BROKEN_GGUF = "the file is damaged or is no GGUF file: download or write it again"
 
@@ -34,7 +34,7 @@ _LINEARS = "attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down"
 
 _WEIGHTS = rf"(?:token_embd|output_norm|output|blk\.\d+\.(?:attn_norm|ffn_norm|{_LINEARS}))\.weight"
 
-# Tensors of the graphs whose models transformers can build, beside those that all have.
+# Tensor names per graph that transformers can build.
 _TENSORS = {
     "llama": rf"{_WEIGHTS}|rope_freqs\.weight|blk\.\d+\.(?:{_LINEARS})\.bias",
     "qwen2": rf"{_WEIGHTS}|blk\.\d+\.attn_[qkv]\.bias",
@@ -51,11 +51,11 @@ class GGUFContent:
     file : Path
         The file.
     values : dict
-        Metadata with one value; for an array its length.
+        Metadata; for an array its length.
     shapes : dict
-        For each tensor its shape, the fastest dimension first as GGUF has it.
+        Shape of each tensor, fastest dimension first (GGUF's order).
     rope_factors : tuple of float
-        What the rotary frequencies are divided by; empty where the file does not say.
+        Divisors of the rotary frequencies; empty if the file has none.
     """
 
     file: Path
@@ -69,12 +69,12 @@ class GGUFContent:
         return str(self.values.get("general.architecture"))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of this graph, e.g. ``block_count``."""
+        """Return a metadata value of this graph, e.g. ``block_count``."""
         return self.values.get(f"{self.arch}.{key}", default)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the tokenizer has."""
+        """Number of tokens in the tokenizer."""
         return self.values.get("tokenizer.ggml.tokens", 0)
 
 
@@ -84,12 +84,12 @@ def open_gguf(file: Path) -> "GGUFReader":
     Raises
     ------
     ConfigError
-        If it is damaged, or no GGUF file.
+        If it is damaged or not a GGUF file.
     """
     from gguf import GGUFReader, GGUFValueType
 
     class BoundedReader(GGUFReader):
-        """Reader that goes through no array that is longer than the file."""
+        """Reader that rejects arrays longer than the file."""
 
         def _get_str(self, offset: int) -> Any:
             self._last = super()._get_str(offset)
@@ -115,14 +115,14 @@ def open_gguf(file: Path) -> "GGUFReader":
 
 
 def read_gguf(file: Path) -> GGUFContent:
-    """Read metadata and names of tensors of a GGUF file, and hold them against one another.
+    """Read the metadata and tensor names of a GGUF file, and check that they agree.
 
     Raises
     ------
     ConfigError
-        If the file is damaged, or no GGUF file.
+        If the file is damaged or not a GGUF file.
     UnsupportedModelError
-        If its numbers are not those of its tensors, or it has tensors of no known use.
+        If its metadata contradicts its tensors, or it has unknown tensors.
     """
     stat = file.stat()
     return _read(file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
@@ -130,7 +130,7 @@ def read_gguf(file: Path) -> GGUFContent:
 
 @lru_cache(maxsize=16)
 def _read(file: Path, *_: int) -> GGUFContent:
-    """Read a file; what else is given tells one state of it from another."""
+    """Read a file; the other arguments are the cache key of its current state."""
     from gguf import GGUFValueType
 
     reader = open_gguf(file)
@@ -153,8 +153,8 @@ def _read(file: Path, *_: int) -> GGUFContent:
 
 
 def _broken(file: Path, err: Exception) -> ConfigError:
-    # gguf indexes beyond the end of a file that is cut off.
-    reason = "it is cut off" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
+    # gguf indexes beyond the end of a truncated file.
+    reason = "it is truncated" if isinstance(err, IndexError) else " ".join(str(err).split())[:200]
     return ConfigError(f"cannot load {file}: {reason}", hint=BROKEN_GGUF)
 
 
@@ -164,26 +164,26 @@ def _check_names(content: GGUFContent) -> None:
         raise UnsupportedModelError(
             f"{content.file.name} has {len(unknown)} tensors that models of type "
             f"{content.arch!r} do not have, first {unknown[0]}",
-            hint="the model would be computed without them: use the checkpoint that the file was "
-            "made from",
+            hint="they would be ignored, which changes the model: use the checkpoint that the "
+            "file was made from",
         )
 
 
 def _check_biases(content: GGUFContent) -> None:
-    """Refuse a model of LLaMA's graph with biases in some of the projections of a sublayer."""
+    """Reject biases in only some projections of a sublayer, for LLaMA's graph."""
     found = {name.split(".")[2] for name in content.shapes if name.endswith(".bias")}
     for prefix in ("attn", "ffn"):
         wanted = {name for name in _LINEARS.split("|") if name.startswith(prefix)}
         if 0 < len(found & wanted) < len(wanted):
             raise UnsupportedModelError(
-                f"{content.file.name} has biases of {', '.join(sorted(found & wanted))} alone, "
-                f"where models of type {content.arch!r} have those of {prefix} all or none",
+                f"{content.file.name} has biases of {', '.join(sorted(found & wanted))} alone; "
+                f"models of type {content.arch!r} have them in all {prefix} projections or none",
                 hint="use the checkpoint that the file was made from",
             )
 
 
 def _check_numbers(content: GGUFContent) -> None:
-    """Compare what the metadata says with the tensors, whose sizes the file's own size bounds."""
+    """Compare the metadata with the tensors, whose sizes are bounded by the file size."""
     shapes = content.shapes
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
     width, rows = _shape(content, "token_embd.weight")
@@ -208,7 +208,7 @@ def _shape(content: GGUFContent, name: str) -> tuple[int, int]:
     if len(shape) != 2:
         raise UnsupportedModelError(
             f"{content.file.name} has no matrix {name}",
-            hint="the file is incomplete, or the vocabulary alone: download or write it again",
+            hint="the file is incomplete, or has only a vocabulary: download or write it again",
         )
     return shape
 
@@ -226,19 +226,19 @@ def _mismatch(content: GGUFContent, key: str, stated: Any, found: str) -> Unsupp
 
 
 def complete_config(config: PreTrainedConfig, content: GGUFContent) -> None:
-    """Add to a config what transformers does not read from a GGUF file.
+    """Add to a config the settings that transformers does not read from a GGUF file.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        As transformers reads it; is changed.
+        As read by transformers; changed in place.
     content : GGUFContent
-        Of the same file.
+        Content of the same file.
 
     Raises
     ------
     UnsupportedModelError
-        If the file scales its rotary frequencies in a way that transformers cannot compute.
+        If the rotary frequencies are scaled in a way that transformers cannot reproduce.
     """
     biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
     for key, name in biases.items():
@@ -250,12 +250,14 @@ def complete_config(config: PreTrainedConfig, content: GGUFContent) -> None:
 
 
 def rope_factors(config: PreTrainedConfig) -> Tensor:
-    """What llama.cpp must divide the plain rotary frequencies by to have those of a config.
+    """Compute the divisors that turn the plain rotary frequencies into those of a config.
+
+    llama.cpp takes them from the tensor `ROPE_FACTORS`.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        Of a model with one of the scalings `STATIC_ROPE`.
+        Config of a model with one of the scalings `STATIC_ROPE`.
 
     Returns
     -------
@@ -268,7 +270,7 @@ def rope_factors(config: PreTrainedConfig) -> Tensor:
 
 
 def _rope_parameters(config: PreTrainedConfig, content: GGUFContent) -> dict[str, Any]:
-    """The rotary embeddings of a file as transformers has them."""
+    """Derive transformers' ``rope_parameters`` from a file."""
     plain = {"rope_type": "default", "rope_theta": content.get("rope.freq_base", 10000.0)}
     kind = content.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
@@ -282,7 +284,7 @@ def _rope_parameters(config: PreTrainedConfig, content: GGUFContent) -> dict[str
     if _is_close(factors, torch.full_like(factors, largest)):
         return plain if largest == 1 else plain | {"rope_type": "linear", "factor": largest}
     for exponent in range(4, 21):
-        # Those of LLaMA 3, whose file does not say how long the texts of the first training were.
+        # LLaMA 3; its files do not state the original context length, so try each power of two.
         candidate = plain | {
             "rope_type": "llama3",
             "factor": largest,

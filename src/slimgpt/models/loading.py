@@ -56,8 +56,8 @@ def load_config(source: Source) -> PreTrainedConfig:
     ConfigError
         If it cannot be read, its values are wrong, or the hub cannot be reached.
     UnsupportedModelError
-        If the model is of no supported family, quantised or an adapter, asks for code from
-        elsewhere, or is a directory whose weights have another number of blocks.
+        If the family is not supported, the model is quantised or an adapter or needs remote code,
+        or the weights in a local directory have another number of blocks.
     """
     content = gguf_content(source)
     if not source.gguf_file:
@@ -80,23 +80,23 @@ def load_config(source: Source) -> PreTrainedConfig:
             complete_config(config, content)
         check_model_config(source.name, config.to_dict(), hint=BROKEN_GGUF)
     if source.directory:
-        with suppress(ConfigError):  # files that cannot be read may not be needed
+        with suppress(ConfigError):  # unreadable files may not be needed
             read_stored(source, config)
     return config
 
 
 def weight_files(source: Source) -> list[Path]:
-    """The files with the weights of a checkpoint, in the hub's cache if it is not local.
+    """Find the weight files of a checkpoint, in the hub's cache if it is not local.
 
-    They are ``model.safetensors``, or those that the index beside it names. Other safetensors
-    files are left alone, as transformers does. Every command reads these files.
+    They are ``model.safetensors``, or the files named in the index. Other safetensors
+    files are ignored, as in transformers. Every command reads these files.
 
     Raises
     ------
     ConfigError
-        If they are not there, or the hub cannot be reached.
+        If they are missing, or the hub cannot be reached.
     UnsupportedModelError
-        If there are both, or the index names files that lie elsewhere.
+        If there are both, or the index names files outside the directory.
     """
     if source.gguf_file:
         return [Path(source.location, source.gguf_file)]
@@ -121,20 +121,20 @@ def weight_files(source: Source) -> list[Path]:
 
 
 def read_stored(source: Source, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """Find the tensors of a checkpoint in safetensors files; their values are read later.
+    """Find the tensors in the safetensors files of a checkpoint; values are read later.
 
     Raises
     ------
     ConfigError
         If a file is missing or broken, or the hub cannot be reached.
     UnsupportedModelError
-        If the tensors are quantised, or more or less than the config says.
+        If the tensors are quantised or contradict the config.
     """
     return match_config(source.name, read_headers(source.name, weight_files(source)), config)
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load the weights of a checkpoint, from safetensors or GGUF only.
+    """Load a checkpoint with its weights, from safetensors or GGUF only.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     ConfigError
         If the checkpoint cannot be read, or the device does not exist.
     UnsupportedModelError
-        If the model is of no supported family, or weights are missing, not used or not finite.
+        If the family is not supported, or weights are missing, unused or not finite.
     """
     config = load_config(source)
     target = find_device(device)
@@ -193,12 +193,12 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
 
 
 def load_generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
-    """Read the generation settings of a checkpoint; those of the config where it has none.
+    """Read the generation config of a checkpoint; if it has none, derive it from the config.
 
     Raises
     ------
     ConfigError
-        If they cannot be read.
+        If it cannot be read.
     """
     file = find_file(source, GENERATION_CONFIG_NAME)
     if file:
@@ -210,8 +210,8 @@ def load_generation_config(source: Source, config: PreTrainedConfig) -> Generati
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build a model without weights: its parameters are on the meta device, its buffers are not."""
-    config = copy.deepcopy(config)  # it takes on the type
+    """Build a model with parameters on the meta device; its buffers have values."""
+    config = copy.deepcopy(config)  # from_config changes its dtype
     with loading(f"a model of type {config.model_type} with this config"), init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
@@ -220,7 +220,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
 
 
 def _check_tokens(module: Any, inputs: tuple[Any, ...]) -> None:
-    """Check that there is an embedding for each token; the other answer is a crash on a GPU."""
+    """Check that each token has an embedding; otherwise a GPU would crash."""
     tokens, number = inputs[0], module.num_embeddings
     if tokens.numel() and not 0 <= (largest := int(tokens.max())) < number:
         raise DataError(
@@ -231,19 +231,19 @@ def _check_tokens(module: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def gguf_content(source: Source) -> GGUFContent | None:
-    """What the GGUF file holds, if the checkpoint is one."""
+    """Read the content of the GGUF file; None for other checkpoints."""
     return read_gguf(Path(source.location, source.gguf_file)) if source.gguf_file else None
 
 
 def _forget_quantizer(model: Any) -> None:
-    """Drop the traces of GGUF dequantisation: they would make a plain model unsavable."""
+    """Remove the traces of GGUF dequantisation, with which the model could not be saved."""
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer, model.config.quantization_config
         model.is_quantized = False
 
 
 def usable_seqlen(seqlen: int, config: PreTrainedConfig) -> int:
-    """Tokens of a sample, within the model's context; a warning says if that is fewer."""
+    """Limit the sample length to the model's context; warn if that shortens it."""
     longest = config.max_position_embeddings
     if seqlen > longest:
         log.warning("seqlen %d is beyond the model's context: %d is used", seqlen, longest)

@@ -1,7 +1,7 @@
-"""How byte-level BPE tokenizers split text before they merge, by the names that GGUF files use.
+"""Pre-tokenizers of byte-level BPE, by their names in GGUF files.
 
-A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``), a ``tokenizer.json`` spells it out.
-Only those are listed whose ids are compared with llama.cpp's in the tests.
+A GGUF file only names its pre-tokenizer (``tokenizer.ggml.pre``); a ``tokenizer.json`` defines it.
+The list contains only those whose ids the tests compare with llama.cpp.
 """
 
 import json
@@ -21,8 +21,8 @@ def _pieces(numbers: str) -> PreTokenizer:
     return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-# For each name how text is split, and whether llama.cpp looks a piece up in the vocabulary as a
-# whole before it merges.
+# For each name: the pre-tokenizer, and whether llama.cpp first looks up a whole piece in the
+# vocabulary (ignore_merges).
 PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
     "gpt-2": (ByteLevel(add_prefix_space=False), False),
     "smollm": (
@@ -35,7 +35,7 @@ PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str | None:
-    """Name of the pre-tokenizer of a byte-level BPE tokenizer; None if it is not known here."""
+    """Return the GGUF name of a tokenizer's pre-tokenizer; None if it is unknown."""
     steps = _steps(tokenizer.pre_tokenizer)
     for name, (splitter, ignore_merges) in PRE_TOKENIZERS.items():
         if steps == _steps(splitter) and tokenizer.model.ignore_merges == ignore_merges:
@@ -44,7 +44,7 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str | None:
 
 
 def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
-    """What a pre-tokenizer does, less what does not change the ids."""
+    """List the steps of a pre-tokenizer, without settings that do not change the ids."""
     if pre_tokenizer is None:
         return []
     state = json.loads(pre_tokenizer.__getstate__())

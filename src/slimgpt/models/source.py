@@ -1,4 +1,4 @@
-"""Find a checkpoint and its files: in a directory, in the hub's cache, or in a package."""
+"""Find a checkpoint and its files: in a directory, on the hub, or in a Python package."""
 
 import logging
 import os
@@ -39,12 +39,12 @@ _MERGE_COMMAND = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint is.
+    """Location of a checkpoint.
 
     Attributes
     ----------
     name : str
-        As the user wrote it.
+        As given by the user.
     location : str
         Hub id or local directory.
     gguf_file : str or None
@@ -57,18 +57,18 @@ class Source:
 
     @property
     def kwargs(self) -> dict[str, str]:
-        """What ``from_pretrained`` needs beside the location."""
+        """Arguments of ``from_pretrained`` beside the location."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     @property
     def directory(self) -> Path | None:
-        """The checkpoint's own directory; None on the hub, and for a GGUF file, which is alone."""
+        """The checkpoint's local directory; None for the hub and for a GGUF file."""
         path = Path(self.location)
         return path if path.is_dir() and not self.gguf_file else None
 
     @property
     def title(self) -> str:
-        """What others may read: the hub id, or the last part of a local path."""
+        """Name for published files: the hub id, or the last part of a local path."""
         if snapshot := self._snapshot:
             return "/".join(snapshot[1].split("--"))
         return Path(self.name).resolve().name if Path(self.location).is_dir() else self.name
@@ -86,33 +86,33 @@ class Source:
 
 
 def find_model(model: str | Path) -> Source:
-    """Resolve what the user calls a model.
+    """Resolve the name of a model.
 
     Parameters
     ----------
     model : str or Path
-        A hub id ``owner/name``, a local directory, a local ``.gguf`` file, or ``smollm2-135m``,
-        unless a file or directory has this name.
+        A hub id ``owner/name``, a local directory, a local ``.gguf`` file, or ``smollm2-135m``
+        (unless a file or directory has this name).
 
     Raises
     ------
     ConfigError
-        If there is no such thing.
+        If no model has this name.
     UnsupportedModelError
-        If a local directory holds only pickled weights, which are never loaded, or an adapter.
+        If a local directory holds an adapter, or only pickled weights, which are never loaded.
     MissingDependencyError
-        If the package with the embedded model, or the one that reads GGUF, is not installed.
+        If the package with the embedded model, or the package ``gguf``, is not installed.
     """
     name = str(model)
     try:
         exists = os.path.lexists(name)
-    except ValueError:  # a name that no file can have
+    except ValueError:  # not a valid file name
         exists = False
     path = Path(name)
     if name == SMOLLM2_ALIAS:
         if not exists:
             return embedded_model()
-        log.warning("%s here is read, not the embedded model of that name", path.resolve())
+        log.warning("using the local %s, not the embedded model of that name", path.resolve())
     with loading(f"the model {name!r}"):  # a name may be too long
         if path.suffix == ".gguf" and path.is_file():
             _check_gguf()
@@ -130,12 +130,12 @@ def find_model(model: str | Path) -> Source:
 
 
 def embedded_model() -> Source:
-    """The model that is in a Python package, whatever lies in the current directory.
+    """Find the model in the Python package; files in the current directory are ignored.
 
     Raises
     ------
     MissingDependencyError
-        If the package, or the one that reads GGUF, is not installed.
+        If this package or the package ``gguf`` is not installed.
     """
     spec = find_spec(SMOLLM2_PACKAGE)
     if spec is None or spec.origin is None:
@@ -145,9 +145,9 @@ def embedded_model() -> Source:
 
 
 def find_file(source: Source, name: str) -> Path | None:
-    """Find a file of a checkpoint in its directory or on the hub; None where it has none.
+    """Find a file of a checkpoint in its directory or on the hub; None if it does not exist.
 
-    Offline, a checkpoint of the hub has the files that are in the cache.
+    Offline, only files in the hub's cache exist.
 
     Raises
     ------
@@ -172,9 +172,9 @@ def _check_gguf() -> None:
 
 
 def adapter_error(name: str, file: str) -> UnsupportedModelError:
-    """Error for an adapter in the place of a model."""
+    """Build the error for an adapter that was given as a model."""
     return UnsupportedModelError(
-        f"{name} holds an adapter ({file}), whose weights are not those of a model",
+        f"{name} holds an adapter ({file}), not a model",
         hint=f"merge it into its base model: {_MERGE_COMMAND.format(name)}; then copy the base "
         "model's tokenizer files to 'merged', and give that",
     )

@@ -1,4 +1,4 @@
-"""What the weight files of a checkpoint hold, by their headers, and whether a model fits it."""
+"""Read the headers of a checkpoint's weight files, and check that they fit a model."""
 
 import re
 import struct
@@ -36,19 +36,19 @@ LOAD_ERRORS = (
     StrictDataclassError,
 )
 
-# Floating-point types by their names in a safetensors file.
+# Floating-point types by their safetensors names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 HEAD = "lm_head"
 
-# Buffers that older versions of transformers saved: they follow from the config.
+# Buffers saved by older versions of transformers; they follow from the config.
 _BUFFERS = (
     r"rotary_emb\.(inv_freq|(cos|sin)_cached)$",
     r"(^|\.)position_ids$",
     r"\.attn\.(masked_)?bias$",
 )
 
-# Ends of the names by which the usual quantised formats store their scales and packed values.
+# Suffixes of tensor names for scales and packed values in the usual quantised formats.
 _QUANTISED = re.compile(
     r"(_scale(_inv|_2)?|_scales|_blocks|\.scales|\.(qweight|qzeros|g_idx|SCB|absmax|quant_map"
     r"|weight_packed|weight_zero_point|weight_format)|\.quant_state\..*)$"
@@ -67,11 +67,11 @@ class StoredTensor:
     Attributes
     ----------
     read : callable
-        Reads it.
+        Reads the tensor.
     shape : tuple of int
         Its shape.
     dtype : str
-        Its type, by the name in a safetensors file.
+        Its safetensors type name.
     """
 
     read: Callable[[], Tensor]
@@ -80,7 +80,7 @@ class StoredTensor:
 
 
 class _ShardIndex(BaseModel):
-    """The file that says which tensor is in which file; both keys are what transformers needs."""
+    """The index of a sharded checkpoint; transformers needs both keys."""
 
     model_config = ConfigDict(strict=True)
 
@@ -90,17 +90,17 @@ class _ShardIndex(BaseModel):
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn what a library raises for a user's file into an error about that file.
+    """Convert library errors for a user's file into an error about that file.
 
     Parameters
     ----------
     what : str
-        The file, or what is in it, and the model.
+        The file or its content, and the model, for error messages.
 
     Raises
     ------
     ConfigError
-        In place of the library's error.
+        Instead of the library's error.
     """
     try:
         yield
@@ -111,7 +111,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def cannot_load(what: str, err: Exception) -> ConfigError:
-    """Error for what transformers or safetensors could not read."""
+    """Build the error for a file that transformers or safetensors could not read."""
     reason = " ".join(str(err).split())[:300] or type(err).__name__
     if re.search(r"can't allocate memory|not enough memory|out of memory", reason):
         return ConfigError(
@@ -126,7 +126,7 @@ def cannot_load(what: str, err: Exception) -> ConfigError:
 
 
 def read_index(file: Path) -> set[str]:
-    """Read which files a sharded checkpoint consists of.
+    """Read the file names of a sharded checkpoint from its index.
 
     Parameters
     ----------
@@ -136,28 +136,28 @@ def read_index(file: Path) -> set[str]:
     Returns
     -------
     set of str
-        Bare names: the files lie beside the index.
+        Names without a folder: the files are beside the index.
 
     Raises
     ------
     ConfigError
-        If the file is no such index.
+        If the file is not such an index.
     UnsupportedModelError
-        If it names files that lie elsewhere.
+        If it names files outside its directory.
     """
     try:
         names = set(_ShardIndex.model_validate(read_object(file)).weight_map.values())
     except ValidationError as err:
         raise ConfigError(
-            f"{file} is no index of weights: {explain(err)}",
+            f"{file} is not an index of weights: {explain(err)}",
             hint='it has "metadata", an object, and "weight_map", from tensors to files; '
             "download or write it again",
         ) from None
     for name in sorted(names):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise UnsupportedModelError(
-                f"{file} names the file {name!r}; only names of *.safetensors files beside it are "
-                "read, without a folder",
+                f"{file} names the file {name!r}; only *.safetensors files in the same folder "
+                "are read",
                 hint="move the files beside the index and correct it, or download the model again",
             )
     return names
@@ -169,7 +169,7 @@ def read_headers(model: str, files: Sequence[Path]) -> dict[str, StoredTensor]:
     Parameters
     ----------
     model : str
-        Its name, for errors.
+        Its name, for error messages.
     files : sequence of Path
         Its files.
 
@@ -206,7 +206,7 @@ def match_config(
     Parameters
     ----------
     model : str
-        Its name, for errors.
+        Its name, for error messages.
     stored : dict
         From `read_headers`.
     config : PreTrainedConfig
@@ -215,14 +215,14 @@ def match_config(
     Returns
     -------
     dict
-        The tensors by their names in the causal language model. A checkpoint of the bare decoder
-        has them without their first part.
+        The tensors by their names in the causal language model. (In a checkpoint of the bare
+        decoder the names lack the prefix.)
 
     Raises
     ------
     UnsupportedModelError
-        If the tensors are quantised or have no floating-point type, or there are more or fewer
-        blocks than the config says.
+        If the tensors are quantised or not floating-point, or the number of blocks differs from
+        the config.
     """
     family = family_of(config.model_type)
     prefix = f"{family.decoder}."
@@ -247,12 +247,12 @@ def match_config(
 def fit_tensors(
     model: str, stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
 ) -> dict[str, StoredTensor]:
-    """Check that stored tensors are those of a model: all of them, and no others.
+    """Check that the stored tensors are exactly those of a model.
 
     Parameters
     ----------
     model : str
-        Its name, for errors.
+        Its name, for error messages.
     stored : dict
         From `match_config`.
     skeleton : PreTrainedModel
@@ -261,13 +261,13 @@ def fit_tensors(
     Returns
     -------
     dict
-        The stored tensors, with one that the config ties to another under both names.
+        The stored tensors; tied ones are listed under both names.
 
     Raises
     ------
     UnsupportedModelError
-        If tensors are missing or have another shape, belong to no part of the model, or differ
-        where the config says that they are one.
+        If tensors are missing, have another shape or are unused, or if tensors differ that the
+        config ties.
     """
     stored, wanted = dict(stored), skeleton.state_dict()
     for name, origin in skeleton.all_tied_weights_keys.items():
@@ -301,17 +301,17 @@ def fit_tensors(
 
 
 def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:
-    """Error for a checkpoint without some tensors, or with other shapes of them."""
+    """Build the error for missing tensors or tensors of another shape."""
     return UnsupportedModelError(
         f"{model} lacks {len(problems)} weights or has them in another shape, first "
         f"{min(problems)}",
-        hint="the checkpoint is incomplete, or its config.json is that of another: download or "
-        "write it again",
+        hint="the checkpoint is incomplete, or its config.json belongs to another one: download "
+        "or write it again",
     )
 
 
 def unused(model: str, names: Sequence[str]) -> UnsupportedModelError:
-    """Error for tensors that belong to no part of the model."""
+    """Build the error for tensors that the model does not use."""
     listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return UnsupportedModelError(
         f"{model} holds {len(names)} tensors that its model does not use and that would be lost: "
@@ -325,7 +325,7 @@ def _check_types(model: str, stored: Mapping[str, StoredTensor]) -> None:
     for name in stored:
         if _QUANTISED.search(name):
             raise UnsupportedModelError(
-                f"{model} is quantised: it holds the scales or packed values {name}",
+                f"{model} is quantised: it has scales or packed values in {name}",
                 hint=_DEQUANTISE,
             )
     harmless = re.compile("|".join(_BUFFERS))

@@ -1,4 +1,4 @@
-"""A model whose blocks are in memory one at a time."""
+"""A model that holds one block in memory at a time."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +16,16 @@ from slimgpt.runtime.environment import trim_heap
 
 
 class StreamedModel:
-    """A skeleton, and the weights for the part of it that is at work.
+    """A skeleton that gets the weights of one part of the model at a time.
 
     Parameters
     ----------
     skeleton : PreTrainedModel
         The model with its parameters on the meta device.
     weights : Weights
-        Where they are read from.
+        The checkpoint to read from.
     device : torch.device
-        Where they go.
+        Device of the loaded part.
     """
 
     def __init__(self, skeleton: PreTrainedModel, weights: Weights, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class StreamedModel:
 
     @contextmanager
     def whole(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
-        """The model with all of its weights, which it has inside the context, in this type."""
+        """Load all weights, in this type, for the duration of the context."""
         names, dtype = saved_tensors(self.skeleton), dtype or self.weights.dtype
         self._fill(self.skeleton, {name: self.weights.read(name).to(dtype) for name in names})
         self.skeleton.tie_weights()
@@ -46,7 +46,7 @@ class StreamedModel:
 
     @contextmanager
     def without_blocks(self) -> Iterator[PreTrainedModel]:
-        """The model without its blocks: the head comes right after the embedding."""
+        """Load the model without its blocks: the head directly follows the embedding."""
         decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
         name = family_of(self.skeleton.config.model_type).blocks
         decoder.set_submodule(name, nn.ModuleList())
@@ -57,13 +57,13 @@ class StreamedModel:
             decoder.set_submodule(name, blocks)
 
     def anew(self) -> "StreamedModel":
-        """The same with a skeleton of its own."""
+        """Create a copy with a skeleton of its own."""
         skeleton = build_skeleton(self.skeleton.config, self.weights.dtype)
         return StreamedModel(skeleton, self.weights, self.device)
 
     @contextmanager
     def around_blocks(self) -> Iterator[PreTrainedModel]:
-        """The model with the weights of its decoder, except those of the blocks."""
+        """Load the weights of the decoder except those of the blocks."""
         decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
         prefix = family_of(self.skeleton.config.model_type).decoder
         parts = {n: part for n, part in decoder.named_children() if part is not blocks}
@@ -76,9 +76,9 @@ class StreamedModel:
                 self._release(part)
 
     def blocks(self, backward: bool = False) -> Iterator[Block]:
-        """Yield each block with its weights, which it has until the next one is asked for.
+        """Yield the blocks in order (or `backward`), each with its weights until the next one.
 
-        First to last, or `backward`. On a GPU the next block is read into pinned memory meanwhile.
+        For a GPU, the next block is read into pinned memory meanwhile.
         """
         blocks = list(bind(self.skeleton))[:: -1 if backward else 1]
         reads_ahead = self.device.type == "cuda"
@@ -103,13 +103,13 @@ class StreamedModel:
         return tensors
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        # Only memory that is pinned may be let go before it has been copied.
+        # Only pinned memory may be released before the copy has finished.
         pinned = self.device.type == "cuda"
         moved = {name: t.to(self.device, non_blocking=pinned) for name, t in tensors.items()}
         module.load_state_dict(moved, strict=False, assign=True)
 
     def _release(self, module: nn.Module) -> None:
-        """Keep the shapes of the parameters, and the type that they are read in; buffers stay."""
+        """Move the parameters back to the meta device; buffers keep their values."""
         for child in module.modules():
             for name, parameter in child.named_parameters(recurse=False):
                 empty = parameter.to("meta", self.weights.dtype)

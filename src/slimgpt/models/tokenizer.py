@@ -37,14 +37,14 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises
     ------
     ConfigError
-        If it has none, a file of it is broken, or the hub cannot be reached.
+        If there is none, one of its files is broken, or the hub cannot be reached.
     MissingDependencyError
-        If it is a SentencePiece model, and a package that reads these is not installed.
+        If it is a SentencePiece model, and a package to read it is not installed.
     """
     content = gguf_content(source)
     try:
         if content:
-            # Not by the auto class: it prefers a tokenizer.json that lies beside the file.
+            # AutoTokenizer would prefer a tokenizer.json beside the file.
             tokenizer = PreTrainedTokenizerFast(
                 gguf_file=source.gguf_file, name_or_path=source.location
             )
@@ -58,20 +58,20 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_files(source: Source) -> dict[str, Path]:
-    """Find the files that a tokenizer is made of, by name; none for a GGUF file.
+    """Find the files of a tokenizer, by name; empty for a GGUF file.
 
     Raises
     ------
     ConfigError
         If the hub cannot be reached.
     UnsupportedModelError
-        If one is a link to a file elsewhere, which must not get into a result.
+        If one is a link to a file outside the directory, which must not be copied into a result.
     """
     files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
     if source.directory:
         root = source.directory.resolve()
         if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):
-            root = root.parents[1]  # of the hub's cache, where the files are links to blobs
+            root = root.parents[1]  # in the hub's cache, files are links to blobs
         for file in files.values():
             if not file.resolve().is_relative_to(root):
                 raise UnsupportedModelError(
@@ -82,7 +82,7 @@ def tokenizer_files(source: Source) -> dict[str, Path]:
 
 
 def _check_tokenizer_files(source: Source) -> None:
-    """Say which file or package is at fault where a tokenizer does not load."""
+    """Find the file or package that prevents a tokenizer from loading."""
     files = tokenizer_files(source)
     for name, file in files.items():
         if name.endswith(".json"):
@@ -99,9 +99,9 @@ def _check_tokenizer_files(source: Source) -> None:
 
 
 def _as_in_the_file(tokenizer: Any, content: GGUFContent) -> PreTrainedTokenizerFast:
-    """The tokenizer of a GGUF file with its tokens alone, splitting text as the file says.
+    """Limit a GGUF file's tokenizer to its own tokens, and set the file's pre-tokenizer.
 
-    transformers heeds only some of the names for the latter, and adds tokens of its own.
+    transformers respects only some pre-tokenizer names, and adds tokens of its own.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = state["added_tokens"]

@@ -1,18 +1,18 @@
-"""Which rows and columns of a tensor belong to a unit."""
+"""Rows and columns of a tensor that belong to a unit."""
 
 import torch
 from torch import Tensor
 
 
 def unit_columns(kept_units: Tensor, unit_size: int) -> Tensor:
-    """Indices of the rows or columns of the kept units.
+    """Compute the indices of the rows or columns of the kept units.
 
     Parameters
     ----------
     kept_units : Tensor
         int64, sorted.
     unit_size : int
-        Rows or columns that each unit owns.
+        Rows or columns per unit.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Read the weights of a checkpoint tensor by tensor, and write files the same way."""
+"""Read the weights of a checkpoint one tensor at a time, and write files in the same way."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +18,18 @@ from slimgpt.models.stored import DTYPES, StoredTensor, fit_tensors, loading
 
 
 class Weights:
-    """The tensors of a model, read when they are asked for.
+    """The tensors of a model, read on demand.
 
     Parameters
     ----------
     source : Source
         The model.
     tensors : dict
-        By name.
+        Tensors by name.
     dtype : torch.dtype
-        What tensors are converted to.
+        Type to which tensors are converted.
     files : sequence of Path
-        Where they come from.
+        The weight files.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Weights:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names of all tensors, with their shapes."""
+        """Shapes of all tensors, by name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def check(self, skeleton: PreTrainedModel) -> None:
-        """Check that a model can be filled, and that no tensor is left over.
+        """Check that the tensors are exactly those of a model.
 
         Parameters
         ----------
@@ -63,7 +63,7 @@ class Weights:
         self._tensors = fit_tensors(self.source.name, self._tensors, skeleton)
 
     def add_biases(self, skeleton: PreTrainedModel) -> None:
-        """Let the biases that a model has, and the checkpoint has not, be zero."""
+        """Add zero biases where the model has biases and the checkpoint has none."""
         for name, parameter in saved_tensors(skeleton).items():
             if name.endswith(".bias") and name not in self._tensors:
                 zeros = partial(torch.zeros, parameter.shape)
@@ -77,7 +77,7 @@ class Weights:
         ConfigError
             If the file is broken.
         UnsupportedModelError
-            If the tensor has values that are not finite.
+            If the tensor has non-finite values.
         """
         with loading(f"the tensor {name} of {self.source.name}"):
             tensor = self._tensors[name].read().to(self.dtype)
@@ -90,15 +90,15 @@ class Weights:
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of a model less the tensors that are tied to others."""
+    """Return the state of a model without tensors that are tied to others."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") -> Weights:
-    """Find the tensors of a checkpoint; their values are read later.
+    """Find the tensors of a checkpoint; values are read later.
 
-    A GGUF file is the exception: transformers dequantises it as a whole, so it is held in memory.
+    The exception is a GGUF file: transformers dequantises it as a whole, so it stays in memory.
 
     Parameters
     ----------
@@ -129,13 +129,13 @@ def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") 
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file."""
+    """List the names of the tensors in a safetensors file."""
     with safe_open(file, "pt") as opened:
         return list(opened.keys())
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """What `write_file` was given for the header of a safetensors file."""
+    """Read the metadata in the header of a safetensors file."""
     with safe_open(file, "pt") as opened:
         return opened.metadata()
 
@@ -146,18 +146,18 @@ def write_file(
     metadata: Mapping[str, str],
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write a safetensors file one tensor after the other.
+    """Write a safetensors file one tensor at a time.
 
     Parameters
     ----------
     file : Path
-        Is overwritten.
+        The file; overwritten if it exists.
     tensors : dict
-        Names, shapes and types; the values too if `read` is not given.
+        Names, shapes and types; also the values if `read` is not given.
     metadata : dict
-        For the header.
+        Metadata in the header.
     read : callable, optional
-        Gives the values of a name, so that not more than one tensor need be in memory.
+        Returns the values for a name, so that only one tensor at a time is in memory.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

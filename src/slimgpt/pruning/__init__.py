@@ -1,1 +1,1 @@
-"""The main job: prune a model block by block."""
+"""Prune a model block by block: sensitivity pass, sequential pass (``slimgpt prune``)."""

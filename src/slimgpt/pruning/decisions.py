@@ -1,7 +1,19 @@
 """What was decided for a block, as it is saved and reported."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from slimgpt.models.stored import read_tensor
+from slimgpt.models.weights import read_metadata
+from slimgpt.runtime.files import reading
+
+_UNITS = {"attention": "kv groups", "ffn": "channels"}
 
 
 @dataclass(frozen=True)
@@ -10,6 +22,8 @@ class SublayerPlan:
 
     Attributes
     ----------
+    kind : str
+        ``attention`` or ``ffn``.
     keep : tuple of int
         Units kept: key/value groups or FFN channels, sorted.
     error, relative_error : float
@@ -18,41 +32,73 @@ class SublayerPlan:
     damping : float
         Damping that the Hessian needed; 0 where nothing was removed or solved.
     errors : tuple of float
-        In a survey, the error after each of `surveyed_removals`, damping included.
+        In a sensitivity pass, the error after each of `measured_removals`, damping included.
     refit : float or None
-        What `slimgpt.pruning.refit.refit` made of the squared error; None where there was none.
-        The other errors are those before.
+        Error ratio of the refit: squared error after over before. None where there was none. The
+        other errors are those before.
     """
 
+    kind: str
     keep: tuple[int, ...]
-    error: float
-    relative_error: float
-    damping: float
+    error: float = 0.0
+    relative_error: float = 0.0
+    damping: float = 0.0
     errors: tuple[float, ...] = ()
     refit: float | None = None
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What was decided for one block."""
+    """What was decided for the sublayers of one block."""
 
     block: int
-    attention: SublayerPlan
-    ffn: SublayerPlan
+    sublayers: tuple[SublayerPlan, ...]
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "BlockPlan":
-        """Invert `dataclasses.asdict` and a way through JSON."""
-        plans = {}
-        for kind in ("attention", "ffn"):
-            given = values[kind]
+        """Invert `to_json`."""
+        plans = []
+        for given in values["sublayers"]:
             lists = {name: tuple(given[name]) for name in ("keep", "errors") if name in given}
-            plans[kind] = SublayerPlan(**given | lists)
-        return cls(block=values["block"], **plans)
+            plans.append(SublayerPlan(**given | lists))
+        return cls(values["block"], tuple(plans))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, without empty lists of errors."""
+        return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v != ()})
 
     def __str__(self) -> str:
         """What went and what it cost, in a few words."""
         return ", ".join(
-            f"{len(plan.keep)} {units} kept, error {plan.relative_error:.4f}"
-            for plan, units in ((self.attention, "kv groups"), (self.ffn, "channels"))
+            f"{len(plan.keep)} {_UNITS[plan.kind]} kept, error {plan.relative_error:.4f}"
+            for plan in self.sublayers
         )
+
+
+@dataclass(frozen=True)
+class SavedBlock:
+    """A pruned block in a file of the run.
+
+    Attributes
+    ----------
+    plan : BlockPlan
+        What was decided.
+    read : callable
+        Gives the tensors of the pruned block by their names in the model.
+    """
+
+    plan: BlockPlan
+    read: Callable[[str], Tensor]
+
+    @classmethod
+    def open(cls, file: Path) -> "SavedBlock":
+        """Open a file that the sequential pass has written.
+
+        Raises
+        ------
+        DamagedRunError
+            If it cannot be read.
+        """
+        with reading(file):
+            plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+        return cls(plan, partial(read_tensor, file))

@@ -1,30 +1,53 @@
-"""Inputs of a run: calibration samples, and the scores of a method."""
+"""Open the inputs of a run, and make its job of them."""
 
 import logging
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from slimgpt.allocation.reallocation import samples_needed
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
-from slimgpt.data.datasets import SELF, check_dataset, dataset_files
-from slimgpt.data.samples import calibration_tokens
+from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
+from slimgpt.data.samples import READING_BYTES, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
 from slimgpt.errors import MissingDependencyError
-from slimgpt.methods.registry import GLOBAL_SCORES, NEEDS_GRADIENTS
+from slimgpt.methods.registry import METHODS, make_method
 from slimgpt.models.device import fast_dtype
-from slimgpt.models.loading import load_model
+from slimgpt.models.family import bind
+from slimgpt.models.loading import (
+    build_skeleton,
+    load_config,
+    load_generation_config,
+    load_model,
+    usable_seqlen,
+)
+from slimgpt.models.source import Source
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.streaming import StreamedModel
-from slimgpt.models.tokenizer import tokenizer_files
-from slimgpt.models.weights import Weights, tensor_names
-from slimgpt.pruning.plan import PrunePlan
-from slimgpt.runtime.environment import computation, versions
+from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
+from slimgpt.models.weights import open_weights, tensor_names
+from slimgpt.pruning.job import Inputs, Job
+from slimgpt.pruning.memory import (
+    FLOAT32,
+    MemoryEstimate,
+    divide_memory,
+    probe_bytes,
+    refit_bytes,
+    solver_bytes,
+)
+from slimgpt.pruning.plan import initial_widths, is_measured, shapes_of
+from slimgpt.runtime.distributed import is_main, shard
+from slimgpt.runtime.environment import Stopwatch, computation, versions
 from slimgpt.runtime.files import describe_file
+from slimgpt.runtime.progress import Progress
 from slimgpt.runtime.run_directory import GENERATED_FILE, SCORES_FILE, Run
 
 log = logging.getLogger(__name__)
@@ -34,68 +57,55 @@ def check_inputs(config: PruneConfig) -> None:
     """Check that the calibration data exists and the packages for the method are installed."""
     for name in config.calibration:
         check_dataset(name, "calibration")
-    if config.method == "loraprune" and find_spec("peft") is None:
+    package = METHODS[config.method].package
+    if package and find_spec(package) is None:
         raise MissingDependencyError(
-            "peft", "the method 'loraprune'", "pip install 'slimgpt[recover]'"
+            package, f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
         )
 
 
-def calibration_samples(
-    run: Run,
-    streamed: StreamedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int,
-    config: PruneConfig,
-) -> Tensor:
-    """The calibration samples: those of the interrupted run, or new ones.
+def open_inputs(
+    source: Source, config: PruneConfig, device: torch.device, progress: Progress
+) -> Inputs:
+    """Open a model, without reading its weights.
 
-    Each text gives an equal number, as far as possible.
+    Raises
+    ------
+    SlimGPTError
+        If a part of it is missing or broken.
     """
-    num_texts, samples = len(config.calibration), []
-    for index, name in enumerate(config.calibration):
-        file = GENERATED_FILE if name == SELF else f"samples-{index}.safetensors"
-        if not run.has(file):
-            bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
-            draw = (tokenizer, bounds[1] - bounds[0], seqlen, config.seed)
-            if name == SELF:
-                dtype = fast_dtype(streamed.device, streamed.weights.dtype)
-                with streamed.whole(dtype) as model:
-                    drawn = sample_from_model(model, *draw)
-            else:
-                drawn = calibration_tokens(name, *draw, text_field=config.text_field)
-            with run.saving(file) as temporary:
-                temporary.write_bytes(save({"tokens": drawn}))
-        samples.append(read_tensor(run.saved(file), "tokens"))
-    return torch.cat(samples)
+    stopwatch, method = Stopwatch(), make_method(config)
+    base_config = load_config(source)
+    initial_widths(base_config, config)  # may not be feasible
+    model_config = method.extend_config(base_config)
+    tokenizer = load_tokenizer(source)
+    generation_config = load_generation_config(source, model_config)
+    weights = open_weights(source, model_config, config.dtype)
+    skeleton = build_skeleton(model_config, weights.dtype)
+    if model_config is not base_config:
+        weights.add_biases(skeleton)
+    streamed = StreamedModel(skeleton, weights, device)
+    seqlen = usable_seqlen(config.seqlen, model_config)
+    return Inputs(
+        config,
+        method,
+        base_config,
+        streamed,
+        tokenizer,
+        generation_config,
+        seqlen,
+        stopwatch,
+        progress,
+    )
 
 
-def global_scores(
-    run: Run, streamed: StreamedModel, samples: Tensor, planned: PrunePlan, config: PruneConfig
-) -> list[Tensor]:
-    """Scores that come from the model as a whole, if the method has such."""
-    if config.method not in GLOBAL_SCORES:
-        return []
-    if not run.has(SCORES_FILE):
-        model = streamed.skeleton
-        if config.method in NEEDS_GRADIENTS:
-            log.info("gradients of the whole model, for the method %s", config.method)
-            model = load_model(streamed.weights.source, "float32", config.device)
-        scores = GLOBAL_SCORES[config.method](model, samples, planned.widths, config.seed)
-        with run.saving(SCORES_FILE) as temporary:
-            temporary.write_bytes(save({f"{i:05d}": s for i, s in enumerate(scores)}))
-    file = run.saved(SCORES_FILE)
-    return [read_tensor(file, name) for name in sorted(tensor_names(file))]
-
-
-def identity_of(
-    weights: Weights,
-    model_config: PreTrainedConfig,
-    generation_config: GenerationConfig,
-    config: PruneConfig,
-    device: torch.device,
-) -> dict[str, Any]:
-    """All that the result depends on."""
-    configs = {"model config": model_config, "generation config": generation_config}
+def identity_of(inputs: Inputs) -> dict[str, Any]:
+    """All that the result depends on, as JSON values."""
+    config, weights = inputs.config, inputs.streamed.weights
+    configs = {
+        "model config": inputs.streamed.skeleton.config,
+        "generation config": inputs.generation_config,
+    }
     files = {
         "calibration file": [f for name in config.calibration for f in dataset_files(name)],
         "tokenizer file": tokenizer_files(weights.source).values(),
@@ -106,8 +116,128 @@ def identity_of(
         **{file.name: describe_file(file) for file in weights.files},
         **config.model_dump(exclude={"activation_memory"}),
         **{f"{kind} {f}": describe_file(f) for kind, found in files.items() for f in found},
-        "device": device.type,
-        "products": str(fast_dtype(device, weights.dtype)),
+        "device": inputs.streamed.device.type,
+        "products": str(fast_dtype(inputs.streamed.device, weights.dtype)),
         **computation(),
         **versions(),
     }
+
+
+def make_job(inputs: Inputs, run: Run) -> Job:
+    """Check that the machine is large enough, and draw the calibration samples.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    DataError
+        If there are too few samples.
+    """
+    widths = initial_widths(inputs.base_config, inputs.config)
+    _warn_of_few_samples(inputs)
+    memory = estimate_memory(inputs, widths)
+    if is_main():
+        log.info("%s", memory)
+        memory.check(run.output, run.size)
+    samples_NT = _samples(inputs, run)
+    _score(inputs, run, samples_NT, widths)
+    inputs.stopwatch.lap("prepare")
+    return Job(**vars(inputs), run=run, memory=memory, samples_NT=samples_NT)
+
+
+def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEstimate:
+    """Estimate what a run needs at its peak."""
+    config, method, skeleton = inputs.config, inputs.method, inputs.streamed.skeleton
+    measures = is_measured(inputs.base_config, config, widths)
+    batch_size = choose_batch_size(config.nsamples, inputs.seqlen)
+    num_own = len(shard(torch.arange(config.nsamples), batch_size))
+    size, num_params = skeleton.dtype.itemsize, skeleton.num_parameters()
+    blocks, solvers, num_removed = list(bind(skeleton)), [], 0
+    sublayers = [
+        (sublayer, num_keep)
+        for block, width in zip(blocks, widths, strict=True)
+        for sublayer, num_keep in zip(block.sublayers, width, strict=True)
+    ]
+    for sublayer, num_keep in sublayers:
+        shape, output = sublayer.shape, sublayer.output
+        num_units = shape.num_units - num_keep
+        num_removed += num_units * shape.unit_params
+        columns = num_units * sublayer.unit_size * (2 if measures else 1)  # of other widths too
+        solvers.append(
+            solver_bytes(output.out_features, output.in_features, columns, method.needs_dense)
+        )
+        if method.refit_epochs and shape.kind == "ffn" and num_units:
+            whole = shape.num_units * shape.unit_params
+            solvers.append(refit_bytes(whole, num_keep * shape.unit_params, size))
+    whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
+    if measures:
+        whole = max(whole, probe_bytes(skeleton, config.nsamples, inputs.seqlen))
+    if not {SELF, PYDOCS}.issuperset(config.calibration):
+        whole = max(whole, READING_BYTES)
+    if SELF in config.calibration:
+        whole = max(whole, num_params * size)
+    if method.needs_gradients:
+        whole = 2 * num_params * FLOAT32
+    activation = num_own * inputs.seqlen * size
+    stream = activation * skeleton.config.hidden_size * (2 if method.needs_dense else 1)
+    widest = activation * max(sublayer.output.in_features for sublayer, _ in sublayers)
+    is_mapped, kept = divide_memory(stream, widest, config.activation_memory)
+    return MemoryEstimate(
+        stream,
+        is_mapped,
+        kept,
+        working=max(max(block.shape.params for block in blocks) * size + max(solvers), whole),
+        product=(num_params - num_removed) * size,
+    )
+
+
+def _warn_of_few_samples(inputs: Inputs) -> None:
+    config = inputs.config
+    if config.widths == "measured" and config.ratio > 0:
+        needed = samples_needed(shapes_of(inputs.base_config), inputs.seqlen)
+        if config.nsamples < needed:
+            log.warning(
+                "the widths stay as scheduled: to measure them takes %d samples of %d tokens at "
+                "least, and there are %d",
+                needed,
+                inputs.seqlen,
+                config.nsamples,
+            )
+
+
+def _samples(inputs: Inputs, run: Run) -> Tensor:
+    """The calibration samples; each text gives an equal number, as far as possible."""
+    config, streamed = inputs.config, inputs.streamed
+    num_texts, samples = len(config.calibration), []
+    for index, name in enumerate(config.calibration):
+        bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
+        draw = (inputs.tokenizer, bounds[1] - bounds[0], inputs.seqlen, config.seed)
+
+        def make(file: Path, name: str = name, draw: Any = draw) -> None:
+            if name == SELF:
+                with streamed.whole(fast_dtype(streamed.device, streamed.weights.dtype)) as model:
+                    drawn = sample_from_model(model, *draw)
+            else:
+                drawn = calibration_tokens(name, *draw, text_field=config.text_field)
+            file.write_bytes(save({"tokens": drawn}))
+
+        file = GENERATED_FILE if name == SELF else f"samples-{index}.safetensors"
+        samples.append(read_tensor(run.cached(file, make), "tokens"))
+    return torch.cat(samples)
+
+
+def _score(inputs: Inputs, run: Run, samples_NT: Tensor, widths: Sequence[BlockWidths]) -> None:
+    """Give the method the scores that come from the model as a whole, if it has such."""
+    method, config = inputs.method, inputs.config
+    if not method.scores_model:
+        return
+
+    def make(file: Path) -> None:
+        model = inputs.streamed.skeleton
+        if method.needs_gradients:
+            log.info("gradients of the whole model, for the method %s", config.method)
+            model = load_model(inputs.streamed.weights.source, "float32", config.device)
+        file.write_bytes(save(method.score_model(model, samples_NT, widths)))
+
+    file = run.cached(SCORES_FILE, make)
+    method.scores = {name: read_tensor(file, name) for name in tensor_names(file)}

@@ -6,23 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 from transformers import PreTrainedModel
 
 from slimgpt.allocation.reallocation import PROBE_TOKENS, probe_samples
-from slimgpt.config import PruneConfig
-from slimgpt.data.datasets import PYDOCS, SELF
-from slimgpt.data.samples import READING_BYTES
 from slimgpt.errors import ConfigError
-from slimgpt.methods.registry import NEEDS_GRADIENTS
-from slimgpt.models.family import bind
-from slimgpt.pruning.plan import PrunePlan
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes that a run needs at its peak.
 
     Attributes
@@ -95,10 +88,8 @@ class Footprint:
             )
 
 
-def estimate(
-    stream: int, widest: int, budget: int, block: int, solver: int, whole: int, product: int
-) -> Footprint:
-    """Divide the budget for activations, and add up.
+def divide_memory(stream: int, widest: int, budget: int) -> tuple[bool, int]:
+    """Divide the budget for activations.
 
     Parameters
     ----------
@@ -106,15 +97,14 @@ def estimate(
         Bytes of the residual streams, and of the largest input of an output projection.
     budget : int
         Bytes for both together.
-    block, whole, product : int
-        Bytes of the largest block, of what is in memory before the first one (the embedding, the
-        whole model, or the backward pass of a survey), and of the pruned model.
-    solver : int
-        Largest value of `solver_bytes` and `refit_bytes`.
+
+    Returns
+    -------
+    tuple
+        Whether the streams go into a mapped file, and how many bytes of activations are kept.
     """
     is_mapped = stream > budget
-    kept = min(widest, budget if is_mapped else budget - stream)
-    return Footprint(stream, is_mapped, kept, max(block + solver, whole), product)
+    return is_mapped, min(widest, budget if is_mapped else budget - stream)
 
 
 def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) -> int:
@@ -148,69 +138,10 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 2**10:.1f} KiB"
 
 
-def footprint_of(
-    skeleton: PreTrainedModel,
-    planned: PrunePlan,
-    num_samples: int,
-    seqlen: int,
-    config: PruneConfig,
-) -> Footprint:
-    """Work out what a run needs."""
-    size = skeleton.dtype.itemsize
-    activation = num_samples * seqlen * size
-    blocks = list(bind(skeleton))
-    outputs = [
-        (sublayer.output, (sublayer.num_units - num_keep) * sublayer.unit_size)
-        for block, width in zip(blocks, planned.widths, strict=True)
-        for sublayer, num_keep in (
-            (block.attention, width.num_groups),
-            (block.ffn, width.num_channels),
-        )
-    ]
-    solvers = [
-        # A survey looks at twice as many.
-        solver_bytes(
-            o.out_features,
-            o.in_features,
-            removed * (2 if planned.is_measured else 1),
-            config.needs_dense,
-        )
-        for o, removed in outputs
-    ]
-    if config.refits:
-        solvers += [
-            refit_bytes(
-                block.ffn.num_units * block.ffn.unit_params,
-                width.num_channels * block.ffn.unit_params,
-                size,
-            )
-            for block, width in zip(blocks, planned.widths, strict=True)
-            if width.num_channels < block.ffn.num_units
-        ]
-    whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
-    if planned.is_measured:
-        whole = max(whole, probe_bytes(skeleton, config.nsamples, seqlen))
-    if not {SELF, PYDOCS}.issuperset(config.calibration):
-        whole = max(whole, READING_BYTES)
-    if SELF in config.calibration:
-        whole = max(whole, planned.params_before * size)
-    if config.method in NEEDS_GRADIENTS:
-        whole = 2 * planned.params_before * torch.float32.itemsize
-    return estimate(
-        stream=activation * skeleton.config.hidden_size * (2 if config.needs_dense else 1),
-        widest=activation * max(output.in_features for output, _ in outputs),
-        budget=config.activation_memory,
-        block=max(block.shape.params for block in blocks) * size,
-        solver=max(solvers),
-        whole=whole,
-        product=planned.params_after * size,
-    )
-
-
 def probe_bytes(skeleton: PreTrainedModel, nsamples: int, seqlen: int) -> int:
-    """Memory for the backward pass: what enters the blocks; embedding, head and logits."""
+    """Bytes for the gradients: what enters the blocks; embedding, head and logits."""
     config, num_tokens = skeleton.config, min(seqlen, PROBE_TOKENS)
     states = (config.num_hidden_layers + 3) * len(probe_samples(nsamples)) * num_tokens
     numbers = (states + 2 * config.vocab_size) * config.hidden_size
     logits = 6 * num_tokens * config.vocab_size
-    return numbers * skeleton.dtype.itemsize + logits * torch.float32.itemsize
+    return numbers * skeleton.dtype.itemsize + logits * FLOAT32

@@ -1,36 +1,20 @@
 """The plan of a run: the widths of every block, and what they amount to."""
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from slimgpt.allocation.reallocation import samples_needed
-from slimgpt.allocation.schedule import plan_widths
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation.schedule import Schedule, WidthRules, given_widths, scheduled_widths
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, SublayerShape, removed_params
 from slimgpt.checkpoint.writer import pruned_config, uniform_group_counts
 from slimgpt.config import PruneConfig
-from slimgpt.methods.flap import with_biases
+from slimgpt.methods.registry import make_method
 from slimgpt.models.family import bind, family_of
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
-
-log = logging.getLogger(__name__)
-
-
-def attention_share(config: Any) -> float:
-    """Ratio of attention over that of its block at which a query head costs as in MHA.
-
-    A query head with its share of a kv head has 2 + 2/g matrices of head_dim × hidden_size, where g
-    query heads share a kv head, and 4 in MHA. If the errors of attention and FFN grow with the
-    squares of their ratios, their sum is least for a given number of parameters where the ratio of
-    attention is in proportion to what a head frees: (2 + 2/g)/4 of that in MHA, which is 1.
-    """
-    config = config.per_layer_config[0]
-    kv_heads, heads = family_of(config.model_type).attention.widths
-    return (1 + getattr(config, kv_heads) / getattr(config, heads)) / 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +25,8 @@ class PrunePlan:
     ----------
     shapes : tuple of BlockShape
         What could be removed from each block.
-    widths : tuple of BlockWidths
-        Key/value groups and FFN channels that each block keeps.
+    widths : tuple of tuple of int
+        Units that each block keeps, by sublayer: key/value groups and FFN channels.
     layer_ratios : tuple of float
         Fraction of its prunable parameters that each block loses.
     target_ratio, block_ratio, total_ratio : float
@@ -51,7 +35,7 @@ class PrunePlan:
     params_before, params_after : int
         All parameters.
     is_measured : bool
-        Whether a survey decides the widths; those of a plan are what it begins with.
+        Whether a sensitivity pass decides the widths; those of a plan are what it begins with.
     """
 
     shapes: tuple[BlockShape, ...]
@@ -64,12 +48,27 @@ class PrunePlan:
     params_after: int
     is_measured: bool
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "PrunePlan":
+        """Invert `dataclasses.asdict` and a way through JSON; there may be other keys too."""
+        shapes = (
+            BlockShape(tuple(SublayerShape(**sublayer) for sublayer in shape["sublayers"]))
+            for shape in values["shapes"]
+        )
+        own = {field.name: values[field.name] for field in fields(cls)}
+        sequences = {
+            "shapes": tuple(shapes),
+            "widths": tuple(map(tuple, values["widths"])),
+            "layer_ratios": tuple(values["layer_ratios"]),
+        }
+        return cls(**own | sequences)
+
 
 def plan(model: str, **options: Any) -> PrunePlan:
     """Work out the widths of a pruned model, without its weights.
 
-    If the run measures the widths, these are the ones that it begins with; the sum of what they
-    remove stays.
+    If the run measures the widths, these are the ones that it begins with; the total that they
+    remove does not change.
 
     Parameters
     ----------
@@ -90,52 +89,43 @@ def plan(model: str, **options: Any) -> PrunePlan:
     81430848
     """
     config = PruneConfig.create(**options)
-    return make_plan(load_config(find_model(model)), config)
+    base_config = load_config(find_model(model))
+    return make_plan(base_config, config, initial_widths(base_config, config))
 
 
-def warn_of_few_samples(planned: PrunePlan, seqlen: int, config: PruneConfig) -> None:
-    """Warn where there are too few samples to measure the widths."""
-    if config.widths == "measured" and planned.block_ratio > 0 and not planned.is_measured:
-        log.warning(
-            "the widths stay as scheduled: to measure them takes %d samples of %d tokens at least, "
-            "and there are %d",
-            samples_needed(planned.shapes, seqlen),
-            seqlen,
-            config.nsamples,
-        )
+def initial_widths(base_config: PreTrainedConfig, config: PruneConfig) -> list[BlockWidths]:
+    """Widths that follow from the ratios alone, given or scheduled.
 
-
-def initial_config(model_config: PreTrainedConfig, config: PruneConfig) -> PreTrainedConfig:
-    """Config of the model that is pruned: the base, with what the method adds to it."""
-    return with_biases(model_config) if config.method == "flap" else model_config
+    Raises
+    ------
+    ConfigError
+        If a block would lose more than it can.
+    """
+    shapes = shapes_of(base_config)
+    share = config.attention_share
+    rules = WidthRules(
+        config.multiple_of,
+        uniform_group_counts(base_config) if config.uniform else None,
+        attention_share(base_config) if share is None else share,
+    )
+    if config.layer_ratios:
+        return given_widths(shapes, config.layer_ratios, rules)
+    schedule = Schedule(config.ratio, config.schedule, config.min_ratio)
+    return scheduled_widths(shapes, schedule, rules)
 
 
 def make_plan(
-    model_config: PreTrainedConfig,
-    config: PruneConfig,
-    widths: Sequence[BlockWidths] | None = None,
+    base_config: PreTrainedConfig, config: PruneConfig, widths: Sequence[BlockWidths]
 ) -> PrunePlan:
-    """Plan the widths of a run, or take those that were measured."""
-    skeleton = build_skeleton(model_config)
+    """Say what the widths amount to."""
+    skeleton = build_skeleton(base_config)
     shapes = [block.shape for block in bind(skeleton)]
-    uniform_groups = uniform_group_counts(model_config) if config.uniform else None
-    share = config.attention_share
-    widths = widths or plan_widths(
-        shapes,
-        config.ratio,
-        config.schedule,
-        config.min_ratio,
-        config.multiple_of,
-        uniform_groups,
-        config.layer_ratios,
-        attention_share(model_config) if share is None else share,
-    )
     given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
     prunable = sum(shape.params for shape in shapes)
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
-    product = pruned_config(initial_config(model_config, config), widths, config.uniform)
-    before, after = (m.num_parameters() for m in (skeleton, build_skeleton(product)))
-    seqlen = min(config.seqlen, model_config.max_position_embeddings)
+    extended = make_method(config).extend_config(base_config)
+    result = build_skeleton(pruned_config(extended, widths, config.uniform))
+    before, after = skeleton.num_parameters(), result.num_parameters()
     return PrunePlan(
         shapes=tuple(shapes),
         widths=tuple(widths),
@@ -145,7 +135,33 @@ def make_plan(
         total_ratio=1 - after / before,
         params_before=before,
         params_after=after,
-        is_measured=config.widths == "measured"
-        and sum(removed) > 0
-        and config.nsamples >= samples_needed(shapes, seqlen),
+        is_measured=is_measured(base_config, config, widths),
     )
+
+
+def is_measured(
+    base_config: PreTrainedConfig, config: PruneConfig, widths: Sequence[BlockWidths]
+) -> bool:
+    """Whether a sensitivity pass decides the widths: it is asked for and has enough samples."""
+    shapes = shapes_of(base_config)
+    removed = sum(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
+    needed = samples_needed(shapes, min(config.seqlen, base_config.max_position_embeddings))
+    return config.widths == "measured" and removed > 0 and config.nsamples >= needed
+
+
+def shapes_of(base_config: PreTrainedConfig) -> list[BlockShape]:
+    """What can be removed from each block of a model."""
+    return [block.shape for block in bind(build_skeleton(base_config))]
+
+
+def attention_share(config: Any) -> float:
+    """Ratio of attention over that of its block at which a query head costs as in MHA.
+
+    A query head with its share of a kv head has 2 + 2/g matrices of head_dim × hidden_size, where g
+    query heads share a kv head, and 4 in MHA. If the errors of attention and FFN grow with the
+    squares of their ratios, their sum is least for a given number of parameters where the ratio of
+    attention is in proportion to what a head frees: (2 + 2/g)/4 of that in MHA, which is 1.
+    """
+    config = config.per_layer_config[0]
+    kv_heads, heads = family_of(config.model_type).sublayer("attention").widths
+    return (1 + getattr(config, kv_heads) / getattr(config, heads)) / 2

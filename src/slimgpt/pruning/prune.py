@@ -1,47 +1,23 @@
 """The main job: prune a model block by block, and write it as a smaller one."""
 
 import json
-import logging
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from slimgpt.allocation.shapes import BlockWidths
-from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.models.device import find_device
-from slimgpt.models.loading import (
-    build_skeleton,
-    load_config,
-    load_generation_config,
-    usable_seqlen,
-)
 from slimgpt.models.source import find_model
-from slimgpt.models.streaming import StreamedModel
-from slimgpt.models.tokenizer import load_tokenizer
-from slimgpt.models.weights import open_weights
+from slimgpt.pruning.allocators import allocate
 from slimgpt.pruning.decisions import BlockPlan
-from slimgpt.pruning.inputs import (
-    calibration_samples,
-    check_inputs,
-    global_scores,
-    identity_of,
-)
-from slimgpt.pruning.memory import footprint_of
-from slimgpt.pruning.plan import PrunePlan, initial_config, make_plan, warn_of_few_samples
-from slimgpt.pruning.product import make_report, write_product
-from slimgpt.pruning.sensitivity import measured_widths
-from slimgpt.pruning.sequential import sweep
-from slimgpt.runtime.distributed import from_main, is_main, own_part, process_group
+from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inputs
+from slimgpt.pruning.plan import PrunePlan
+from slimgpt.pruning.result import write_result
+from slimgpt.pruning.sequential import sequential_pass
+from slimgpt.runtime.distributed import broadcast, is_main, process_group
 from slimgpt.runtime.progress import Progress, no_progress
-from slimgpt.runtime.run_directory import Run, open_run
-
-log = logging.getLogger(__name__)
+from slimgpt.runtime.run_directory import open_run
 
 
 @dataclass(frozen=True)
@@ -110,74 +86,18 @@ def prune(
     ...               nsamples=64, seqlen=512)  # doctest: +SKIP
     """
     config = PruneConfig.create(**options)
-    output = Path(output)
     source = find_model(model)
     check_inputs(config)
-    with process_group(find_device(config.device)) as device:
-        start = time.monotonic()
-        base_config = load_config(source)
-        planned = make_plan(base_config, config)
-        model_config = initial_config(base_config, config)
-        tokenizer = load_tokenizer(source)
-        generation_config = load_generation_config(source, model_config)
-        seqlen = usable_seqlen(config.seqlen, model_config)
-        warn_of_few_samples(planned, seqlen, config)
-        batch_size = choose_batch_size(config.nsamples, seqlen)
-        num_own = len(own_part(torch.arange(config.nsamples), batch_size))
-        with open_run(output) if is_main() else nullcontext() as run:
-            weights = open_weights(source, model_config, config.dtype)
-            skeleton = build_skeleton(model_config, weights.dtype)
-            if config.method == "flap":
-                weights.add_biases(skeleton)
-            streamed = StreamedModel(skeleton, weights, device)
-            footprint = footprint_of(streamed.skeleton, planned, num_own, seqlen, config)
-            if run:
-                identity = identity_of(weights, model_config, generation_config, config, device)
-                run.identify(identity, restart)
-                if not run.is_written:
-                    log.info("%s", footprint)
-                    footprint.check(output, run.size)
-            if not from_main(run and run.is_written):
-                samples_NT = from_main(
-                    run and calibration_samples(run, streamed, tokenizer, seqlen, config)
-                )
-                scores = global_scores(run, streamed, samples_NT, planned, config) if run else []
-                prepared = time.monotonic() - start
-                if planned.is_measured:
-                    widths = measured_widths(
-                        Run(output),
-                        streamed,
-                        samples_NT,
-                        planned.shapes,
-                        planned.widths,
-                        config,
-                        footprint,
-                        progress,
-                    )
-                    planned = make_plan(base_config, config, widths)
-                surveyed = time.monotonic() - start - prepared
-                sweep(
-                    streamed,
-                    samples_NT,
-                    planned.widths,
-                    config,
-                    footprint,
-                    Run(output),
-                    scores,
-                    progress=progress,
-                )
-                if run:
-                    log.info("saving to %s", output)
-                    seconds = {"prepare": round(prepared, 3), "survey": round(surveyed, 3)}
-                    report = make_report(run, streamed, planned, config, seqlen, seconds)
-                    write_product(
-                        run, streamed, planned, config, tokenizer, generation_config, report
-                    )
-            if run:
-                run.publish()
-        report = from_main(is_main() and json.loads((output / REPORT_FILE).read_text("utf-8")))
+    with process_group(find_device(config.device)) as device, open_run(Path(output)) as run:
+        inputs = open_inputs(source, config, device, progress)
+        run.identify(identity_of(inputs), restart)
+        if not run.is_finished():
+            job = make_job(inputs, run)
+            widths = allocate(job)
+            sequential_pass(job, widths)
+            job.stopwatch.lap("prune")
+            write_result(job, widths)
+        run.publish()
+        report = broadcast(is_main() and json.loads((run.output / REPORT_FILE).read_text("utf-8")))
     blocks = tuple(map(BlockPlan.from_json, report["blocks"]))
-    widths = tuple(BlockWidths(**width) for width in report["widths"])
-    if widths != planned.widths:  # measured by an earlier call
-        planned = make_plan(base_config, config, widths)
-    return PruneResult(output, planned, blocks, report)
+    return PruneResult(run.output, PrunePlan.from_json(report), blocks, report)

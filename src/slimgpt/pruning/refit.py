@@ -1,4 +1,4 @@
-"""Let all weights of a pruned FFN follow the output that it should have.
+"""Refit: fine-tune all weights of a pruned FFN toward its target output.
 
 The solver changes the output projection alone, for which least squares are exact. The projections
 in front of it can make up for removed channels too, but no formula tells how. So all of them take
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from slimgpt.calibration.activations import Stream
-from slimgpt.models.device import fast_dtype, fast_products
+from slimgpt.config import PruneConfig
+from slimgpt.models.device import autocast, fast_dtype
 from slimgpt.models.family import Sublayer
-from slimgpt.runtime.distributed import add_up, own_batches
+from slimgpt.runtime.distributed import all_reduce, shard_batches
 
 STEP_TOKENS, CHUNK_TOKENS = 512, 4096
 
@@ -29,15 +30,13 @@ BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients has no meaning
 
 
 @torch.enable_grad()
-def refit(
-    ffn: Sublayer, dense: Sublayer, stream: Stream, correction: float, epochs: int, seed: int
-) -> float:
-    """Bring the output of a pruned FFN nearer to its target, in steps of Adam on all its weights.
+def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -> float:
+    """Fine-tune all weights of a pruned FFN toward its target output, with Adam.
 
     The target is (1 − α) y + α (h* − h), as in `slimgpt.solver.hessian.prepare`: y is the output
     of the FFN as it was, h the residual stream before it, h* that of the dense model after it. A
-    step takes tokens from anywhere in the samples of all processes. Where the error of some tokens
-    is not lower afterwards, the weights stay as they were.
+    step takes tokens from anywhere in the samples of all processes. Where the error on some of the
+    tokens does not fall, the weights stay as they were.
 
     Parameters
     ----------
@@ -47,23 +46,21 @@ def refit(
         Before pruning.
     stream : Stream
         The residual stream before the FFN, but that of the dense model after it.
-    correction : float
-        α, from 0 to 1; of no effect if the stream has no dense model.
-    epochs : int
-        How often each token is seen.
-    seed : int
-        For the order of the tokens.
+    config : PruneConfig
+        ``refit_epochs``; ``correction``, α, of no effect if the stream has no dense model; and
+        ``seed``, which with the number of the block gives the order of the tokens.
 
     Returns
     -------
     float
-        Squared error of those tokens, after over before; 1 where the weights stay.
+        Error ratio: squared error of those tokens, after over before; 1 where the weights stay.
     """
-    # As `own_part` has shared them out.
-    num_batches = int(add_up(torch.tensor(len(stream.batches()))))
+    correction, epochs = config.correction, config.refit_epochs
+    # As `shard` has shared them out.
+    num_batches = int(all_reduce(torch.tensor(len(stream.batches()))))
     seqlen, num_own = stream.hidden_NTC.shape[1], stream.hidden_NTC.shape[:2].numel()
-    start = own_batches(num_batches).start * stream.batch_size * seqlen
-    num_tokens = int(add_up(torch.tensor(num_own)))
+    start = shard_batches(num_batches).start * stream.batch_size * seqlen
+    num_tokens = int(all_reduce(torch.tensor(num_own)))
 
     def steps(rows_T: Tensor) -> Iterable[tuple[Tensor, ...]]:
         """Input and target of the tokens that this process has, a step at a time."""
@@ -75,7 +72,7 @@ def refit(
     def tried_error() -> float:
         with torch.no_grad():
             errors = [_squared_error(ffn, *step) for step in steps(tried_T)]
-            return float(add_up(torch.stack(errors).sum()))
+            return float(all_reduce(torch.stack(errors).sum()))
 
     dtype = ffn.output.weight.dtype
     ffn.module.float()
@@ -86,7 +83,7 @@ def refit(
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
     num_steps = epochs * -(-num_tokens // STEP_TOKENS)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / WARM_UP, 1 - step / num_steps))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(config.seed + ffn.block)
     tried_T = torch.randperm(num_tokens, generator=generator)[:CHUNK_TOKENS]
     error = tried_error()
     for _ in range(epochs):
@@ -94,17 +91,17 @@ def refit(
             for step in steps(rows_T):
                 gradients = torch.autograd.grad(_squared_error(ffn, *step), weights)
                 for weight, gradient in zip(weights, gradients, strict=True):
-                    weight.grad = add_up(gradient)
+                    weight.grad = all_reduce(gradient)
                 optimizer.step()
                 schedule.step()
-    gain = tried_error() / error if error else 1.0
-    is_better = gain < 1
+    error_ratio = tried_error() / error if error else 1.0
+    is_better = error_ratio < 1
     for weight, old in zip(weights, before, strict=True):
         weight.requires_grad_(False).grad = None
         if not is_better:
             weight.copy_(old)
     ffn.module.to(dtype)
-    return gain if is_better else 1.0
+    return error_ratio if is_better else 1.0
 
 
 def _squared_error(ffn: Sublayer, input_TC: Tensor, target_TC: Tensor) -> Tensor:
@@ -124,7 +121,7 @@ def _input_and_target(
     weight = dense.output.weight
     hidden_TC = stream.hidden_NTC.flatten(0, 1)[rows_T].to(weight.device)
     input_TC = dense.norm(hidden_TC)
-    with fast_products(weight):
+    with autocast(weight):
         target_TC = dense.module(input_TC).float()
     if stream.dense_NTC is not None:
         dense_TC = stream.dense_NTC.flatten(0, 1)[rows_T]

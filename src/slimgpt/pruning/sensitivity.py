@@ -1,6 +1,8 @@
-"""What the changes of each sublayer cost the output of the model.
+"""Widths that follow from the sensitivity of the model's output to each sublayer.
 
-One backward pass through the pruned model, which is in memory a block at a time.
+A sequential pass over a part of the samples prunes to the scheduled widths. One backward pass
+through the model that it leaves, which is in memory a block at a time, shows what the errors cost
+the output. Units then move to the sublayers where they matter most.
 
 Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``V`` vocabulary,
 ``I`` columns of an output projection, ``K`` those that are kept, ``O`` its rows.
@@ -9,9 +11,9 @@ Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``V`
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -19,35 +21,134 @@ from torch import Tensor
 from torch.nn.functional import kl_div, linear, log_softmax
 from transformers import PreTrainedModel
 
-from slimgpt.allocation.reallocation import PROBE_TOKENS, SURVEY_SHARE, move_units, probe_samples
-from slimgpt.allocation.shapes import BlockShape, BlockWidths
+from slimgpt.allocation.reallocation import (
+    PROBE_TOKENS,
+    SENSITIVITY_SHARE,
+    measured_removals,
+    move_units,
+    probe_samples,
+)
+from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import TOKENS_PER_BATCH, Stream, embed, run_sublayer
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
-from slimgpt.models.device import fast_products
-from slimgpt.models.family import Block
-from slimgpt.models.stored import read_tensor
+from slimgpt.methods.slimgpt import SlimGPT
+from slimgpt.models.device import autocast
+from slimgpt.models.family import Block, Sublayer
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.unit_slices import unit_columns
 from slimgpt.pruning.block import replay_block
-from slimgpt.pruning.decisions import BlockPlan
-from slimgpt.pruning.memory import Footprint
-from slimgpt.pruning.sequential import read_plan, sweep
-from slimgpt.runtime.distributed import from_main, is_main
-from slimgpt.runtime.progress import Progress, no_progress
-from slimgpt.runtime.run_directory import WIDTHS_FILE, Run
+from slimgpt.pruning.decisions import SavedBlock
+from slimgpt.pruning.job import Job
+from slimgpt.pruning.plan import initial_widths, shapes_of
+from slimgpt.pruning.sequential import sequential_pass
+from slimgpt.runtime.distributed import broadcast, is_main
+from slimgpt.runtime.run_directory import WIDTHS_FILE
+from slimgpt.solver.elimination import Elimination, eliminate_channels, eliminate_units
+from slimgpt.solver.hessian import Problem
 
 log = logging.getLogger(__name__)
 
 
+class MeasuringSlimGPT(SlimGPT):
+    """SlimGPT that also notes the error at other widths: greedy, so that its errors are nested."""
+
+    def __init__(self, config: PruneConfig) -> None:
+        super().__init__(config)
+        self.refit_epochs = 0
+
+    def eliminate(
+        self, problem: Problem, sublayer: Sublayer, num_remove: int
+    ) -> tuple[Elimination, tuple[float, ...]]:
+        """Remove units; with the error after each of `measured_removals`, damping included."""
+        step = sublayer.shape.step(self.config.multiple_of)
+        num_keep = sublayer.num_units - num_remove
+        removals = measured_removals(sublayer.num_units, num_keep, step)
+        further = removals[-1] - num_remove
+        if sublayer.unit_size > 1:
+            size, error = sublayer.unit_size, self.config.head_error
+            left = eliminate_units(problem, num_remove, size, error, num_further=further)
+        else:
+            left = eliminate_channels(problem, num_remove, num_further=further)
+        errors = left.errors.cumsum(dim=0).tolist()
+        return left, tuple(errors[removed - 1] for removed in removals)
+
+
+def measured_widths(job: Job) -> list[BlockWidths]:
+    """Keep the units that matter most to the model's output, whatever sublayer they are in.
+
+    A sublayer that the scheduled widths leave whole stays so: it has not been measured.
+
+    Parameters
+    ----------
+    job : Job
+        An interrupted pass is continued from its run directory, which also keeps the result.
+
+    Returns
+    -------
+    list of tuple of int
+        With as many parameters in all as the scheduled widths.
+
+    Raises
+    ------
+    NumericalError
+        If gradients overflow.
+    """
+    run = job.run
+    if not run.all_have(WIDTHS_FILE):
+        widths = initial_widths(job.base_config, job.config)
+        measuring = replace(
+            job,
+            method=MeasuringSlimGPT(job.config),
+            streamed=job.streamed.anew(),
+            samples_NT=job.samples_NT[::SENSITIVITY_SHARE],
+        )
+        log.info("sensitivity of the layers, with %d of the samples", len(measuring.samples_NT))
+        sequential_pass(measuring, widths, "sensitivity")
+        if is_main():
+            names = [run.block_file(index, "sensitivity") for index in range(len(widths))]
+            moved = _moved(job, widths, [SavedBlock.open(run.saved(name)) for name in names])
+            with run.saving(WIDTHS_FILE) as temporary:
+                temporary.write_text(json.dumps(moved))
+            for name in names:
+                run.discard(name)
+    values = broadcast(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
+    return [tuple(width) for width in values]
+
+
+def _moved(
+    job: Job, widths: Sequence[BlockWidths], blocks: Sequence[SavedBlock]
+) -> list[BlockWidths]:
+    probes_NT = job.samples_NT[probe_samples(len(job.samples_NT)), :PROBE_TOKENS]
+    costs = sensitivities(job.streamed, blocks, probes_NT)
+    if not all(map(math.isfinite, chain.from_iterable(costs))):
+        raise NumericalError(
+            "the gradients of the sensitivity pass overflow",
+            hint="use --dtype float32 or bfloat16, or --widths scheduled",
+        )
+    by_kind = defaultdict(list)
+    for block, block_costs in zip(blocks, costs, strict=True):
+        for plan, cost in zip(block.plan.sublayers, block_costs, strict=True):
+            by_kind[plan.kind].append(abs(cost))
+    # A cost near or below zero is noise, and no reason to remove all.
+    floors = {kind: sum(values) / len(values) / 10 for kind, values in by_kind.items()}
+    prices = [
+        [
+            max(cost, floors[plan.kind]) / plan.error if plan.error else 0.0
+            for plan, cost in zip(block.plan.sublayers, block_costs, strict=True)
+        ]
+        for block, block_costs in zip(blocks, costs, strict=True)
+    ]
+    errors = [[plan.errors for plan in block.plan.sublayers] for block in blocks]
+    shapes = shapes_of(job.base_config)
+    return move_units(shapes, widths, errors, prices, job.config.multiple_of)
+
+
 @torch.no_grad()
-def costs_of_changes(
-    streamed: StreamedModel,
-    plans: Sequence[BlockPlan],
-    reads: Sequence[Callable[[str], Tensor]],
-    samples_NT: Tensor,
-) -> list[float]:
-    """By how much the divergence falls, to first order, as what was done to a sublayer is undone.
+def sensitivities(
+    streamed: StreamedModel, blocks: Sequence[SavedBlock], samples_NT: Tensor
+) -> list[list[float]]:
+    """First-order estimate of how much KL divergence is won if one sublayer's pruning is undone.
 
     Let W be the output projection of a sublayer, W + ΔW what it is in the pruned model (0 for
     columns that are gone), x its input there, and g the gradient for its output of
@@ -58,33 +159,31 @@ def costs_of_changes(
     ----------
     streamed : StreamedModel
         The model before pruning.
-    plans, reads
-        What was decided for the blocks, and functions that read their new output projections, see
-        `slimgpt.pruning.block.replay_block`.
+    blocks : sequence of SavedBlock
+        The pruned blocks.
     samples_NT : Tensor
-        int64, tokens to run over, best others than those of the calibration.
+        int64, tokens to run over, best held-out ones.
 
     Returns
     -------
-    list of float
-        The costs, for attention and FFN of each block in turn, in nats per token.
+    list of list of float
+        By block and sublayer, in nats per token.
     """
     log.info("gradients, with %d tokens each of %d samples", *samples_NT.shape[::-1])
     pruned, inputs = streamed.anew(), []
     batch_size = max(1, TOKENS_PER_BATCH // samples_NT.shape[1])
     with pruned.around_blocks() as model:
         stream = embed(model, samples_NT, batch_size, with_dense=True)
-    for block, plan, read in zip(pruned.blocks(), plans, reads, strict=True):
+    for block, saved in zip(pruned.blocks(), blocks, strict=True):
         inputs.append(stream.hidden_NTC.clone())
-        replay_block(block, plan, read, stream)
+        replay_block(block, saved, stream)
     gradient_NTC = _gradient_of_divergence(streamed, stream)
     costs = []
     for block in streamed.blocks(backward=True):
-        index = block.index
-        costs[:0] = _pull_back(
-            block, plans[index], reads[index], stream, inputs.pop(), gradient_NTC
-        )
-    return [cost / samples_NT.numel() for cost in costs]
+        stream.hidden_NTC = inputs.pop()
+        sums = _pull_back(block, blocks[block.index], stream, gradient_NTC)
+        costs.insert(0, [total / samples_NT.numel() for total in sums])
+    return costs
 
 
 def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
@@ -104,138 +203,49 @@ def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_TC: Tensor) -> Tensor:
-    with fast_products(next(model.parameters())):
+    with autocast(next(model.parameters())):
         logits_TV = model(inputs_embeds=hidden_TC[None], use_cache=False).logits[0]
     return log_softmax(logits_TV.float(), dim=-1)
 
 
 def _pull_back(
-    block: Block,
-    plan: BlockPlan,
-    read: Callable[[str], Tensor],
-    stream: Stream,
-    inputs_NTC: Tensor,
-    gradient_NTC: Tensor,
+    block: Block, saved: SavedBlock, stream: Stream, gradient_NTC: Tensor
 ) -> list[float]:
     """Turn the gradient for what leaves the pruned block into that for what enters it, in place.
 
-    Gives the sums of gᵀ ΔW x of both sublayers.
+    `stream` is what enters the block. Gives the sum of gᵀ ΔW x of each sublayer.
     """
-    device = block.attention.output.weight.device
-    new_weights = []
-    for sublayer, decided in zip(block.sublayers, (plan.attention, plan.ffn), strict=True):
-        new_OI = sublayer.output.weight
-        if len(decided.keep) < sublayer.num_units:
-            weight_OK = read(f"{block.output_name(sublayer)}.weight").to(device)
-            columns_K = unit_columns(torch.tensor(decided.keep, device=device), sublayer.unit_size)
-            new_OI = torch.zeros_like(new_OI).index_copy_(1, columns_K, weight_OK)
-        new_weights.append(new_OI)
+    new_weights = [
+        _new_weight(sublayer, saved, plan.keep)
+        for sublayer, plan in zip(block.sublayers, saved.plan.sublayers, strict=True)
+    ]
     costs = [0.0] * len(new_weights)
-    batches = (values_NTC.split(stream.batch_size) for values_NTC in (inputs_NTC, gradient_NTC))
-    for input_NTC, given_NTC in zip(*batches, strict=True):
+    for input_NTC, given_NTC in zip(
+        stream.batches(), gradient_NTC.split(stream.batch_size), strict=True
+    ):
+        device = new_weights[0].device
         states, changes = [input_NTC.to(device).detach().requires_grad_()], []
         for sublayer, new_OI in zip(block.sublayers, new_weights, strict=True):
             with torch.enable_grad():
-                batch_NTI = run_sublayer(block, sublayer, stream, states[-1])
-                with fast_products(new_OI):
+                batch_NTI = run_sublayer(sublayer, stream, states[-1])
+                with autocast(new_OI):
                     output = linear(batch_NTI, new_OI, sublayer.output.bias)
                 states.append(states[-1] + output)
-            with fast_products(new_OI):
+            with autocast(new_OI):
                 changes.append(linear(batch_NTI, new_OI - sublayer.output.weight))
         after = given_NTC.to(device)
         before, *between = torch.autograd.grad(states[-1], states[:-1], after)
-        for kind, (g, change) in enumerate(zip((*between, after), changes, strict=True)):
-            costs[kind] += float((g.float() * change.float()).sum())
+        for index, (g, change) in enumerate(zip((*between, after), changes, strict=True)):
+            costs[index] += float((g.float() * change.float()).sum())
         given_NTC.copy_(before)
     return costs
 
 
-def measured_widths(
-    run: Run,
-    streamed: StreamedModel,
-    samples_NT: Tensor,
-    shapes: Sequence[BlockShape],
-    widths: Sequence[BlockWidths],
-    config: PruneConfig,
-    footprint: Footprint,
-    progress: Progress = no_progress,
-) -> list[BlockWidths]:
-    """Keep the units that matter most to the model's output, whatever sublayer they are in.
-
-    The survey prunes to the given widths with a part of the samples. It measures for each sublayer
-    what its error costs the output there, and what the error would be at other widths. A sublayer
-    that the given widths leave whole stays so.
-
-    Parameters
-    ----------
-    run : Run
-        Where an interrupted survey is found again, and its result.
-    streamed : StreamedModel
-        The model before pruning.
-    samples_NT : Tensor
-        int64, the calibration tokens of all processes.
-    shapes, widths
-        The blocks, and the widths to begin with, at which something is removed.
-    config, footprint, progress
-        See `slimgpt.pruning.sequential.sweep`.
-
-    Returns
-    -------
-    list of BlockWidths
-        With as many parameters in all.
-
-    Raises
-    ------
-    NumericalError
-        If gradients overflow.
-    """
-    if not from_main(run.has(WIDTHS_FILE)):
-        chosen_NT = samples_NT[::SURVEY_SHARE]
-        log.info("survey, with %d of the samples, of what the layers cost", len(chosen_NT))
-        sweep(
-            streamed.anew(),
-            chosen_NT,
-            widths,
-            config,
-            footprint,
-            run,
-            stage="survey",
-            progress=progress,
-        )
-        if is_main():
-            moved = _moved(run, streamed, samples_NT, shapes, widths, config.multiple_of)
-            with run.saving(WIDTHS_FILE) as temporary:
-                temporary.write_text(json.dumps([asdict(width) for width in moved]))
-            for index in range(len(moved)):
-                run.discard(run.block_file(index, "survey"))
-    values = from_main(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
-    return [BlockWidths(**value) for value in values]
-
-
-def _moved(
-    run: Run,
-    streamed: StreamedModel,
-    samples_NT: Tensor,
-    shapes: Sequence[BlockShape],
-    widths: Sequence[BlockWidths],
-    multiple_of: int,
-) -> list[BlockWidths]:
-    files = [run.saved(run.block_file(index, "survey")) for index in range(len(shapes))]
-    blocks = [read_plan(file) for file in files]
-    probes_NT = samples_NT[probe_samples(len(samples_NT)), :PROBE_TOKENS]
-    costs = costs_of_changes(
-        streamed, blocks, [partial(read_tensor, file) for file in files], probes_NT
-    )
-    plans = [plan for block in blocks for plan in (block.attention, block.ffn)]
-    if not all(map(math.isfinite, costs)):
-        raise NumericalError(
-            "the gradients of the survey overflow",
-            hint="use --dtype float32 or bfloat16, or --widths scheduled",
-        )
-    # A cost near or below zero is noise, and no reason to remove all.
-    least = [sum(map(abs, costs[kind::2])) / len(shapes) / 10 for kind in (0, 1)] * len(shapes)
-    prices = [
-        max(cost, floor) / plan.error if plan.error else 0.0
-        for cost, floor, plan in zip(costs, least, plans, strict=True)
-    ]
-    return move_units(shapes, widths, [plan.errors for plan in plans], prices, multiple_of)
+def _new_weight(sublayer: Sublayer, saved: SavedBlock, keep: Sequence[int]) -> Tensor:
+    """The output projection in the pruned model, with zeros for the columns that are gone."""
+    old_OI = sublayer.output.weight
+    if len(keep) == sublayer.num_units:
+        return old_OI
+    weight_OK = saved.read(f"{sublayer.output_name}.weight").to(old_OI.device)
+    columns_K = unit_columns(torch.tensor(keep, device=old_OI.device), sublayer.unit_size)
+    return torch.zeros_like(old_OI).index_copy_(1, columns_K, weight_OK)

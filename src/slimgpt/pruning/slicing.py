@@ -1,4 +1,4 @@
-"""Make a live sublayer smaller: cut the rows and columns of the units that go."""
+"""Slice a live sublayer: only the rows and columns of the units that stay are left."""
 
 from torch import Tensor, nn
 
@@ -6,8 +6,8 @@ from slimgpt.models.family import Sublayer
 from slimgpt.models.unit_slices import unit_columns
 
 
-def shrink_sublayer(sublayer: Sublayer, kept_units: Tensor, output_weight: Tensor) -> None:
-    """Cut a sublayer down to the kept units, in place.
+def slice_sublayer(sublayer: Sublayer, kept_units: Tensor, output_weight: Tensor) -> None:
+    """Slice a sublayer down to the kept units, in place.
 
     Parameters
     ----------

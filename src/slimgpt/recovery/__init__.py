@@ -1,1 +1,1 @@
-"""Train a pruned model."""
+"""Fine-tune a pruned model: LoRA, all weights, distillation (``slimgpt recover``)."""

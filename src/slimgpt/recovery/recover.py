@@ -38,25 +38,25 @@ from slimgpt.models.source import SMOLLM2_ALIAS, Source, find_file, find_model
 from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
 from slimgpt.models.weights import open_weights, weight_files
 from slimgpt.recovery.trainer import (
-    METRICS_FILE,
     TENSORBOARD_DIR,
     Examples,
-    MetricsWriter,
+    MetricsLogger,
     last_checkpoint,
     make_trainer,
-    metrics_lines,
     pad_batch,
     read_metrics,
     trainable,
     training_arguments,
 )
-from slimgpt.runtime.distributed import TIME_LIMIT, from_main, is_main, training_together
+from slimgpt.runtime.distributed import TIME_LIMIT, broadcast, is_main, training_together
 from slimgpt.runtime.environment import computation, peak_memory, versions
 from slimgpt.runtime.files import describe_file, writing
 from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, open_run
 
 log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,19 @@ class RecoverResult:
 
     output: Path
     report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a recovery is made from."""
+
+    source: Source
+    teacher: Source | None
+    config: RecoverConfig
+    tokenizer: PreTrainedTokenizerBase
+    examples: Examples
+    held_out: Examples
+    progress: Progress
 
 
 def recover(
@@ -139,29 +152,22 @@ def recover(
             config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
         )
         held_out = _held_out_windows(config, tokenizer)
+        job = _Job(source, teacher, config, tokenizer, examples, held_out, progress)
         if run:
-            identity = _identity(source, teacher, config, arguments, examples, held_out)
-            run.identify(identity, restart)
-        if not from_main(run and run.is_written):
-            _train(source, teacher, tokenizer, examples, held_out, config, arguments, progress)
+            run.identify(_identity(job, arguments), restart)
+        if not broadcast(run and run.is_written):
+            _train(job, arguments)
             if run:
-                _write(run, source, teacher, tokenizer, config, len(examples))
+                _write(run, job)
         if run:
             run.publish()
-    report = from_main(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
+    report = broadcast(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
     return RecoverResult(output, report)
 
 
-def _identity(
-    source: Source,
-    teacher: Source | None,
-    config: RecoverConfig,
-    arguments: TrainingArguments,
-    examples: Examples,
-    held_out: Examples,
-) -> dict[str, Any]:
+def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
     """All that the result depends on."""
-    models = {"model": source} | ({"teacher": teacher} if teacher else {})
+    models = {"model": job.source} | ({"teacher": job.teacher} if job.teacher else {})
     return {
         **{role: model.title for role, model in models.items()},
         **{f"{role} config": _config_sha256(model) for role, model in models.items()},
@@ -170,13 +176,13 @@ def _identity(
             for role, model in models.items()
             for file in (*weight_files(model), *tokenizer_files(model).values())
         },
-        **config.model_dump(mode="json", exclude={"teacher", "report_to"}),
-        "examples_sha256": _sha256(examples),
-        "held_out_sha256": _sha256(held_out),
+        **job.config.model_dump(mode="json", exclude={"teacher", "report_to"}),
+        "examples_sha256": _sha256(job.examples),
+        "held_out_sha256": _sha256(job.held_out),
         "device": arguments.device.type,
         "processes": arguments.world_size,
         **computation(),
-        **_versions(config),
+        **_versions(job.config),
     }
 
 
@@ -184,59 +190,45 @@ def _versions(config: RecoverConfig) -> dict[str, str]:
     return versions("accelerate") if config.method == "full" else versions("accelerate", "peft")
 
 
-def _train(
-    source: Source,
-    teacher: Source | None,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
-    held_out: Examples,
-    config: RecoverConfig,
-    arguments: TrainingArguments,
-    progress: Progress,
-) -> None:
+def _train(job: _Job, arguments: TrainingArguments) -> None:
     """Train up to the checkpoint of the last step, from the last one that there is."""
     state = Path(str(arguments.output_dir))
-    checkpoint, before = from_main(is_main() and last_checkpoint(state)) or (None, None)
+    checkpoint, before = broadcast(is_main() and last_checkpoint(state)) or (None, None)
     if before:
         log.info("resuming after step %d", before.global_step)
         if before.global_step >= before.max_steps:
             return
     arguments.eval_on_start = not checkpoint
-    pad_token: Any = tokenizer.pad_token_id or 0
+    config, teacher = job.config, job.teacher
+    pad_token: Any = job.tokenizer.pad_token_id or 0
     trainer = make_trainer(
-        trainable(source, config),
+        trainable(job.source, config),
         load_model(teacher, config.dtype, str(arguments.device)) if teacher else None,
         config,
         args=arguments,
-        train_dataset=examples,
-        eval_dataset=held_out,
+        train_dataset=job.examples,
+        eval_dataset=job.held_out,
         data_collator=partial(pad_batch, pad_token=pad_token),
-        callbacks=[MetricsWriter(state / METRICS_FILE, progress)],
+        callbacks=[MetricsLogger(job.progress)],
     )
     trainer.remove_callback(PrinterCallback)
-    log.info("training on %d examples of %s", len(examples), config.data)
+    log.info("training on %d examples of %s", len(job.examples), config.data)
     with writing(state.parent), training_together():
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _report(
-    source: Source,
-    teacher: Source | None,
-    config: RecoverConfig,
-    num_examples: int,
-    state: TrainerState,
-) -> dict[str, Any]:
-    metrics = [read_metrics(entry) for entry in state.log_history]
+def _report(job: _Job, metrics: list[dict[str, Any]], state: TrainerState) -> dict[str, Any]:
+    config = job.config
     cost = state.log_history[-1]
     return {
         # The report goes to the hub with the model, so it holds no local paths.
-        "model": source.title,
-        "teacher": teacher.title if teacher else None,
+        "model": job.source.title,
+        "teacher": job.teacher.title if job.teacher else None,
         "config": config.model_dump(mode="json", exclude={"teacher"})
         | {"data": Path(config.data).name, "eval_data": Path(config.eval_data).name},
         "data": describe_dataset(config.data, "calibration"),
         "held_out": describe_dataset(config.eval_data, "evaluation"),
-        "num_examples": num_examples,
+        "num_examples": len(job.examples),
         "steps": state.global_step,
         "train_loss": [[m["step"], m["loss"]] for m in metrics if "loss" in m],
         "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
@@ -302,19 +294,13 @@ def _sha256(examples: Examples) -> str:
     return digest.hexdigest()
 
 
-def _write(
-    run: Run,
-    source: Source,
-    teacher: Source | None,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RecoverConfig,
-    num_examples: int,
-) -> None:
+def _write(run: Run, job: _Job) -> None:
     """Merge what was trained into the weights as they are in the checkpoint, and save them."""
     last: Any = last_checkpoint(run.state)
     trained, state = last
+    source = job.source
     model: Any
-    if config.method == "full":
+    if job.config.method == "full":
         dtype = open_weights(source, load_config(source)).dtype
         model = load_model(Source(trained, trained), str(dtype).removeprefix("torch."), "cpu")
     else:
@@ -326,10 +312,11 @@ def _write(
     with run.product() as directory:
         model.save_pretrained(directory)
         add_older_rope_keys(directory)
-        write_tokenizer(source, tokenizer, directory)
-        (directory / METRICS_FILE).write_text(metrics_lines(state), encoding="utf-8")
-        report = _report(source, teacher, config, num_examples, state)
-        text = json.dumps(report, indent=1) + "\n"
+        write_tokenizer(source, job.tokenizer, directory)
+        metrics = [read_metrics(entry) for entry in state.log_history]
+        lines = "".join(json.dumps(entry) + "\n" for entry in metrics)
+        (directory / METRICS_FILE).write_text(lines, encoding="utf-8")
+        text = json.dumps(_report(job, metrics, state), indent=1) + "\n"
         (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
         if (run.state / TENSORBOARD_DIR).is_dir():
             shutil.copytree(run.state / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)

@@ -30,7 +30,7 @@ from slimgpt.models.device import find_device
 from slimgpt.models.family import family_of
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import Source
-from slimgpt.runtime.distributed import from_main, training_together
+from slimgpt.runtime.distributed import broadcast, training_together
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import describe_file, reading, write_atomically
 from slimgpt.runtime.progress import Progress
@@ -39,8 +39,6 @@ from slimgpt.runtime.run_directory import CHECKSUMS_FILE, Run
 log = logging.getLogger(__name__)
 
 Examples = list[dict[str, list[int]]]
-
-METRICS_FILE = "metrics.jsonl"
 
 TENSORBOARD_DIR = "runs"
 
@@ -59,7 +57,7 @@ class RecoveryTrainer(Trainer):
                 if "gloo" in str(err).lower():
                     raise
                 raise OSError(str(err)) from err
-        from_main(None)  # all have written what is theirs
+        broadcast(None)  # all have written what is theirs
         if self.is_world_process_zero():
             state = Path(str(self.args.output_dir))
             newest = state / f"checkpoint-{self.state.global_step}"
@@ -115,23 +113,21 @@ class Distiller(RecoveryTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class MetricsWriter(TrainerCallback):
-    """Writes every metric to ``metrics.jsonl`` and to the log; tells which step is done."""
+class MetricsLogger(TrainerCallback):
+    """Ends a training that diverges; tells of the others, and notes what they cost."""
 
-    def __init__(self, file: Path, progress: Progress) -> None:
-        self._file, self._progress = file, progress
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Keep the metrics of the steps that are not run again."""
+        """Go on from the cost of the steps that are not run again."""
         self._start, self._first_step = time.monotonic(), state.global_step
         before = state.log_history[-1] if state.log_history else {}
         self._seconds_before = before.get("seconds", 0.0)
         self._peak_before = before.get("peak_memory_bytes", 0)
-        if state.is_world_process_zero:
-            self._file.write_text(metrics_lines(state), encoding="utf-8")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Append the newest metrics; note the cost in the log, which checkpoints have."""
+        """Note the cost in the log, which checkpoints have."""
         seconds = time.monotonic() - self._start
         state.log_history[-1] |= {
             "seconds": self._seconds_before + seconds,
@@ -144,22 +140,15 @@ class MetricsWriter(TrainerCallback):
                     f"the training has diverged: {key} {entry[key]} at step {entry['step']}",
                     hint="begin anew with a lower --learning-rate and --restart",
                 )
-        if not state.is_world_process_zero or list(entry) == ["step"]:
+        if not state.is_world_process_zero:
             return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
         if "perplexity" in entry:
             log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
-        else:
+        elif "loss" in entry:
             left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
             steps = entry["step"], state.max_steps
             log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
             self._progress("step", *steps)
-
-
-def metrics_lines(state: TrainerState) -> str:
-    """Format the log of the Trainer as JSON lines."""
-    return "".join(json.dumps(read_metrics(entry)) + "\n" for entry in state.log_history)
 
 
 def read_metrics(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The HTML report."""
+"""Write the HTML report of a pruned model (``slimgpt report``)."""

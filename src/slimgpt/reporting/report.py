@@ -3,7 +3,6 @@
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from slimgpt.models.comparison import check_same_vocabulary
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import Source, find_model
 from slimgpt.models.tokenizer import load_tokenizer
+from slimgpt.presentation import tables
 from slimgpt.runtime.files import write_atomically, writing
 from slimgpt.runtime.locks import writing_alone
 
@@ -87,6 +87,7 @@ def report(output: str | Path, **options: Any) -> Path:
     recovery = directory / RECOVERY_FILE
     results = {
         "pruning": read_report(directory / REPORT_FILE, PruningReport),
+        "sizes": tables.sizes(read_typed(directory / REPORT_FILE, PruningReport)),
         "perplexity": _results(directory / PERPLEXITY_FILE, EvalResult),
         "tasks": _results(directory / TASKS_FILE, TaskResult),
         "speeds": _results(directory / SPEED_FILE, BenchResult),
@@ -100,9 +101,9 @@ def report(output: str | Path, **options: Any) -> Path:
     return file
 
 
-def _results(file: Path, kind: type) -> list[dict[str, Any]]:
+def _results(file: Path, kind: type) -> list[Any]:
     """The results in a file, if there is one."""
-    return [asdict(result) for result in read_typed(file, list[kind])] if file.is_file() else []
+    return read_typed(file, list[kind]) if file.is_file() else []
 
 
 def _continuations(directory: Path, against: str, config: ReportConfig) -> list[dict[str, str]]:
@@ -154,6 +155,8 @@ def _generate(source: Source, prompts: Sequence[str], config: ReportConfig) -> l
 def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    from slimgpt.presentation import figures
+
     environment = Environment(
         loader=PackageLoader("slimgpt.reporting"),
         autoescape=True,
@@ -163,7 +166,7 @@ def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results:
     )
     environment.filters |= {
         "millions": _millions,
-        "number": _number,
+        "number": tables.brief,
         "short_name": short_name,
     }
     commands = [_command("prune", pruning["base_model"], pruning["config"], PruneConfig)]
@@ -173,87 +176,89 @@ def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results:
     return environment.get_template("report.html.j2").render(
         pruning=pruning,
         recovery=recovery,
-        figures=_figures(pruning, results["perplexity"], recovery),
+        tables=tables,
+        colors=figures.COLORS,
+        drawn=_drawn(pruning, results["perplexity"], recovery),
         headline_perplexity=_longest_window(results["perplexity"]),
-        headline_speed=next((s for s in results["speeds"] if len(s["costs"]) > 1), None),
+        headline_speed=next((s for s in results["speeds"] if len(s.costs) > 1), None),
         commands=commands,
         **results,
     )
 
 
-def _figures(
-    pruning: dict[str, Any], perplexity: list[dict[str, Any]], recovery: dict[str, Any] | None
-) -> dict[str, Any]:
+def _drawn(
+    pruning: dict[str, Any], perplexity: list[EvalResult], recovery: dict[str, Any] | None
+) -> dict[str, str]:
     """The charts for which there is data, by name."""
-    from slimgpt.reporting import charts
+    from slimgpt.presentation.figures import bars, curves, inline, unit_map
 
     blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
-    widths, depth = [width["num_channels"] for width in pruning["widths"]], range(len(blocks))
+
+    def each(entries: list[dict[str, Any]], kind: str, key: str) -> list[Any]:
+        """A value of the sublayers of this kind."""
+        return [s[key] for entry in entries for s in entry["sublayers"] if s["kind"] == kind]
+
     errors = {
-        name: (depth, [block[kind]["relative_error"] for block in blocks])
+        name: each(blocks, kind, "relative_error")
         for name, kind in (("attention", "attention"), ("FFN", "ffn"))
     }
-    kept = [block["attention"]["keep"] for block in blocks]
-    before = [shape["num_groups"] for shape in pruning["shapes"]]
+    kept = each(blocks, "attention", "keep")
+    before = each(pruning["shapes"], "attention", "num_units")
+    widths = list(map(len, each(blocks, "ffn", "keep")))
     drawn = {
-        "ratios": charts.bars(
+        "ratios": inline(
             f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
             f"{ratios[-1]:.1%} of the last.",
-            {"": ratios},
-            (f"all blocks: {pruning['block_ratio']:.1%}", pruning["block_ratio"]),
-            percent=True,
+            bars(
+                {"": ratios},
+                (f"all blocks: {pruning['block_ratio']:.1%}", pruning["block_ratio"]),
+                percent=True,
+            ),
         ),
-        "heads": charts.unit_map(
+        "heads": inline(
             f"Map of the key/value groups: {sum(map(len, kept))} of {sum(before)} are kept.",
-            kept,
-            before,
+            unit_map(kept, before),
+            height=min(80 + 24 * max(before), 560),
         ),
-        "widths": charts.bars(
+        "widths": inline(
             f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
             f"{widths[-1]:,} in the last.",
-            {"kept": widths, "before": [shape["num_channels"] for shape in pruning["shapes"]]},
+            bars({"kept": widths, "before": each(pruning["shapes"], "ffn", "num_units")}),
         ),
-        "errors": charts.lines(
+        "errors": inline(
             "Curves of the relative error of attention and FFN in each block; the largest is "
-            f"{max(max(y) for _, y in errors.values()):.1%}.",
-            errors,
-            percent=True,
+            f"{max(map(max, errors.values())):.1%}.",
+            curves({name: list(enumerate(y)) for name, y in errors.items()}, percent=True),
         ),
     }
-    compared = [result for result in perplexity if result["layer_errors"]]
-    label = "{0}, windows of {seqlen}"
-    if len({(result["base"], result["dtype"]) for result in compared}) > 1:
-        label += ", from {base} in {dtype}"
+    compared = [result for result in perplexity if result.layer_errors]
+    label = "{0}, windows of {1.seqlen}"
+    if len({(result.base, result.dtype) for result in compared}) > 1:
+        label += ", from {1.base} in {1.dtype}"
     distances = {
-        label.format(short_name(result["data"]), **result): (depth, result["layer_errors"])
+        label.format(short_name(result.data), result): list(enumerate(result.layer_errors or ()))
         for result in compared
     }
     if distances:
-        last = next(iter(distances.values()))[1][-1]
-        drawn["distances"] = charts.lines(
+        last = next(iter(distances.values()))[-1][1]
+        drawn["distances"] = inline(
             f"Curves of the distance from the base after each block: {last:.1%} after the last.",
-            distances,
-            percent=True,
+            curves(distances, percent=True),
         )
     if recovery:
         for name, title in (("train_loss", "loss"), ("held_out_perplexity", "perplexity")):
-            steps, values = zip(*recovery[name], strict=True)
-            drawn[name] = charts.lines(
-                f"Curve of the {title} over the steps: {values[0]:.2f} at first, "
-                f"{values[-1]:.2f} at last.",
-                {"": (steps, values)},
-                "step",
+            points = recovery[name]
+            drawn[name] = inline(
+                f"Curve of the {title} over the steps: {points[0][1]:.2f} at first, "
+                f"{points[-1][1]:.2f} at last.",
+                curves({"": points}, "step"),
             )
     return drawn
 
 
-def _longest_window(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _longest_window(results: list[EvalResult]) -> EvalResult | None:
     """The first result with the longest window, if possible one with a base."""
-
-    def rank(result: dict[str, Any]) -> tuple[bool, int]:
-        return result["base_perplexity"] is not None, result["seqlen"]
-
-    return max(results, key=rank, default=None)
+    return max(results, key=lambda r: (r.base_perplexity is not None, r.seqlen), default=None)
 
 
 def _command(
@@ -278,8 +283,3 @@ def _millions(count: float) -> str:
     """A large number in millions or billions."""
     unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
     return f"{count / unit:.3g} {name}"
-
-
-def _number(value: float) -> str:
-    """Three digits of a number, or all those before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,1 +1,1 @@
-"""What every command needs around its work: files, locks, the run directory, processes."""
+"""Infrastructure of all commands: atomic files, locks, run directory, processes, versions."""

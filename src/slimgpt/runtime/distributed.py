@@ -1,7 +1,7 @@
-"""Several processes that share the calibration samples, started by ``torchrun``.
+"""Distribute the calibration samples over processes started by ``torchrun``.
 
-Without ``torchrun`` every function does what it must for a single process, mostly nothing. A
-message that fails raises a `RunStateError`.
+Without ``torchrun``, every function handles the single process, mostly by doing nothing. Failed
+communication raises a `RunStateError`.
 """
 
 import os
@@ -17,28 +17,28 @@ from torch import Tensor
 
 from slimgpt.errors import ConfigError, RunStateError
 
-# The others wait for the main process to solve a block, or to have the model write its text.
+# How long processes wait while the main process solves a block or generates text.
 TIME_LIMIT = timedelta(hours=6)
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes of the job, if there are any.
+    """Join the process group of the job, if there is one.
 
     Parameters
     ----------
     device : torch.device
-        Asked for by the user.
+        Requested by the user.
 
     Yields
     ------
     torch.device
-        That of this process: each one has its own GPU.
+        Device of this process; each process has its own GPU.
 
     Raises
     ------
     ConfigError
-        If there are more processes than GPUs on this machine, or one GPU is asked for.
+        If this machine has more processes than GPUs, or a GPU index is requested.
     """
     if not dist.is_torchelastic_launched():
         yield device
@@ -63,12 +63,12 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 
 def is_main() -> bool:
-    """Whether this process decides, writes and reports."""
+    """Whether this is the process that decides, writes and reports."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def own_part(samples: Tensor, batch_size: int) -> Tensor:
-    """The samples of this process: whole batches, so that the sums do not depend on the number.
+def shard(samples: Tensor, batch_size: int) -> Tensor:
+    """Select this process's samples: whole batches, as with a single process.
 
     Raises
     ------
@@ -81,31 +81,31 @@ def own_part(samples: Tensor, batch_size: int) -> Tensor:
     if len(batches) < num_processes:
         raise ConfigError(
             f"{len(samples)} samples make {len(batches)} batches for {num_processes} processes",
-            hint="use more --nsamples or fewer processes; a survey has a quarter of the samples, "
-            "and with --widths scheduled there is none",
+            hint="use more --nsamples or fewer processes; a sensitivity pass has a quarter of the "
+            "samples, and --widths scheduled leaves it out",
         )
-    own = own_batches(len(batches))
+    own = shard_batches(len(batches))
     return torch.cat(batches[own.start : own.stop])
 
 
-def own_batches(num_batches: int) -> range:
-    """Which of the batches of all processes this one has."""
+def shard_batches(num_batches: int) -> range:
+    """Range of this process's batches among all batches."""
     if not dist.is_initialized():
         return range(num_batches)
     rank, num_processes = dist.get_rank(), dist.get_world_size()
     return range(*(num_batches * r // num_processes for r in (rank, rank + 1)))
 
 
-def add_up(tensor: Tensor) -> Tensor:
-    """Replace a tensor by its sum over all processes, in place."""
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place (all-reduce)."""
     if dist.is_initialized():
         with _talking():
             dist.all_reduce(tensor)
     return tensor
 
 
-def from_main(value: Any) -> Any:
-    """Give every process the main one's value; the others pass anything."""
+def broadcast(value: Any) -> Any:
+    """Broadcast the main process's value; the argument of the others is ignored."""
     values = [value]
     if dist.is_initialized():
         with _talking():
@@ -113,8 +113,8 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def tensor_from_main(tensor: Tensor) -> Tensor:
-    """Replace a tensor by the main process's, which has the same shape and type, in place."""
+def broadcast_tensor(tensor: Tensor) -> Tensor:
+    """Broadcast the main process's tensor, of the same shape and type, in place."""
     if dist.is_initialized():
         with _talking():
             dist.broadcast(tensor, src=0)
@@ -123,12 +123,12 @@ def tensor_from_main(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def training_together() -> Iterator[None]:
-    """Name a peer that has ended while a library exchanged gradients.
+    """Report a process that ended while a library exchanged gradients.
 
     Raises
     ------
     RunStateError
-        In place of the error of the backend.
+        Instead of the backend's error.
     """
     try:
         yield
@@ -143,7 +143,7 @@ def training_together() -> Iterator[None]:
 def _talking() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as err:  # gloo has no type of its own
+    except RuntimeError as err:  # gloo has no exception type of its own
         raise _peer_has_ended(err) from err
 
 
@@ -151,5 +151,5 @@ def _peer_has_ended(err: Exception) -> RunStateError:
     hours = TIME_LIMIT.total_seconds() / 3600
     return RunStateError(
         f"another process of this job has ended, or has not answered for {hours:g} hours: {err}",
-        hint="see its message; the same command goes on where the job stopped",
+        hint="see its message; the same command resumes where the job stopped",
     )

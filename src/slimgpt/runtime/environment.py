@@ -1,4 +1,4 @@
-"""Versions, machine and memory: what a result depends on beside its inputs, and what it costs."""
+"""Versions, machine and peak memory, for reports and the identity of a run."""
 
 import ctypes
 import gc
@@ -6,13 +6,27 @@ import os
 import platform
 import re
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 
+class Stopwatch:
+    """Seconds that the phases of a run take, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """Count the time since the last phase for this one."""
+        now = time.monotonic()
+        self.seconds[phase], self._last = round(now - self._last, 3), now
+
+
 def computation() -> dict[str, Any]:
-    """What decides, beside its inputs, how a computation on the CPU rounds."""
+    """Collect the settings that affect rounding on the CPU."""
     import torch
 
     return {
@@ -23,16 +37,16 @@ def computation() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python, of the packages that every result depends on, and of these."""
+    """Collect the versions of Python, the core packages, and the given packages."""
     packages = ("slimgpt", "torch", "transformers", "safetensors", *packages)
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where unknown (Windows)."""
+    """Return the peak resident memory of this process in bytes; None on Windows."""
     if sys.platform == "win32":
         return None
-    if sys.platform == "linux":  # where ru_maxrss starts at that of the parent process
+    if sys.platform == "linux":  # where ru_maxrss is inherited from the parent process
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
     import resource
@@ -42,7 +56,7 @@ def peak_memory() -> int | None:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system, which glibc keeps in pieces between those in use."""
+    """Return freed memory to the system; glibc would keep it in a fragmented heap."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -50,7 +64,7 @@ def trim_heap() -> None:
 
 
 def reset_peak_memory() -> bool:
-    """Have `peak_memory` begin anew; False where the system cannot (all but Linux)."""
+    """Reset `peak_memory`; return False if the system cannot (all but Linux)."""
     gc.collect()
     trim_heap()
     try:
@@ -61,7 +75,7 @@ def reset_peak_memory() -> bool:
 
 
 def machine() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

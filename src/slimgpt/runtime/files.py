@@ -1,4 +1,4 @@
-"""Files that outlive a crash: read and checked, written whole or not at all."""
+"""Read and check files; write them atomically, so that they survive a crash."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from slimgpt.errors import ConfigError, DamagedRunError, RunStateError
 
 
 def read_json(file: Path, kind: type = dict) -> Any:
-    """Read a JSON file whose top level is of a given kind.
+    """Read a JSON file whose top level has a given type.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def read_json(file: Path, kind: type = dict) -> Any:
     Raises
     ------
     ConfigError
-        If the file cannot be read, is not JSON, or is JSON of another kind.
+        If the file cannot be read, is not JSON, or has another type at the top level.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -48,52 +48,52 @@ def _broken(file: Path, problem: str) -> ConfigError:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Name a file of an interrupted run that turns out to be damaged.
+    """Convert errors from reading a file of an interrupted run; they name the file.
 
     Raises
     ------
     DamagedRunError
-        If its content is not what was written.
+        If the file is damaged.
     """
     try:
         yield
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as err:
         raise DamagedRunError(
             f"{file} of the interrupted run is damaged: {err}",
-            hint="--restart throws the interrupted run away and begins anew",
+            hint="--restart discards the interrupted run and starts again",
         ) from err
 
 
 @contextmanager
 def writing(output: Path) -> Iterator[None]:
-    """Turn a failure of the file system into an error that says what could not be written.
+    """Convert file-system errors; the new error names the output.
 
     Raises
     ------
     RunStateError
-        In place of an ``OSError``, or the error that safetensors makes of one.
+        Instead of an ``OSError``, or safetensors' version of it.
     """
     try:
         yield
     except (OSError, SafetensorError, UnicodeEncodeError) as err:
         raise RunStateError(
             f"cannot write to {output}: {err}",
-            hint="free some space or correct the permissions, then give the same command again; "
+            hint="free some space or correct the permissions, then repeat the command; "
             "or choose another --output",
         ) from err
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Write a file under a temporary name, and give it its own when it is safely on disk.
+    """Write a file under a temporary name, and rename it when it is safely on disk.
 
-    The temporary name cannot be guessed and is new, so that no link in a foreign directory leads
-    elsewhere; a link that has the file's own name is replaced, not followed.
+    The temporary name is random and must not exist, so that no link in a foreign directory can
+    redirect it. A link with the file's final name is replaced, not followed.
 
     Yields
     ------
     Path
-        The temporary name. If the block raises, `file` is as it was.
+        The temporary name. If the block raises, `file` is unchanged.
     """
     temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -114,7 +114,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def describe_file(file: Path) -> str:
-    """Size and SHA-256 of a file, which depend on its content alone."""
+    """Describe the content of a file: its size and SHA-256."""
     stat = file.stat()
     times = stat.st_mtime_ns, stat.st_ctime_ns
     return f"{stat.st_size} bytes, sha256 {_sha256(file, stat.st_size, times, stat.st_ino)}"
@@ -122,14 +122,14 @@ def describe_file(file: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _sha256(file: Path, *_: Any) -> str:
-    """Hash of a file; what else is given tells one state of it from another."""
+    """Hash a file; the other arguments are the cache key of its current state."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a directory, to disk."""
-    if path.is_dir() and sys.platform == "win32":  # has no such thing
+    """Flush a file, or the entries of a directory, to disk."""
+    if path.is_dir() and sys.platform == "win32":  # not supported
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

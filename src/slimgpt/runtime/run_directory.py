@@ -1,26 +1,26 @@
-"""A run: its output directory, the state that outlives an interruption, and its cost.
+"""The output directory of a run, and its state, which survives interruptions.
 
-While a run is going on, ``OUT/.slimgpt`` holds its manifest and what is finished: blocks, or
-checkpoints of the training. A file appears by a write to a temporary name, a sync to disk and a
-rename, but for the checkpoints, which the Trainer writes; each has a checksum, which is compared
-before the file is used. The finished product is put together in ``OUT/.slimgpt/result``, listed in
-the manifest and then moved into ``OUT``, ``config.json`` last.
+During a run, ``OUT/.slimgpt`` holds the manifest and the finished blocks, or training checkpoints.
+Files are written under a temporary name, synced and renamed, except the checkpoints, which the
+Trainer writes. Each file has a checksum, which is verified before the file is used. The result is
+assembled in ``OUT/.slimgpt/result``, listed in the manifest and then moved to ``OUT``,
+``config.json`` last.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from slimgpt.errors import DamagedRunError, OtherRunError, RunStateError
+from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.files import describe_file, reading, replacing, sync, write_atomically, writing
+from slimgpt.runtime.locks import writing_alone
 
 STATE_DIR = ".slimgpt"
 
@@ -30,16 +30,16 @@ GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
 
 WIDTHS_FILE = "widths.json"
 
-CHECKSUMS_FILE = "checksums.json"  # of a checkpoint of the training, written last
+CHECKSUMS_FILE = "checksums.json"  # of a training checkpoint, written last
 
-# What a sweep over the blocks is for: to measure, or to prune.
-Stage = Literal["survey", "block"]
+# Purpose of a sequential pass: to measure sensitivity, or to prune.
+Stage = Literal["sensitivity", "block"]
 
 _PROGRESS = (
     GENERATED_FILE,
     SCORES_FILE,
     WIDTHS_FILE,
-    "survey-*.safetensors",
+    "sensitivity-*.safetensors",
     "block-*.safetensors",
     f"checkpoint-*/{CHECKSUMS_FILE}",
 )
@@ -48,20 +48,20 @@ _MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lo
 
 _CHECKSUM_SUFFIX, _TEMPORARY_SUFFIX = ".sha256", ".tmp"
 
-_MARK = '{"slimgpt": '  # what a manifest begins with
+_MARK = '{"slimgpt": '  # start of every manifest
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run is and what it has made.
+    """Identity and result of a run.
 
     Attributes
     ----------
     identity : dict
-        All that the result depends on, as JSON values.
+        Everything that the result depends on, as JSON values.
     product : dict or None
-        Names of the product's files, relative to the output directory, and their descriptions;
-        None until it is complete.
+        Names of the result's files, relative to the output directory, and their descriptions;
+        None until the result is complete.
     """
 
     identity: dict[str, Any]
@@ -74,7 +74,7 @@ class Manifest:
         Raises
         ------
         RunStateError
-            If it is not what was written, or names files outside of the output directory.
+            If it is damaged, or names files outside the output directory.
         """
         with reading(file):
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ class Manifest:
         return manifest
 
     def write(self, file: Path) -> None:
-        """Write it in one step."""
+        """Write the manifest atomically."""
         write_atomically(file, json.dumps({"slimgpt": self._checksum} | asdict(self)) + "\n")
 
     @property
@@ -110,40 +110,64 @@ class Run:
 
     @property
     def state(self) -> Path:
-        """Directory of the state."""
+        """Directory with the state."""
         return self.output / STATE_DIR
 
     @property
     def is_complete(self) -> bool:
-        """Whether the output directory holds a product, and no state any more."""
+        """Whether the output directory holds a result and no more state."""
         return (self.output / LAST_FILE).exists() and not self.state.exists()
 
     @property
     def is_written(self) -> bool:
-        """Whether the product is complete, if perhaps not yet in its place."""
+        """Whether the result is complete, even if not yet moved to its place."""
         return self._has_manifest and self._is_written(Manifest.read(self._manifest))
 
     @property
     def size(self) -> int:
-        """Bytes of the state."""
+        """Size of the state in bytes."""
         return sum(path.stat().st_size for path in self.state.rglob("*") if path.is_file())
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything to go on with: what costs time to make again."""
+        """Whether the state has anything worth resuming."""
         return any(next(self.state.glob(pattern), None) for pattern in _PROGRESS)
 
     def block_file(self, index: int, stage: Stage = "block") -> str:
-        """Name in the state of the result of a block."""
+        """Name of the state file of a finished block."""
         return f"{stage}-{index:05d}.safetensors"
 
     def has(self, name: str) -> bool:
-        """Whether the state has a file, which is then whole."""
+        """Whether the state has a file (which is then complete)."""
         return (self.state / name).exists()
+
+    def all_have(self, name: str) -> bool:
+        """Whether the state has a file, as the main process sees it; all processes ask together."""
+        return broadcast(is_main() and self.has(name))
+
+    def is_finished(self) -> bool:
+        """`is_written`, as the main process sees it; all processes ask together."""
+        return broadcast(is_main() and self.is_written)
+
+    def cached(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Find a file of the state, or have the main process make it; all processes ask together.
+
+        Parameters
+        ----------
+        name : str
+            Its name.
+        make : callable
+            Writes it to a path that it is given.
+        """
+        if is_main() and not self.has(name):
+            with self.saving(name) as temporary:
+                make(temporary)
+        broadcast(None)  # until it is there
+        return self.saved(name)
 
     @contextmanager
     def saving(self, name: str) -> Iterator[Path]:
-        """Write a file of the state; its checksum is there before it has its name.
+        """Write a file of the state; its checksum is written before the file is renamed.
 
         Yields
         ------
@@ -161,12 +185,12 @@ class Run:
             write_atomically(_checksum_file(file), describe_file(temporary) + "\n")
 
     def saved(self, name: str) -> Path:
-        """Find a file of the state, and compare it with its checksum.
+        """Find a file of the state, and verify its checksum.
 
         Raises
         ------
         RunStateError
-            If it is not what was written.
+            If it is damaged.
         """
         file = self.state / name
         with reading(file):
@@ -180,28 +204,30 @@ class Run:
             file.unlink()
 
     def identify(self, identity: dict[str, Any], restart: bool) -> None:
-        """Compare with the identity of an interrupted run, or note that of a new one.
+        """Compare the identity with that of an interrupted run, or record it for a new run.
 
         Parameters
         ----------
         identity : dict
-            All that the result depends on, as JSON values.
+            Everything that the result depends on, as JSON values.
         restart : bool
-            Throw away the state of an interrupted run.
+            Discard the state of an interrupted run.
 
         Raises
         ------
         OtherRunError
-            If the interrupted run has another identity and anything to go on with; names what
-            differs.
+            If the interrupted run has another identity and progress to resume; names the
+            differences.
         RunStateError
-            If the run to throw away is finished, the state is damaged, or the output directory
-            has a file that the product will have.
+            If the run to discard is finished, the state is damaged, or the output directory
+            has a file with the name of a result file.
         """
+        if not is_main():
+            return
         now = json.loads(json.dumps(identity))
         if restart:
             is_published = False
-            with suppress(DamagedRunError):  # which is thrown away as well
+            with suppress(DamagedRunError):  # a damaged manifest is discarded as well
                 is_published = self._is_published(Manifest.read(self._manifest))
             if is_published:
                 raise _occupied(self.output)
@@ -229,12 +255,12 @@ class Run:
 
     @contextmanager
     def product(self) -> Iterator[Path]:
-        """Put the finished product together.
+        """Assemble the result.
 
         Yields
         ------
         Path
-            An empty directory for its files; they are synced to disk when the block ends.
+            An empty directory for its files; they are synced to disk when the context ends.
         """
         draft, result = self.state / _DRAFT, self.state / _RESULT
         with writing(self.output):
@@ -252,14 +278,16 @@ class Run:
             Manifest(manifest.identity, product).write(self._manifest)
 
     def publish(self) -> None:
-        """Move the finished product to its place.
+        """Move the result to the output directory.
 
         Raises
         ------
         RunStateError
             If the output directory has files of the same names or cannot be written, or the
-            product is no longer what was written.
+            result is damaged.
         """
+        if not is_main():
+            return
         manifest, result = Manifest.read(self._manifest), self.state / _RESULT
         if self._is_published(manifest):
             return
@@ -290,7 +318,7 @@ class Run:
         return has_result or self._is_published(manifest)
 
     def _is_published(self, manifest: Manifest) -> bool:
-        """Whether the last file of the product is in its place."""
+        """Whether the last file of the result is in its place."""
         last = self.output / LAST_FILE
         return (
             manifest.product is not None
@@ -302,24 +330,24 @@ class Run:
         if taken := [name for name in names if (self.output / name).exists()]:
             raise RunStateError(
                 f"{self.output} has other files of these names: {', '.join(taken)}",
-                hint="move them away, then give the same command again",
+                hint="move them away, then repeat the command",
             )
 
     def _check_ours(self) -> None:
-        """Refuse a state directory that this program has not made, before anything is changed."""
+        """Reject a state directory that is not SlimGPT's, before anything is changed."""
         state = self.state
         if not (state.is_symlink() or state.exists()):
             return
         problem = None
         entries = [] if state.is_symlink() else _walk(state)
         if state.is_symlink() or not state.is_dir():
-            problem = "is no directory, but a link or a file"
+            problem = "is a link or a file, not a directory"
         elif links := [path for path in entries if path.is_symlink()]:
             problem = f"has a link, {links[0].relative_to(state)}"
         elif self._has_manifest:
             with self._manifest.open(encoding="utf-8", errors="replace") as opened:
                 if opened.read(len(_MARK)) != _MARK:
-                    problem = f"has a {_MANIFEST} that is not of slimgpt"
+                    problem = f"has a {_MANIFEST} that is not from slimgpt"
         elif strangers := [path for path in entries if not _is_passing(path)]:
             problem = f"has no {_MANIFEST}, but {strangers[0].relative_to(state)}"
         if problem:
@@ -330,7 +358,7 @@ class Run:
 
     @property
     def _is_over(self) -> bool:
-        """Whether there is nothing to go on with."""
+        """Whether there is nothing to resume."""
         if not self._has_manifest:
             return True
         try:
@@ -340,9 +368,9 @@ class Run:
         return self._is_published(manifest) or not (self.has_begun or self._is_written(manifest))
 
     def _withdraw(self, manifest: Manifest) -> None:
-        """Take the part of an unfinished product that is in its place away again."""
+        """Remove the files of an unfinished result that are already in their place."""
         result = self.state / _RESULT
-        if result.exists():  # from here on the product is not complete
+        if result.exists():  # from here on the result is incomplete
             _remove(self.state / _DRAFT)
             result.rename(self.state / _DRAFT)
         output = self.output.resolve()
@@ -351,12 +379,12 @@ class Run:
             if file.is_relative_to(output) and file.is_file():
                 if describe_file(file) == description:
                     file.unlink()
-                with suppress(OSError):  # that it is not empty
+                with suppress(OSError):  # if it is not empty
                     if file.parent != output:
                         file.parent.rmdir()
 
     def _forget(self) -> None:
-        """Remove the state, but for the lock; an unfinished product first, the manifest last."""
+        """Remove the state except the lock: an unfinished result first, the manifest last."""
         with suppress(DamagedRunError):
             manifest = Manifest.read(self._manifest)
             if not self._is_published(manifest):
@@ -368,7 +396,7 @@ class Run:
 
 @contextmanager
 def open_run(output: Path) -> Iterator[Run]:
-    """Take possession of an output directory.
+    """Open and lock an output directory, which only the main process does.
 
     Parameters
     ----------
@@ -378,15 +406,18 @@ def open_run(output: Path) -> Iterator[Run]:
     Yields
     ------
     Run
-        Its state is removed when the product is published, or when there is nothing to go on with.
+        Its state is removed when the result is published, or when there is nothing to resume.
 
     Raises
     ------
     RunStateError
-        If the output has other files or a state that is not ours, another process works on it,
-        or it cannot be written.
+        If the output has other files or a state that is not SlimGPT's, another process works on
+        it, or it cannot be written.
     """
     run = Run(output)
+    if not is_main():
+        yield run
+        return
     with writing(output):
         if "\0" in str(output):
             raise OSError("a path cannot have a null character")
@@ -400,37 +431,18 @@ def open_run(output: Path) -> Iterator[Run]:
             raise _occupied(output)
         is_new = not output.exists()
         run.state.mkdir(parents=True, exist_ok=True)
-        lock = locked(run.state / _LOCK, output)
     try:
-        yield run
+        with writing_alone(output, lock_file=run.state / _LOCK):
+            try:
+                yield run
+            finally:
+                if run._is_over:
+                    run._forget()
     finally:
-        if run._is_over:
-            run._forget()
-            (run.state / _LOCK).unlink()  # while it is held: who comes next has another one
-            with suppress(OSError):
-                run.state.rmdir()
-                if is_new:
-                    output.rmdir()  # unless it has the product
-        lock.release()
-
-
-def locked(file: Path, output: Path) -> FileLock:
-    """Lock an output directory by a file.
-
-    Raises
-    ------
-    RunStateError
-        If another process has locked it.
-    """
-    lock = FileLock(file)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise RunStateError(
-            f"another process is working on {output}",
-            hint="wait for it to end, or choose another --output",
-        ) from None
-    return lock
+        with suppress(OSError):  # that they are not empty
+            run.state.rmdir()
+            if is_new:
+                output.rmdir()
 
 
 def _checksum_file(file: Path) -> Path:
@@ -438,7 +450,7 @@ def _checksum_file(file: Path) -> Path:
 
 
 def _walk(directory: Path) -> list[Path]:
-    """Everything in a directory, without following links."""
+    """List everything in a directory tree, without following links."""
     return [
         Path(folder, name)
         for folder, folders, names in os.walk(directory)
@@ -447,7 +459,7 @@ def _walk(directory: Path) -> list[Path]:
 
 
 def _is_passing(path: Path) -> bool:
-    """Whether a file is one that a run may leave before it has its manifest."""
+    """Whether a file may exist in a state that has no manifest yet."""
     return path.name == _LOCK or path.suffix == _TEMPORARY_SUFFIX
 
 
@@ -472,5 +484,5 @@ def _how_to_go_on(before: dict[str, Any], differences: Any) -> str:
     }
     wanted = [setting for key, setting in variables.items() if key in differences]
     if len(wanted) == len(differences):
-        return f"set {' and '.join(wanted)} to go on with it, or --restart to throw it away"
-    return "give the same options to go on with it, or --restart to throw it away"
+        return f"set {' and '.join(wanted)} to go on with it, or --restart to discard it"
+    return "give the same options to resume it, or --restart to discard it"

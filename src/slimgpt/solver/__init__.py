@@ -1,1 +1,1 @@
-"""Optimal Brain Surgeon on one output projection. No Hugging Face in here."""
+"""Optimal Brain Surgeon for one output projection; does not import Hugging Face."""

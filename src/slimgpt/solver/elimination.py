@@ -101,9 +101,9 @@ def eliminate_units(
         How many more units to remove, for their errors only; `order` is without them.
     """
     stops = sorted({num_remove, num_remove + num_further})
-    rest = _Rest(problem, stops[-1] * unit_size)
+    state = _EliminationState(problem, stops[-1] * unit_size)
     inverse_USS = _unit_blocks(problem.inverse_II, unit_size)
-    grams_USS = _unit_grams(rest.weight_KO, unit_size).to(inverse_USS)
+    grams_USS = _unit_grams(state.weight_KO, unit_size).to(inverse_USS)
     columns_S = torch.arange(unit_size, device=inverse_USS.device)
     order, errors, left = [], [], []
     for stop in stops:
@@ -111,19 +111,19 @@ def eliminate_units(
             errors_U = _unit_errors(grams_USS, inverse_USS, method)
             least = int(errors_U.argmin())
             pivots_P = least * unit_size + columns_S
-            order.append(int(rest.columns_K[pivots_P[0]]) // unit_size)
-            root_PK, half_PO = rest.factorize(pivots_P)
+            order.append(int(state.columns_K[pivots_P[0]]) // unit_size)
+            root_PK, half_PO = state.factorize(pivots_P)
             errors.append(half_PO.square().sum())  # also where `errors_U` is approximate
             root_UPS, cross_UPS = (
                 rows_PK.view(unit_size, -1, unit_size).transpose(0, 1)
-                for rows_PK in (root_PK, rest.cross(root_PK, half_PO))
+                for rows_PK in (root_PK, state.cross(root_PK, half_PO))
             )
             inverse_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
             lost_USS = cross_UPS.mT @ root_UPS
             grams_USS -= lost_USS + lost_USS.mT
-            left_U = rest.remove(pivots_P, root_PK, half_PO)[::unit_size] // unit_size
+            left_U = state.remove(pivots_P, root_PK, half_PO)[::unit_size] // unit_size
             inverse_USS, grams_USS = inverse_USS[left_U], grams_USS[left_U]
-        left = left or [rest.elimination(order, errors)]
+        left = left or [state.elimination(order, errors)]
     return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
 
 
@@ -134,9 +134,9 @@ def eliminate_channels(
 
     The next `panel_size` pivots are found among half as many more columns, those of least error
     now, from their blocks of H⁻¹ and WᵀW alone. What the removal of these pivots means for all
-    columns then takes a few matrix products (see `_Rest`). Pivots from the first one on that a
-    column outside of the candidates would have beaten are discarded, so the order is that of one
-    removal at a time.
+    columns then takes a few matrix products (see `_EliminationState`). Pivots from the first one on
+    that a column outside of the candidates would have beaten are discarded, so the order is that of
+    one removal at a time.
 
     Parameters
     ----------
@@ -155,8 +155,8 @@ def eliminate_channels(
         Nested: the first n entries of the order are the elimination of n columns.
     """
     stops = sorted({num_remove, num_remove + num_further})
-    rest = _Rest(problem, stops[-1])
-    norms_K = _squares(rest.weight_KO)
+    state = _EliminationState(problem, stops[-1])
+    norms_K = _squares(state.weight_KO)
     inverse_K = problem.inverse_II.diagonal()
     order, errors, left = [], [], []
     for stop in stops:
@@ -164,24 +164,24 @@ def eliminate_channels(
             size = min(panel_size, stop - len(order))
             ranked_K = (norms_K.clamp(min=0) / inverse_K).argsort(stable=True)
             candidates_C = ranked_K[: 3 * size // 2].sort().values
-            weight_CO = rest.weight_KO[candidates_C].double()
-            inverse_CC = rest.inverse(candidates_C, candidates_C)
+            weight_CO = state.weight_KO[candidates_C].double()
+            inverse_CC = state.inverse(candidates_C, candidates_C)
             chosen, errors_P = _eliminate_one_by_one(weight_CO @ weight_CO.T, inverse_CC, size)
 
             pivots_P = candidates_C[chosen]
-            root_PK, half_PO = rest.factorize(pivots_P)
-            cross_PK = rest.cross(root_PK, half_PO)
+            root_PK, half_PO = state.factorize(pivots_P)
+            cross_PK = state.cross(root_PK, half_PO)
             norms_PK = norms_K - cross_PK.mul_(root_PK).mul_(2).cumsum_(dim=0)
             inverse_PK = inverse_K - root_PK.square().cumsum_(dim=0)
             others_PK = norms_PK[:-1].clamp(min=0) / inverse_PK[:-1]
             others_P = others_PK.index_fill_(1, candidates_C, torch.inf).amin(dim=1)
             valid = 1 + int((errors_P[1:] <= others_P).cumprod(dim=0).sum())
 
-            order += rest.columns_K[pivots_P[:valid]].tolist()
+            order += state.columns_K[pivots_P[:valid]].tolist()
             errors += errors_P[:valid]
-            left_K = rest.remove(pivots_P[:valid], root_PK[:valid], half_PO[:valid])
+            left_K = state.remove(pivots_P[:valid], root_PK[:valid], half_PO[:valid])
             norms_K, inverse_K = norms_PK[valid - 1, left_K], inverse_PK[valid - 1, left_K]
-        left = left or [rest.elimination(order, errors)]
+        left = left or [state.elimination(order, errors)]
     return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
 
 
@@ -203,20 +203,20 @@ def eliminate_channel_groups(
     min_group, max_group : int
         Bounds of the size of a batch.
     """
-    rest = _Rest(problem, num_remove)
+    state = _EliminationState(problem, num_remove)
     inverse_K = problem.inverse_II.diagonal()
     order, errors = [], []
     group = num_remove
     while len(order) < num_remove:
         group = min(max((group - 512) // 2, min_group), max_group)
-        errors_K = _squares(rest.weight_KO) / inverse_K
+        errors_K = _squares(state.weight_KO) / inverse_K
         pivots_P = errors_K.argsort(stable=True)[: min(group, num_remove - len(order))]
-        order += rest.columns_K[pivots_P].tolist()
-        root_PK, half_PO = rest.factorize(pivots_P)
+        order += state.columns_K[pivots_P].tolist()
+        root_PK, half_PO = state.factorize(pivots_P)
         errors += half_PO.square().sum(dim=1)
-        left_K = rest.remove(pivots_P, root_PK, half_PO)
+        left_K = state.remove(pivots_P, root_PK, half_PO)
         inverse_K = (inverse_K - root_PK.square().sum(dim=0))[left_K]
-    return rest.elimination(order, errors)
+    return state.elimination(order, errors)
 
 
 def _squares(weight_KO: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def _unit_errors(grams_USS: Tensor, inverse_USS: Tensor, method: str) -> Tensor:
     return (solved_USS @ grams_USS).mul_(solved_USS).sum(dim=(1, 2)).clamp(min=0)
 
 
-class _Rest:
+class _EliminationState:
     """The columns that are left: W, which makes up for those removed, and what H⁻¹ has lost.
 
     Let M be the inverse of what is left of H, P the columns removed next (the pivots), and

@@ -1,72 +1,67 @@
 """Put the pruned model and its report together."""
 
 import json
-import time
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.checkpoint.card import write_card
 from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.checkpoint.tokenizer import write_tokenizer
 from slimgpt.checkpoint.writer import add_older_rope_keys, pruned_config, write_shards
-from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import describe_dataset
 from slimgpt.models.device import fast_dtype
 from slimgpt.models.stored import read_tensor
-from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.weights import read_metadata, saved_tensors, tensor_names
-from slimgpt.pruning.plan import PrunePlan
+from slimgpt.pruning.job import Job
+from slimgpt.pruning.plan import make_plan
+from slimgpt.runtime.distributed import is_main
 from slimgpt.runtime.environment import versions
-from slimgpt.runtime.run_directory import Run
+
+log = logging.getLogger(__name__)
 
 
-def write_product(
-    run: Run,
-    streamed: StreamedModel,
-    planned: PrunePlan,
-    config: PruneConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    generation_config: GenerationConfig,
-    report: dict[str, Any],
-) -> None:
-    """Put the product together from the finished blocks and the tensors that stay."""
-    start = time.monotonic()
-    files = [run.saved(run.block_file(index)) for index in range(len(planned.widths))]
+def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
+    """Put the pruned model together from the finished blocks and the tensors that stay.
+
+    Only the main process writes.
+    """
+    if not is_main():
+        return
+    run, streamed, config = job.run, job.streamed, job.config
+    log.info("saving to %s", run.output)
+    files = [run.saved(run.block_file(index)) for index in range(len(widths))]
+    report = _report(job, widths, [read_metadata(file) for file in files])
     finished = {name: file for file in files for name in tensor_names(file)}
 
     def read(name: str) -> Tensor:
         file = finished.get(name)
         return read_tensor(file, name) if file else streamed.weights.read(name)
 
-    model = streamed.skeleton
-    small_config = pruned_config(model.config, planned.widths, config.uniform)
+    small_config = pruned_config(streamed.skeleton.config, widths, config.uniform)
     small_config.dtype = streamed.weights.dtype
     with run.product() as directory:
         small_config.save_pretrained(directory)
         add_older_rope_keys(directory)
-        generation_config.save_pretrained(directory)
-        write_tokenizer(streamed.weights.source, tokenizer, directory)
-        write_shards(directory, saved_tensors(model), read, config.max_shard_size)
-        report["seconds"]["save"] = round(time.monotonic() - start, 3)
+        job.generation_config.save_pretrained(directory)
+        write_tokenizer(streamed.weights.source, job.tokenizer, directory)
+        tensors = saved_tensors(streamed.skeleton)
+        write_shards(directory, tensors, read, config.max_shard_size)
+        job.stopwatch.lap("save")
+        report["seconds"] = job.stopwatch.seconds | report["seconds"]
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
         write_card(directory)
 
 
-def make_report(
-    run: Run,
-    streamed: StreamedModel,
-    planned: PrunePlan,
-    config: PruneConfig,
-    seqlen: int,
-    seconds: dict[str, float],
+def _report(
+    job: Job, widths: Sequence[BlockWidths], metadata: Sequence[dict[str, str]]
 ) -> dict[str, Any]:
-    """Make the content of ``pruning_report.json``."""
-    files = [run.saved(run.block_file(index)) for index in range(len(planned.widths))]
-    metadata = [read_metadata(file) for file in files]
+    config, streamed = job.config, job.streamed
     costs = [json.loads(block["cost"]) for block in metadata]
     return {
         # The report goes to the hub with the model, so it holds no local paths.
@@ -79,11 +74,12 @@ def make_report(
         "calibration": {
             "data": " + ".join(describe_dataset(n, "calibration") for n in config.calibration),
             "nsamples": config.nsamples,
-            "seqlen": seqlen,
+            "seqlen": job.seqlen,
         },
-        **asdict(planned),
+        **asdict(make_plan(job.base_config, config, widths)),
         "blocks": [json.loads(block["plan"]) for block in metadata],
-        "seconds": seconds | {"prune": round(sum(cost["seconds"] for cost in costs), 3)},
+        # Of the blocks, also those that an earlier call has pruned.
+        "seconds": {"prune": round(sum(cost["seconds"] for cost in costs), 3)},
         "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),
         "versions": versions(),
     }

@@ -1,0 +1,1 @@
+"""Inference engines, one in each module."""
