@@ -284,7 +284,9 @@ def _raised(file: Path) -> Iterator[tuple[int, bool]]:
             yield node.lineno, any(keyword.arg == "hint" for keyword in node.keywords)
 
 
-@pytest.mark.parametrize("file", sorted(SOURCE.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE))
+)
 def test_every_error_has_a_hint(file: Path) -> None:
     lacking = [line for line, has_hint in _raised(file) if not has_hint]
     assert not lacking, lacking

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 import slimgpt
@@ -46,13 +47,13 @@ def test_ranks_agree_with_one_process(
     output = tmp_path / "together"
     arguments = [*prune_arguments(model, output), f"--method={method}"]
     arguments += [f"--refit-epochs={epochs}" for epochs in exact.values()]
-    finished = torchrun(num_processes, "-m", "slimgpt", *arguments)
+    finished = run_ranks(num_processes, "-m", "slimgpt", *arguments)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)  # of one process
     assert finished.stderr.count("block 4/4") == 1
     for one, many in zip(alone.report["blocks"], report["blocks"], strict=True):
-        for kind in ("attention", "ffn"):
-            assert one[kind]["keep"] == many[kind]["keep"]
+        for first, second in zip(one["sublayers"], many["sublayers"], strict=True):
+            assert first["keep"] == second["keep"]
     expected = load_file(tmp_path / "alone" / "model.safetensors")
     for name, tensor in load_file(output / "model.safetensors").items():
         # Float64 sums of the float32 products of each batch lose next to nothing in any order.
@@ -64,7 +65,7 @@ def test_two_processes_refit_as_one(tiny_checkpoint: Callable[[str], Path], tmp_
     options = {"nsamples": 33, "seqlen": 64, "refit_epochs": 20, "widths": "scheduled"}
     alone = slimgpt.prune(str(model), tmp_path / "alone", **OPTIONS | options)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    finished = torchrun(2, "-m", "slimgpt", *prune_arguments(model, output), *flags)
+    finished = run_ranks(2, "-m", "slimgpt", *prune_arguments(model, output), *flags)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     for one, many in zip(alone.report["blocks"], report["blocks"], strict=True):
@@ -104,7 +105,7 @@ def test_recovery_does_not_depend_on_the_number_of_processes(
     slimgpt.recover(str(model), tmp_path / "alone", **options)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     arguments = ["recover", str(model), "--output", str(tmp_path / "together"), *flags, "--json"]
-    finished = torchrun(2, "-m", "slimgpt", *arguments)
+    finished = run_ranks(2, "-m", "slimgpt", *arguments)
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["steps"] == 1
     files = [tmp_path / name / "metrics.jsonl" for name in ("alone", "together")]
@@ -127,9 +128,11 @@ def test_a_lost_process_ends_the_job_and_it_resumes(
         "import os, signal, time\n"
         "from slimgpt.cli import app\n"
         "from slimgpt.pruning import sequential\n"
+        "from slimgpt.pruning.sensitivity import MeasuringSlimGPT\n"
         "prune_block = sequential.prune_block\n"
         "def dies(block, *args):\n"
-        "    if block.index == 2 and not args[-1] and os.environ['RANK'] == '1':\n"
+        "    is_measuring = isinstance(args[2], MeasuringSlimGPT)\n"
+        "    if block.index == 2 and not is_measuring and os.environ['RANK'] == '1':\n"
         "        time.sleep(2)  # until the other one waits for this one\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return prune_block(block, *args)\n"
@@ -140,7 +143,7 @@ def test_a_lost_process_ends_the_job_and_it_resumes(
     assert died.returncode != 0
     assert "another process of this job has ended" in died.stderr, died.stderr
     assert "block 2/4" in died.stderr
-    again = torchrun(2, "-m", "slimgpt", *prune_arguments(model, output))
+    again = run_ranks(2, "-m", "slimgpt", *prune_arguments(model, output))
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["output"] == str(output)
 
@@ -159,14 +162,13 @@ def test_a_lost_process_ends_the_training(
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return training_step(trainer, *args)\n"
         "trainer.RecoveryTrainer.training_step = dies\n"
-        "cli.main()\n"
+        "app.main()\n"
     )
     arguments = ["recover", str(slim_checkpoint("llama")), "--output", str(tmp_path / "out")]
     arguments += ["--method=full", "--data=pydocs", "--max-examples=8", "--eval-data=pydocs"]
     arguments += ["--eval-tokens=128", "--seqlen=64", "--max-steps=3", "--batch-size=2"]
     arguments += ["--micro-batch-size=1", "--device=cpu"]
-    # torchrun ends the other process too, but later than that notices.
-    died = torchrun(2, "--monitor-interval=2", program, *arguments)
+    died = run_ranks(2, program, *arguments)
     assert died.returncode != 0
     errors = [line for line in died.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, died.stderr
@@ -180,11 +182,11 @@ def test_more_processes_than_batches_of_the_sensitivity_pass(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     arguments = prune_arguments(tiny_checkpoint("llama"), tmp_path / "slim")
-    refused = torchrun(2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64")
+    refused = run_ranks(2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64")
     assert refused.returncode != 0
     assert "1 samples make 1 batches for 2 processes" in refused.stderr
     assert "--widths scheduled" in refused.stderr
-    done = torchrun(
+    done = run_ranks(
         2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64", "--widths=scheduled"
     )
     assert done.returncode == 0, done.stderr
