@@ -36,10 +36,20 @@ def prune_arguments(model: Path, output: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "method"), [(2, "slimgpt"), (4, "slimgpt"), (2, "flap"), (2, "taylor")]
+    ("num_processes", "method", "launch"),
+    [
+        (2, "slimgpt", torchrun),
+        (4, "slimgpt", run_ranks),
+        (2, "flap", run_ranks),
+        (2, "taylor", run_ranks),
+    ],
 )
 def test_ranks_agree_with_one_process(
-    num_processes: int, method: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    num_processes: int,
+    method: str,
+    launch: Callable[..., subprocess.CompletedProcess[str]],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     model = tiny_checkpoint("llama")
     exact = {"refit_epochs": 0} if method == "slimgpt" else {}
@@ -47,7 +57,7 @@ def test_ranks_agree_with_one_process(
     output = tmp_path / "together"
     arguments = [*prune_arguments(model, output), f"--method={method}"]
     arguments += [f"--refit-epochs={epochs}" for epochs in exact.values()]
-    finished = run_ranks(num_processes, "-m", "slimgpt", *arguments)
+    finished = launch(num_processes, "-m", "slimgpt", *arguments)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)  # of one process
     assert finished.stderr.count("block 4/4") == 1
