@@ -27,6 +27,11 @@ def fingerprint(directory: Path) -> dict[str, str]:
     return {name: sha256(content).hexdigest() for name, content in contents.items()}
 
 
+def is_measuring(args: tuple[Any, ...]) -> bool:
+    """Whether `prune_block` gets these arguments, after the block, in a sensitivity pass."""
+    return isinstance(args[2], MeasuringSlimGPT)
+
+
 def fail_at_block(
     index: int,
     error: BaseException,
@@ -34,7 +39,7 @@ def fail_at_block(
     while_measuring: bool = False,
 ) -> None:
     def prune_block(block: Any, *args: Any) -> Any:
-        if block.index == index and isinstance(args[2], MeasuringSlimGPT) == while_measuring:
+        if block.index == index and is_measuring(args) == while_measuring:
             raise error
         return module.prune_block(block, *args)
 

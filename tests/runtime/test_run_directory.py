@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from interruption import InterruptionError, fail_at_block, fingerprint
+from interruption import InterruptionError, fail_at_block, fingerprint, is_measuring
 from safetensors.torch import load_file, save_file
 
 import slimgpt
@@ -114,10 +114,7 @@ def test_an_interrupted_sensitivity_pass_goes_on(
     monkeypatch.setattr(
         sequential,
         "prune_block",
-        lambda block, *a: (
-            solved.append((block.index, isinstance(a[2], sensitivity.MeasuringSlimGPT)))
-            or prune_block(block, *a)
-        ),
+        lambda block, *a: solved.append((block.index, is_measuring(a))) or prune_block(block, *a),
     )
     slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     assert solved == [(2, True), (3, True)] + [(index, False) for index in range(4)]
@@ -322,7 +319,7 @@ def test_a_second_process_is_refused(
     seen = []
 
     def prune_block(block: Any, *args: Any) -> Any:
-        if block.index == 2 and not args[-1]:
+        if block.index == 2 and not is_measuring(args):
             with pytest.raises(RunStateError, match="another process is working on") as raised:
                 slimgpt.prune(model, output, **OPTIONS)
             seen.append(raised.value)
@@ -465,7 +462,9 @@ def test_one_block_is_in_memory_at_a_time(
 
         def call(block: Any, *args: Any) -> Any:
             streamed = next(
-                frame.f_locals["streamed"] for frame in frames() if "streamed" in frame.f_locals
+                found.get("streamed") or found["job"].streamed
+                for found in (frame.f_locals for frame in frames())
+                if found.keys() & {"streamed", "job"}
             )
             parameters = streamed.skeleton.named_parameters()
             names = [name for name, p in parameters if p.device.type != "meta"]
