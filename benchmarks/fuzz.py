@@ -187,9 +187,9 @@ def run_case(seed: int, valid: Path, timeout: int) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
-    parser.add_argument("--cases", type=int, default=10**9, help="at most so many")
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--cases", type=int, default=10**9, help="maximum number of cases")
+    parser.add_argument("--timeout", type=int, default=120, help="time limit of a case in seconds")
     options = parser.parse_args()
     wrong, count, end = [], 0, time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.33, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--contestants", nargs="+", default=["paper", "default"])
-    parser.add_argument("--dtype", default="float32", help="of the dense model, hence of all")
+    parser.add_argument("--dtype", default="float32", help="dtype of the dense and pruned models")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)

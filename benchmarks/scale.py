@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--directory", type=Path, help="where there is room for two models")
+    parser.add_argument("--directory", type=Path, help="scratch space for two models")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--prune", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

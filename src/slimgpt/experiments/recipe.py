@@ -44,10 +44,10 @@ class RecipeConfig(Options):
 
     verb = "run"
 
-    title: str = Field(description="What the table shows.")
+    title: str = Field(description="Title of the table.")
     reproduces: str = Field(description="Table or figure of the paper.")
-    note: str = Field("", description="What a reader has to know beside it.")
-    model: str | None = Field(None, description="Model of every cell that names no other.")
+    note: str = Field("", description="Remark shown with the table.")
+    model: str | None = Field(None, description="Default model of the cells.")
     prune: dict[str, Any] = Field({}, description="Options of every cell, as are the next three.")
     recover: dict[str, Any] | None = None
     evaluate: dict[str, Any] | None = None
@@ -59,7 +59,7 @@ class RecipeConfig(Options):
     table: tuple[Measure, ...] = Field(min_length=1, description="Columns of the table.")
     figure: tuple[Literal[Measure, Curve], ...] = Field((), description="Panels of the figure.")
     x: str | None = Field(None, description="Dimension along the axis of a figure of measures.")
-    small: dict[str, Any] | None = Field(None, description="What differs in the small variant.")
+    small: dict[str, Any] | None = Field(None, description="Changes for the small variant.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -221,7 +221,7 @@ def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict
 
 
 def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
-    """Check for missing packages and files before hours of work."""
+    """Check packages, models, data and options of all cells before any step runs."""
     for name in (*recipe.table, *recipe.figure):
         verb = SHOWN[name].verb
         if all(getattr(cell, verb) is None for cell in cells):

@@ -50,8 +50,6 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True)
 class _Widths:
-    """Query heads, key/value heads and FFN channels of a layer."""
-
     heads: int
     kv_heads: int
     channels: int

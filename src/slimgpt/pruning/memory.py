@@ -49,7 +49,7 @@ class MemoryEstimate:
         return 2 * self.product + (self.stream if self.is_mapped else 0)
 
     def __str__(self) -> str:
-        """One line for the user."""
+        """Summarise the estimate in one line for the log."""
         place = "in a memory-mapped file" if self.is_mapped else "in memory"
         return (
             f"needs about {size(self.memory)} of memory and {size(self.disk)} of disk; the "

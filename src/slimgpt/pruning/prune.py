@@ -22,7 +22,7 @@ from slimgpt.runtime.run_directory import open_run
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A finished run.
+    """The result of a pruning run.
 
     Attributes
     ----------

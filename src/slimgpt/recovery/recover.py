@@ -61,7 +61,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RecoverResult:
-    """A finished run.
+    """The result of a recovery.
 
     Attributes
     ----------
