@@ -1,13 +1,16 @@
-"""Time of a whole run by phase, next to the floor: what no run of this kind can do without.
+"""Time a whole run by phase, and compare it with the floor: the work that every such run needs.
 
-The floor is one forward of the dense blocks over the calibration tokens, the Gram products of the
-inputs of all output projections as plain matrix multiplications in float32 (a run computes one half
-of each, in bfloat16 where that loses nothing), and one Cholesky decomposition and inverse for each
-in float64; the forward is in the precision of the weights, or in bfloat16 where a run has it so.
-Runs and floors take turns. A run that corrects the residual stream needs a second forward, of the
-dense model, and the refit learns from the tokens once more; a run without both is measured beside
-it. The sensitivity pass, a small run of its own, is a phase of its own.
-Usage:
+The floor has three parts:
+
+- one forward pass of the dense blocks over the calibration tokens, in the precision of the weights,
+  and again in bfloat16 if runs use it;
+- the Gram products of the inputs of all output projections, as plain matrix multiplications in
+  float32 (a run computes one half of each, in bfloat16 if that is exact);
+- one Cholesky decomposition and one inverse for each of them, in float64.
+
+Runs and floors alternate. Correction needs a second forward pass, of the dense model, and the refit
+trains on the tokens for one epoch; a run without both is also measured. The sensitivity pass is
+reported as one phase. Usage:
 
     python benchmarks/end_to_end.py --calibration c4.jsonl [--ratio 0.5] [--repeats 3] [--json FILE]
 """
@@ -44,7 +47,7 @@ COMPUTATION = ("forward", "gram", "solve", "refit")
 def run_floor(
     model: PreTrainedModel, samples: Tensor, products: AbstractContextManager[object]
 ) -> dict[str, float]:
-    """Forward, Gram products and factorisations, without anything around them."""
+    """Time the forward pass, the Gram products and the factorisations alone."""
     clock = Clock()
     decoder = decoder_of(model)
     with products:
@@ -66,7 +69,7 @@ def run_floor(
 
 
 def run_slimgpt(model: str, options: dict[str, Any]) -> dict[str, float]:
-    """A whole run, phase by phase."""
+    """Time a whole run by phase."""
     with tempfile.TemporaryDirectory() as directory, timed_phases() as clock:
         clock.timed("other", slimgpt.prune)(model, Path(directory) / "slim", **options)
     return clock.seconds

@@ -1,4 +1,4 @@
-"""The machine and the versions that a benchmark ran on."""
+"""Describe the machine and the package versions of a benchmark."""
 
 import os
 import platform

@@ -1,9 +1,9 @@
-"""Fingerprints of eight small runs, to see that a change of the code changes no number.
+"""Fingerprints of eight small runs, which show whether a code change alters any result.
 
 Each run prunes SmolLM2-135M in float32 with one thread, on a few samples of the bundled text. It
 prints the SHA-256 of the weights (all `.safetensors` files) and of the kept units of every
-sublayer (canonical JSON). Equal lists on one machine mean equal results; other processors round
-otherwise.
+sublayer (canonical JSON). Equal lists on one machine mean equal results. Other processors may round
+differently.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Damage a valid model directory, its data and its recipes at random, and run the commands on it.
 
-Each case is a seed: it chooses a file, a mutation and a command, which runs in a fork of this
-process, since the imports take longer than the command. What counts is a traceback, an internal
-error, an end by a signal, or no end at all. Run as ``python benchmarks/fuzz.py --seconds 600``;
-``--seed N --cases 1`` repeats a case.
+The seed of a case chooses a file, a mutation and a command. The command runs in a fork of this
+process, because the imports take longer than the command. A case fails if the command prints a
+traceback or an internal error, is ended by a signal, or does not end. Run as
+``python benchmarks/fuzz.py --seconds 600``; ``--seed N --cases 1`` repeats a case.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Before anything is imported that reads these; a fork has no other threads.
+# Set before the imports that read these. One thread, because a fork keeps no other threads.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import slimgpt
@@ -54,7 +54,7 @@ table: [parameters, perplexity]
 
 
 def make_model(directory: Path) -> None:
-    """Write a valid model that was pruned, with results, data and recipes beside it."""
+    """Write a valid pruned model, with results, data and recipes beside it."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from pydoc_data.topics import topics
 
@@ -80,7 +80,7 @@ def make_model(directory: Path) -> None:
 
 
 def damage_bytes(content: bytes, draw: random.Random) -> bytes:
-    """Flip, cut, double or insert bytes."""
+    """Flip, cut, duplicate or insert bytes."""
     start = draw.randrange(len(content) + 1)
     end = min(len(content), start + draw.choice((1, 8, 100)))
     middle = draw.choice((b"", draw.randbytes(end - start), content[start:end] * 3, b"\xff\x00"))
@@ -88,7 +88,7 @@ def damage_bytes(content: bytes, draw: random.Random) -> bytes:
 
 
 def damage_json(content: bytes, draw: random.Random) -> bytes:
-    """Change, remove or add a value somewhere in JSON."""
+    """Change, remove or add a random value in JSON."""
     values = json.loads(content)
     inside = values
     while isinstance(inside, dict | list) and inside:
@@ -112,7 +112,7 @@ def damage_header(content: bytes, draw: random.Random) -> bytes:
 
 
 def damage(file: Path, draw: random.Random) -> str:
-    """Damage a file; return in which way."""
+    """Damage a file; return the kind of damage."""
     kinds: list[Callable[[bytes, random.Random], bytes]] = [damage_bytes]
     if file.suffix == ".json":
         kinds += [damage_json] * 4
@@ -124,7 +124,7 @@ def damage(file: Path, draw: random.Random) -> str:
 
 
 def in_fork(function: Callable[[], Any]) -> int:
-    """Run a function in a fork; return how that ended."""
+    """Run a function in a fork; return its exit status."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -142,7 +142,7 @@ def in_fork(function: Callable[[], Any]) -> int:
 
 
 def run_command(command: list[str], place: Path, timeout: int) -> tuple[int, str]:
-    """Run the command line; return how it ended, and what it said on stderr."""
+    """Run the command line; return its exit status and its stderr."""
 
     def run() -> None:
         os.chdir(place)
@@ -157,7 +157,7 @@ def run_command(command: list[str], place: Path, timeout: int) -> tuple[int, str
 
 
 def run_case(seed: int, valid: Path, timeout: int) -> tuple[str, str]:
-    """Run a case; return what it was, and what is wrong with how it ended, if anything."""
+    """Run a case; return its description, and its failure or an empty string."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -187,9 +187,9 @@ def run_case(seed: int, valid: Path, timeout: int) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
-    parser.add_argument("--cases", type=int, default=10**9, help="at most so many")
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of a case")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--cases", type=int, default=10**9, help="maximum number of cases")
+    parser.add_argument("--timeout", type=int, default=120, help="time limit of a case in seconds")
     options = parser.parse_args()
     wrong, count, end = [], 0, time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:

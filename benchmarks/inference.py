@@ -1,8 +1,8 @@
-"""Speed-up of pruned models over dense ones, next to the ideal given by the bytes removed.
+"""Measure the speed-up of pruned models over dense ones, and compare it with the ideal by bytes.
 
-SmolLM2 is pruned by the preset `exact`, with 8 windows of 256 tokens from Python's documentation.
-The model of about 1B parameters has the shape of a LLaMA and random weights, and its pruned form is
-of half the width in every layer: speed depends on the shape alone. Usage:
+SmolLM2 is pruned with the preset `exact`, on 8 windows of 256 tokens from Python's documentation.
+The model of about 1B parameters has LLaMA's shape and random weights. Its pruned form has half the
+width in every layer, because speed depends only on the shape. Usage:
 
     python benchmarks/inference.py [--subjects smollm2,llama-1b] [--engines transformers,llamacpp]
         [--threads 2] [--repeats 5] [--profile] [--json FILE]
@@ -43,7 +43,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linea
 def smollm2_pairs(model: str, ratios: list[float], work: Path) -> Iterator[tuple[str, str, str]]:
     for ratio in ratios:
         output = work / f"{Path(model).name}-{ratio:.0%}"
-        if not (output / "config.json").exists():  # otherwise an interrupted run goes on
+        if not (output / "config.json").exists():  # an interrupted run continues
             options = {"preset": "exact", "calibration": "pydocs", "nsamples": 8, "seqlen": 256}
             slimgpt.prune(model, output, ratio=ratio, **options)
         yield f"SmolLM2-135M, {ratio:.0%}", str(output), model
@@ -70,8 +70,8 @@ def llama_pairs(num_layers: int, work: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def save_random(config: PreTrainedConfig, directory: Path) -> Path:
-    """Write a model with random weights, and a tokenizer of few merges."""
-    if not (directory / "tokenizer.json").exists():  # which is written last
+    """Write a model with random weights, and a tokenizer with few merges."""
+    if not (directory / "tokenizer.json").exists():  # written last
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
         trained = ByteLevelBPETokenizer()
@@ -86,7 +86,7 @@ def save_random(config: PreTrainedConfig, directory: Path) -> Path:
 
 @torch.no_grad()
 def product_share(model: str, num_steps: int = 20) -> float:
-    """Fraction of the time of a decoding step that is spent in matrix products: the median."""
+    """Median fraction of a decoding step's time that is spent in matrix products."""
     live = load_model(find_model(model), "float32", "cpu")
     cache = live(torch.ones(1, 128, dtype=torch.long)).past_key_values
     token = torch.ones(1, 1, dtype=torch.long)

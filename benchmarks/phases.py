@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Time the phases of a run."""
 
 import pkgutil
 import time
@@ -28,9 +28,9 @@ PHASES = {
 
 
 class Clock:
-    """Seconds spent in each phase; a phase inside another one counts for itself only.
+    """Seconds spent in each phase. The time of a nested phase counts only for that phase.
 
-    What is inside a sensitivity pass counts for it alone.
+    Exception: everything inside a sensitivity pass counts for the sensitivity pass.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""What pruning costs in quality: contestants side by side, on texts they were not calibrated on.
+"""Compare the quality of contestants (presets and options) on held-out texts.
 
-The figure of merit of a contestant is its loss ln(PPL / PPL_dense) over that of the preset
-``paper`` with the same model, ratio, seed and text. All have the same number of calibration tokens;
-those of the contestants other than ``paper`` are half of the calibration text and half what the
-model writes, as by default. Usage:
+The figure of merit of a contestant is its loss ln(PPL / PPL_dense) divided by that of the preset
+``paper`` with the same model, ratio, seed and text. All use the same number of calibration tokens.
+Contestants other than ``paper`` take half of them from the calibration text and half from text that
+the model generates, as by default. Usage:
 
     python benchmarks/quality.py --calibration c4.jsonl --texts wikitext.txt pydocs
     python benchmarks/quality.py … --contestants paper default mine:preset=default,damping=0.1
@@ -37,7 +37,7 @@ REFERENCE = "paper"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contestant, one model, one ratio, one seed, one text."""
+    """Result of one contestant with one model, ratio, seed and text."""
 
     variant: str
     ratio: float
@@ -51,12 +51,12 @@ class Measurement:
 
     @property
     def loss(self) -> float:
-        """Nats per token that pruning added."""
+        """Increase of the loss by pruning, in nats per token."""
         return math.log(self.perplexity / self.dense_perplexity)
 
 
 def with_multi_head_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function with each kv head repeated for every query head that shares it."""
+    """Convert to an equivalent MHA model: repeat each kv head for its query heads."""
     model = copy.deepcopy(model)
     config = model.config
     repeats = config.num_attention_heads // config.num_key_value_heads
@@ -77,7 +77,7 @@ def with_multi_head_attention(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def parse_contestant(text: str, calibration: str) -> tuple[str, dict[str, str]]:
-    """``name`` is a preset; ``name:option=value,…`` sets options, ``+`` in a value is a comma."""
+    """Parse ``preset`` or ``name:option=value,…``; ``+`` in a value stands for a comma."""
     name, _, rest = text.partition(":")
     options = (
         dict(option.replace("+", ",").split("=") for option in rest.split(","))
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.33, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--contestants", nargs="+", default=["paper", "default"])
-    parser.add_argument("--dtype", default="float32", help="of the dense model, hence of all")
+    parser.add_argument("--dtype", default="float32", help="dtype of the dense and pruned models")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def save_dense(name: str, variant: str, dtype: str, directory: Path) -> None:
-    """The dense model as a checkpoint, with kv heads as they are or one for each query head."""
+    """Save the dense model, with its own kv heads or with one for each query head."""
     source = find_model(name)
     model = load_model(source, dtype)
     model = model if variant == "gqa" else with_multi_head_attention(model)
@@ -145,7 +145,7 @@ def measure(
 
 
 def report(measurements: list[Measurement], args: argparse.Namespace) -> None:
-    """Print medians over the seeds and write everything as JSON."""
+    """Print medians over the seeds, and write all measurements as JSON."""
     title = (
         f"{args.model}, {args.dtype}, calibration {Path(args.calibration).name} {args.nsamples} × "
         f"{args.seqlen} tokens, {len(args.seeds)} seeds; windows of {args.window}, "

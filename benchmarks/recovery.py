@@ -1,8 +1,7 @@
-r"""What a little training wins back: methods side by side, at equal steps on the same examples.
+r"""Compare recovery methods with the same number of steps on the same examples.
 
-For each ratio the model is pruned once and recovered with each method; texts and tasks are those
-of `slimgpt eval`. What is there already in the folder --work, with the same settings, is not
-computed again. Usage:
+For each ratio the model is pruned once and recovered with each method. Texts and tasks are those of
+`slimgpt eval`. Models in the folder --work with the same settings are reused. Usage:
 
     python benchmarks/recovery.py --calibration c4.jsonl --data alpaca.json --eval-data valid.txt \
         --texts test.txt --data-dir tasks --limit 500 --learning-rate 1e-3 --json recovery.json
@@ -30,9 +29,9 @@ def main() -> None:
     parser.add_argument("--preset", default="default")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--data", required=True, help="examples to train on")
-    parser.add_argument("--eval-data", required=True, help="text watched while training")
-    parser.add_argument("--texts", nargs="+", required=True, help="texts measured at the end")
-    parser.add_argument("--data-dir", type=Path, help="measure the tasks with this data")
+    parser.add_argument("--eval-data", required=True, help="held-out text during training")
+    parser.add_argument("--texts", nargs="+", required=True, help="texts evaluated after training")
+    parser.add_argument("--data-dir", type=Path, help="folder with the data of the tasks to run")
     parser.add_argument("--tasks", default="commonsense")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--max-steps", type=int, default=80)
@@ -72,17 +71,17 @@ def main() -> None:
 
 
 def folder(work: Path, name: str, **settings: Any) -> Path:
-    """Folder of a model, which has another name if it is made with other settings."""
+    """Folder of a model; its name depends on the settings."""
     return work / f"{name}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
 
 def is_complete(model: Path) -> bool:
-    """Whether a run has ended; one that was interrupted goes on."""
+    """Whether a run has finished; an interrupted one is continued."""
     return (model / "config.json").exists()
 
 
 def measure(model: str, name: str, ratio: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity on the texts, and the tasks if there is data."""
+    """Measure perplexity on the texts, and the tasks if there is data for them."""
     options: dict[str, Any] = {"data": args.texts, "seqlen": (128, 1024), "max_tokens": 30_720}
     if args.data_dir:
         options |= {"tasks": args.tasks, "data_dir": str(args.data_dir), "limit": args.limit}
@@ -95,7 +94,7 @@ def measure(model: str, name: str, ratio: float, args: argparse.Namespace) -> di
 
 
 def report_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print one line for each model and write everything as JSON."""
+    """Print one line for each model, and write all measurements as JSON."""
     title = (
         f"{args.model}, {args.max_steps} steps of {args.batch_size} examples, learning rate "
         f"{args.learning_rate:g}, {args.dtype}; tasks: "

@@ -1,7 +1,7 @@
-"""Memory and time of pruning a model of LLaMA-7B's shape, for different numbers of blocks.
+"""Measure memory and time of pruning a model of LLaMA-7B's shape, for several numbers of blocks.
 
-A checkpoint with random bfloat16 weights is written block by block, pruned in a process of its
-own with scheduled widths, and removed. Usage:
+A checkpoint with random bfloat16 weights is written block by block, pruned with scheduled widths in
+a separate process, and deleted. Usage:
 
     python benchmarks/scale.py [--blocks 8 32] [--ratio 0.5] [--directory DIR] [--json FILE]
 """
@@ -29,7 +29,7 @@ from slimgpt.runtime.environment import peak_memory
 
 
 def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, heads: int) -> None:
-    """A dense checkpoint with normal random weights, one file for each block."""
+    """Write a dense checkpoint with normal random weights, one file for each block."""
     from pydoc_data.topics import topics
 
     config = LlamaConfig(
@@ -71,7 +71,7 @@ def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, he
 
 
 def prune(model: str, output: str, ratio: float) -> None:
-    """Prune in this process, and print what it took."""
+    """Prune in this process, and print time and peak memory."""
     with timed_phases() as clock:
         options = {"calibration": "pydocs", "nsamples": 4, "seqlen": 256, "widths": "scheduled"}
         slimgpt.prune(model, output, ratio=ratio, **options)
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--directory", type=Path, help="where there is room for two models")
+    parser.add_argument("--directory", type=Path, help="scratch space for two models")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--prune", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Kill runs at random times and flip bytes in their state, and compare what they leave in the end.
+"""Kill runs at random times, flip bytes in their state, and compare the final output.
 
-Each of ``prune``, ``recover`` and ``run`` is killed until it is through. After some kills one byte
-of a file in the state is flipped: the next run has to end with an error that names the file, or
-not to need it. The byte is put back then. What a run leaves must equal what an uninterrupted one
-leaves. Usage:
+``prune``, ``recover`` and ``run`` are each killed and restarted until they finish. After some kills
+one byte of a file in the state is flipped. The next run must then fail with an error that names the
+file, unless it does not read the file. The byte is then restored. The final output must equal that
+of an uninterrupted run. Usage:
 
     python benchmarks/soak.py [--model smollm2-135m] [--kills 50] [--seed 0]
 """
@@ -38,7 +38,7 @@ HAS_TIMES = {REPORT_FILE, RECOVERY_FILE, "soak.json"}
 
 
 def flip(output: Path, draw: random.Random) -> tuple[Path, bytes] | None:
-    """Flip a byte of a file in a state; give the file, and what it was."""
+    """Flip a byte of a file in the state; return the file and its original content."""
     files = sorted(
         path
         for state in output.rglob(STATE_DIR)
@@ -56,7 +56,7 @@ def flip(output: Path, draw: random.Random) -> tuple[Path, bytes] | None:
 
 
 def run_until_through(command: list[str], output: Path, length: float, draw: random.Random) -> int:
-    """Kill a command at random times, and run it again, until it is through; count the kills."""
+    """Kill and restart a command at random times until it finishes; return the number of kills."""
     kills, flipped = 0, None
     while not Run(output).is_complete:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -80,7 +80,7 @@ def run_until_through(command: list[str], output: Path, length: float, draw: ran
 
 
 def files_of(output: Path) -> set[str]:
-    """What a run leaves, but for what has times in it."""
+    """Files of the final output, except those that contain times."""
     names = {path.name for path in output.iterdir() if path.is_file()} - HAS_TIMES
     return {name for name in names if not name.startswith(".")}
 
@@ -88,7 +88,7 @@ def files_of(output: Path) -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kills", type=int, default=50, help="of each command")
+    parser.add_argument("--kills", type=int, default=50, help="kills per command")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw = random.Random(args.seed)

@@ -1,24 +1,24 @@
-"""What solving one sublayer costs once its Hessian is known, next to other ways to do the same.
+"""Time the solver for one sublayer with a known Hessian, and compare it with other algorithms.
 
 Contestants, each from a damped Hessian to the new weight, in float64 (SlimGPT: W in float32):
 
 floor
-    One Cholesky decomposition and one inverse of H: what any method that looks at H⁻¹ pays.
+    One Cholesky decomposition and one inverse of H, which any method based on H⁻¹ needs.
 slimgpt
     `prepare`, then `eliminate_channels` or `eliminate_units`.
 paper
-    SlimGPT as it is written (arXiv 2412.18110, algorithm 1): invert what is left of H, compute the
-    errors, remove a head, or a batch of channels of dynamic group size, compensate, and again.
+    Literal SlimGPT (arXiv 2412.18110, algorithm 1). It repeats: invert H of the remaining columns,
+    compute the errors, remove a head or a batch of channels of dynamic group size, compensate.
 one by one
-    The least unit, a rank-one (or rank-S) update of H⁻¹ and W, and again.
+    Repeats: remove the unit of least error, with a rank-one (or rank-S) update of H⁻¹ and W.
 
-The error is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with the damped H that all of them minimise, of the columns
-that were chosen, after least squares in float64. Usage:
+The error is tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with the damped H, which all contestants minimise. It is
+computed for the chosen columns after least squares in float64. Usage:
 
     python benchmarks/solver.py [--quick] [--shapes llama-down …] [--repeats 3] [--json FILE]
 
-Shape suffixes as in `slimgpt.obs`: ``O`` out features, ``I`` in features (columns), ``K`` kept,
-``R`` removed columns, ``U`` units; ``T`` tokens, ``F`` latent features.
+Shape suffixes as in `slimgpt.solver.elimination`: ``O`` out features, ``I`` in features (columns),
+``K`` kept, ``R`` removed columns, ``U`` units; also ``T`` tokens, ``F`` latent features.
 """
 
 import argparse
@@ -44,7 +44,7 @@ STEPS_TIMED = 10
 
 
 class Shape(NamedTuple):
-    """An output projection W (O×I) and how many columns make a unit."""
+    """Shape of an output projection W (O×I), and the number of columns of a unit."""
 
     num_out: int
     num_in: int
@@ -63,7 +63,7 @@ QUICK = [name for name, shape in SHAPES.items() if shape.num_in <= 2048]
 
 
 class Run(NamedTuple):
-    """One run of a contestant: seconds of its parts, what it removed, and how it was timed."""
+    """One run of a contestant: seconds of its parts, removed columns, a note on extrapolation."""
 
     parts: dict[str, float]
     removed_R: Tensor
@@ -72,7 +72,7 @@ class Run(NamedTuple):
 
 @dataclass
 class Measurement:
-    """One contestant on one shape at one ratio; lists have one entry per round."""
+    """Result of one contestant with one shape and ratio; lists have one entry per round."""
 
     shape: str
     ratio: float
@@ -89,20 +89,20 @@ class Measurement:
 
 
 class Stopwatch:
-    """Seconds since the last look."""
+    """Seconds since the last reading."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
     def __call__(self) -> float:
-        """Read and restart."""
+        """Return the seconds and restart."""
         now = time.perf_counter()
         lap, self._start = now - self._start, now
         return lap
 
 
 def synthetic_layer(shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
-    """Weight and Hessian of a layer as a language model has them.
+    """Make a weight and a Hessian that resemble those of a language model.
 
     The inputs are gated like those of down_proj, x = silu(g)·h, with g and h correlated through
     I/8 latent features of decaying scale; the scales of the channels are log-normal, and one
@@ -134,7 +134,7 @@ def synthetic_layer(shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def invert(hessian_II: Tensor) -> Tensor:
-    """The floor."""
+    """Run the floor: invert H by its Cholesky decomposition."""
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
 
 
@@ -146,12 +146,12 @@ def kept(num_in: int, removed_R: Tensor) -> Tensor:
 
 
 def columns(units_U: Tensor, unit_size: int) -> Tensor:
-    """Columns of the units, in their order."""
+    """Columns of the units, in the order of the units."""
     return (units_U[:, None] * unit_size + torch.arange(unit_size)).flatten()
 
 
 def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
-    """What a run does with each sublayer."""
+    """Run SlimGPT's solver, as a pruning run does for each sublayer."""
     lap = Stopwatch()
     problem = hessian.prepare(weight_OI, hessian_II, DAMPING)
     parts = {"prepare": lap()}
@@ -164,7 +164,7 @@ def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_s
 
 
 def group_sizes(num_remove: int, unit_size: int) -> list[int]:
-    """Units that the paper removes at once: one head, or channels by dynamic group size."""
+    """Sizes of the paper's batches in units: one head, or channels by dynamic group size."""
     if unit_size > 1:
         return [1] * num_remove
     sizes, group = [], num_remove
@@ -178,7 +178,7 @@ def group_sizes(num_remove: int, unit_size: int) -> list[int]:
 def paper_step(
     weight_OI: Tensor, hessian_II: Tensor, group: int, unit_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Remove one head, or one batch of channels; what is left of W, and the columns."""
+    """Remove one head or batch of channels; return the new W, the removed and the kept columns."""
     inverse_II = invert(hessian_II)
     errors_U = (
         weight_OI.square().sum(dim=0) / inverse_II.diagonal()
@@ -194,7 +194,7 @@ def paper_step(
 
 
 def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
-    """The whole of it, or for large layers a few batches, with the cost of the others between."""
+    """Run all batches; for large layers time a few and interpolate the time of the others."""
     sizes = group_sizes(num_remove, unit_size)
     lap = Stopwatch()
     weight_OI = weight_OI.double()
@@ -217,7 +217,7 @@ def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_siz
         part[1][kept_K][:, kept_K]
         times.append(lap())
     total = 0.0
-    for i in range(len(sizes)):  # linear in the cube of the width between those timed
+    for i in range(len(sizes)):  # linear in the width³ between timed batches
         j = next(j for j in range(1, BATCHES_TIMED) if i <= timed[j])
         low, high, cube = widths[timed[j]] ** 3, widths[timed[j - 1]] ** 3, widths[i] ** 3
         total += times[j] + (times[j - 1] - times[j]) * (cube - low) / (high - low)
@@ -228,7 +228,7 @@ def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_siz
 
 
 def solve_one_by_one(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
-    """All removals, or for large layers the first few; they all cost the same."""
+    """Run all removals; for large layers only the first few, because all cost the same."""
     lap = Stopwatch()
     inverse_II = invert(hessian_II + torch.diag(DAMPING * hessian_II.diagonal()))
     parts = {"invert": lap()}
@@ -273,7 +273,7 @@ def removal_error(problem: hessian.Problem, removed_R: Tensor) -> float:
 
 
 def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Measurement]:
-    """Run all contestants in turns, `repeats` times; those that are extrapolated, once."""
+    """Run all contestants in turn, `repeats` times; extrapolated ones only once."""
     shape = SHAPES[name]
     weight_OI, hessian_II = synthetic_layer(shape, seed)
     problem = hessian.prepare(weight_OI.double(), hessian_II, DAMPING)
@@ -308,7 +308,7 @@ def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Mea
 
 
 def print_table(rows: list[Measurement], title: str) -> None:
-    """Medians, and what they are next to the floor and to the paper."""
+    """Print the medians, and their ratios to the floor and to the paper."""
     table = Table("contestant", "seconds", "range", "× floor", "× paper", "error", "", title=title)
     by_name = {row.contestant: row for row in rows}
     floor, paper = by_name["floor"].median, by_name["paper"].median

@@ -24,7 +24,7 @@ from slimgpt.presentation.figures import COLORS
 from slimgpt.reporting import report
 
 Checkpoint = Callable[[str], Path]
-ALWAYS = ["What was cut", "What it cost the layers", "How it was made"]
+ALWAYS = ["Removed parameters", "Errors of the layers", "Reproduction"]
 
 
 def edit(file: Path, change: Callable[[Any], None]) -> None:
@@ -126,8 +126,8 @@ def test_methods_for_comparison_are_named(slim: Path) -> None:
     edit(slim / "pruning_report.json", lambda report: report["config"].update(method="wanda_sp"))
     page = slimgpt.report(slim).read_text()
     assert "pruned by 45% with wanda_sp</h1>" in page
-    assert "as wanda_sp, a method for comparison, chooses them" in page
-    assert "weights that stay are updated" not in page
+    assert "The baseline method wanda_sp chose the attention heads" in page
+    assert "remaining weights were updated" not in page
     assert "--method wanda_sp" in page
 
 

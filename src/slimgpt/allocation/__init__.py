@@ -1,1 +1,1 @@
-"""Layer ratios and widths of every block: pure arithmetic, runs no model."""
+"""Compute layer ratios and the widths of every block. Pure arithmetic: no model runs."""

@@ -1,37 +1,39 @@
-"""Move units between sublayers, to where they matter most."""
+"""Reallocate units among sublayers by the results of the sensitivity pass."""
 
 import math
 from collections.abc import Sequence
 
 from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 
-SENSITIVITY_SHARE = 4  # the pass has one sample in so many; half as many others are probes
-MAX_PROBES, PROBE_TOKENS = 16, 512  # number of these others at most, and tokens of each
+# The sensitivity pass prunes with every fourth sample. The gradient pass uses at most 16 held-out
+# samples, cut to 512 tokens.
+SENSITIVITY_SHARE = 4
+MAX_PROBES, PROBE_TOKENS = 16, 512
 
 
 def samples_needed(shapes: Sequence[BlockShape], seqlen: int) -> int:
-    """Least number of calibration samples that give the sensitivity pass a token for each channel.
+    """Fewest calibration samples that give the sensitivity pass one token per channel.
 
-    With fewer tokens, what stays of an FFN fits them whatever goes: its errors are near 0.
+    With fewer tokens, any subset of an FFN's channels fits them and all its errors are near 0.
     """
     most_units = max(sublayer.num_units for shape in shapes for sublayer in shape.sublayers)
     return SENSITIVITY_SHARE * (math.ceil(most_units / seqlen) - 1) + 1
 
 
 def probe_samples(num_samples: int) -> list[int]:
-    """Indices of held-out samples for the gradients.
+    """Indices of held-out samples for the gradient pass.
 
-    They are not among those of the sensitivity pass, if there are others.
+    They are disjoint from the samples of the sensitivity pass, unless there is only one sample.
     """
     step = 2 * SENSITIVITY_SHARE * math.ceil(num_samples / (2 * SENSITIVITY_SHARE * MAX_PROBES))
     return list(range(1 % num_samples, num_samples, step))
 
 
 def measured_removals(num_units: int, num_keep: int, step: int = 1) -> range:
-    """Numbers of removed units of a sublayer at which the sensitivity pass measures its error.
+    """Numbers of removed units at which the sensitivity pass records a sublayer's error.
 
-    They leave multiples of `step`. They go up to twice as many as the pass itself removes: further
-    away, what it has measured need not hold.
+    Each leaves a multiple of `step` units. The largest is at most twice the number that the pass
+    removes, because the first-order estimate need not hold further away.
     """
     most = min(2 * (num_units - num_keep), num_units - step)
     return range(num_units % step or step, most + 1, step)
@@ -44,22 +46,22 @@ def move_units(
     prices: Sequence[Sequence[float]],
     multiple_of: int,
 ) -> list[BlockWidths]:
-    """Remove as many parameters in all, but from where they are cheapest.
+    """Reallocate the removed parameters to the sublayers where removal costs least.
 
-    Units go step by step, always from the sublayer where a parameter costs least; in a sublayer a
-    step is never cheaper than the one before. This minimises Σ price · error where the errors are
-    convex.
+    Units are removed in steps, always from the sublayer with the lowest cost per parameter. The
+    cost of a step is never below that of the sublayer's previous steps. This minimises
+    Σ price · error if the errors are convex.
 
     Parameters
     ----------
     shapes, widths : sequence of BlockShape, sequence of BlockWidths
-        The blocks, and the widths to begin with.
+        The blocks and their initial widths.
     errors : sequence of sequences of sequences of float
         By block and sublayer, the error after each of `measured_removals`.
     prices : sequence of sequences of float
-        By block and sublayer, what an error of 1 costs.
+        By block and sublayer, the cost of an error of 1.
     multiple_of : int
-        Of channels, see `slimgpt.allocation.schedule.WidthRules`.
+        Step of channels, see `slimgpt.allocation.schedule.WidthRules`.
     """
     budget, steps = 0, []
     kept = [[sublayer.num_units for sublayer in shape.sublayers] for shape in shapes]

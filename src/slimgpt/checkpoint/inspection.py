@@ -1,4 +1,4 @@
-"""What a model consists of: widths and parameters of every block, without loading weights."""
+"""Summarise a model: widths and parameters of every block, without loading weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,14 @@ class BlockSummary:
 
 @dataclass(frozen=True)
 class PruningCost:
-    """What it took to prune a model, from ``pruning_report.json``.
+    """Time and memory of a pruning run, from ``pruning_report.json``.
 
     Attributes
     ----------
     seconds : dict
-        By phase.
+        Seconds by phase.
     peak_memory_bytes : int or None
-        Largest memory of the process; None where unknown.
+        Peak memory of the process; None if unknown.
     """
 
     seconds: dict[str, float]
@@ -40,21 +40,21 @@ class PruningCost:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What a model consists of.
+    """Widths and parameters of a model.
 
     Attributes
     ----------
     model, model_type : str
-        As the user named it, and its type.
+        Name of the model as the user gave it, and its model type.
     head_dim : int
         Columns of ``o_proj`` for each query head.
     blocks : tuple of BlockSummary
-        First to last.
+        The blocks, first to last.
     params : dict
         Parameters by kind: attention, ffn, norm, embedding, head, and their total. A head that
         shares its weight with the embedding counts as zero.
     pruning : PruningCost or None
-        For a local model that was pruned.
+        Cost of the pruning run, for a local pruned model.
     """
 
     model: str
@@ -76,7 +76,7 @@ def inspect(model: str | Path) -> ModelSummary:
     Raises
     ------
     SlimGPTError
-        If there is no such model, or it is of no supported family.
+        If there is no such model, or its family is not supported.
     """
     source = find_model(model)
     config = load_config(source)

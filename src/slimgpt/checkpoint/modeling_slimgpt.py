@@ -2,9 +2,9 @@
 
 This file travels with every checkpoint of non-uniform width that SlimGPT writes. It is the same
 file for all of them and needs only torch and transformers (5.16 or newer). Where a stock class is
-called ``LlamaForCausalLM``, the name ``SlimLlamaForCausalLM`` gives the same code with layer ``i``
-built from ``config.per_layer_config[i]``, which records that layer's number of heads and its FFN
-width. The global values of the config remain those of the original model.
+called ``LlamaForCausalLM``, ``SlimLlamaForCausalLM`` is the same code with layer ``i`` built from
+``config.per_layer_config[i]``, which records that layer's number of heads and its FFN width. The
+global values of the config remain those of the original model.
 """
 
 import sys
@@ -19,12 +19,12 @@ PREFIX = "Slim"
 
 
 class _SlimConfig:
-    """Config mixin: reading a global width is allowed, and means that of the original model."""
+    """Config mixin: reading a global width is allowed and returns the original model's width."""
 
     allow_global_per_layer_attribute_access = True
 
     def __getattribute__(self, key: str) -> Any:
-        # The stock lookup, less its warning that layers may differ from the global value.
+        # The stock lookup without its warning that layers may differ from the global value.
         lookup = super(HeterogeneousConfigMixin, self).__getattribute__
         return lookup(lookup("attribute_map").get(key, key))
 
@@ -33,7 +33,7 @@ class _SlimConfig:
 
 
 class _SlimModel:
-    """Model mixin: each decoder layer has the width that its own config states."""
+    """Model mixin: each decoder layer is built from its own config."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -44,7 +44,7 @@ class _SlimModel:
 
     @property
     def _blocks_path(self) -> str:
-        return getattr(self.config, "blocks_path", "layers")  # of SlimGPT 0.1 it is not stated
+        return getattr(self.config, "blocks_path", "layers")  # absent in SlimGPT 0.1
 
     @property
     def _blocks(self) -> nn.ModuleList:

@@ -1,7 +1,7 @@
 """Pruned models in vLLM.
 
-vLLM imports this module when it meets an architecture that
-`slimgpt.checkpoint.registration.register_with_vllm` has told it about; nothing else does.
+Only vLLM imports this module, when it loads an architecture registered by
+`slimgpt.checkpoint.registration.register_with_vllm`.
 """
 
 from torch import nn
@@ -16,8 +16,8 @@ from slimgpt.models.family import PRUNED_PREFIX
 class SlimForCausalLM(LlamaForCausalLM):
     """Pruned LLaMA, Mistral, Qwen2 or Qwen3: layer ``i`` is built from ``per_layer_config[i]``.
 
-    The four differ in their decoder layers only. That of vLLM's Qwen2 derives ``head_dim`` from the
-    number of heads, which pruning changes, so the one of LLaMA stands in for it.
+    The four differ only in their decoder layers. vLLM's Qwen2 layer derives ``head_dim`` from the
+    number of heads, which pruning changes, so LLaMA's layer is used instead.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -38,5 +38,5 @@ def _decoder_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
             per_layer_sliding_window=config.sliding_window if slides else None,
         )
     if model_type == "qwen2":
-        config.qkv_bias = True  # always there in Qwen2, so its config does not say so
+        config.qkv_bias = True  # always true in Qwen2, so its config has no such key
     return LlamaDecoderLayer(vllm_config, prefix, config)

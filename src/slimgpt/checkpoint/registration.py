@@ -1,8 +1,8 @@
-"""Make transformers and vLLM know pruned models, so that they load without remote code.
+"""Register pruned models with transformers and vLLM, so that they load without remote code.
 
-``import slimgpt`` has `register` called as soon as transformers is imported, before or after (see
-``slimgpt/__init__.py``). This module can therefore be entered while another one is importing
-transformers, and imports what it needs from there inside the functions.
+``import slimgpt`` arranges that `register` runs once transformers is imported, whichever comes
+first (see ``slimgpt/__init__.py``). This module can therefore run while another one is importing
+transformers, so its functions import from transformers themselves.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from slimgpt.models.family import load_families
 
 # Model types whose decoder layers `slimgpt.checkpoint.modeling_vllm` builds from vLLM's own.
-# Those of other types run on vLLM's Transformers backend, which needs no more than `register`.
+# Other types run on vLLM's Transformers backend, which needs only `register`.
 VLLM_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -52,7 +52,7 @@ def register() -> None:
 
 
 def register_with_vllm() -> None:
-    """Register pruned models with vLLM, which calls this because it is its plugin."""
+    """Register pruned models with vLLM, which calls this function as a plugin."""
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
     for model_type in VLLM_MODEL_TYPES:

@@ -1,4 +1,4 @@
-"""Reports and results that lie beside a model, read into typed values."""
+"""Read the reports and results in a model's directory into typed values."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ SPEED_FILE = "eval/speed.json"
 
 RECOVERY_FILE = "recovery_report.json"
 
-SECONDS_FOR_OTHERS = 30.0  # for another process that keeps its results
+SECONDS_FOR_OTHERS = 30.0  # waits so long for another process that writes its results
 
 LARGEST_NUMBER = 1e100
 
@@ -40,7 +40,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Read(BaseModel):
-    """What is read of a report; there may be more in it."""
+    """The keys of a report that are read; other keys are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -72,7 +72,7 @@ class _Calibration(_Read):
 
 
 def _options(config: type[BaseModel], *needed: str) -> Any:
-    """Schema of the options in a report: those that this version knows, some of them needed."""
+    """Schema of the options in a report: the options of this version, some of them required."""
     fields: dict[str, Any] = {
         name: (field.annotation, ... if name in needed else None)
         for name, field in config.model_fields.items()
@@ -84,7 +84,7 @@ def _options(config: type[BaseModel], *needed: str) -> Any:
 
 
 class PruningReport(_Read):
-    """What ``pruning_report.json`` holds."""
+    """The content of ``pruning_report.json``."""
 
     base_model: str
     config: Annotated[Any, _options(PruneConfig, "method", "uniform")]
@@ -155,7 +155,7 @@ class PruningReport(_Read):
 
 
 class RecoveryReport(_Read):
-    """What ``recovery_report.json`` holds."""
+    """The content of ``recovery_report.json``."""
 
     model: str
     teacher: str | None
@@ -172,19 +172,19 @@ class RecoveryReport(_Read):
 
 
 def read_typed(file: Path, kind: Any) -> Any:
-    """Read a JSON file that SlimGPT has written into values of a given type.
+    """Read a JSON file written by SlimGPT into values of a given type.
 
     Parameters
     ----------
     file : Path
         The file.
     kind : type
-        What pydantic can make of JSON: a model, a dataclass, a list of one of these.
+        A type that pydantic validates: a model, a dataclass, or a list of one of these.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read or is of another form; names the key.
+        If the file cannot be read or has another form. The message names the key.
     """
     try:
         content = file.read_bytes()
@@ -213,11 +213,11 @@ def read_typed(file: Path, kind: Any) -> Any:
 
 
 def _check_number(text: str) -> None:
-    """Refuse what no measurement gives, and what sums or the axes of a chart turn to infinity."""
+    """Refuse numbers that no measurement gives, or that overflow in sums and chart axes."""
     if len(text) > 30 or not abs(float(text)) <= LARGEST_NUMBER:
         raise OverflowError(f"the number {text[:40]} is out of range")
 
 
 def read_report(file: Path, kind: type[BaseModel]) -> dict[str, Any]:
-    """Read a report as JSON values of the right types; raises what `read_typed` does."""
+    """Read a report as validated JSON values; raises the same errors as `read_typed`."""
     return read_typed(file, kind).model_dump(mode="json", exclude_unset=True)

@@ -15,20 +15,20 @@ from slimgpt.runtime.files import read_json
 
 
 def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer of a checkpoint beside a model that was made from it.
+    """Write the tokenizer of a checkpoint into the directory of a model made from it.
 
-    The source's own files are copied, because tools read more from them than what
-    ``save_pretrained`` writes. Where they would load as another tokenizer, as with a model type
-    that the auto class does not know, and for a GGUF file, the tokenizer is saved instead.
+    The source's own files are copied, because tools read keys that ``save_pretrained`` does not
+    write. ``save_pretrained`` is used for a GGUF file, and if the copied files would load as
+    another tokenizer (for example because the auto class does not know the model type).
 
     Parameters
     ----------
     source : Source
-        Of the tokenizer.
+        The checkpoint with the tokenizer.
     tokenizer : PreTrainedTokenizerBase
-        As it was loaded.
+        The loaded tokenizer.
     directory : Path
-        Has the model's ``config.json`` already.
+        Directory of the model, which must contain its ``config.json``.
     """
     files = tokenizer_files(source)
     for name, file in files.items():
@@ -54,7 +54,7 @@ def _describe_tokenizer(tokenizer: Any) -> list[Any]:
 
 
 def _use_older_names(file: Path) -> None:
-    """Call a class and a list by the names that transformers 4 knows, and newer versions too."""
+    """Rename a class and a list to names that both transformers 4 and newer versions know."""
     if not file.is_file():
         return
     values = old = read_json(file)

@@ -23,22 +23,22 @@ from slimgpt.runtime.files import read_json
 def pruned_config(
     config: PreTrainedConfig, widths: Sequence[BlockWidths], uniform: bool
 ) -> PreTrainedConfig:
-    """Config of the pruned model.
+    """Make the config of the pruned model.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        Of the model before.
+        Config of the dense model.
     widths : sequence of tuple of int
-        Units that each block has kept, by sublayer.
+        Units that each block keeps, by sublayer.
     uniform : bool
-        All blocks have the same widths: the result is of the stock class.
+        Whether all blocks have the same widths, so that the stock class loads the result.
 
     Returns
     -------
     PreTrainedConfig
-        A new one. In a pruned layer ``head_dim`` no longer follows from the hidden size and the
-        number of heads, so it is always stated.
+        A new config. It always states ``head_dim``, which in a pruned layer no longer follows from
+        the hidden size and the number of heads.
     """
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     layers = [config_widths(config, index, width) for index, width in enumerate(widths)]
@@ -65,12 +65,12 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     """Numbers of key/value groups that a uniform model may keep.
 
     The stock config class decides: some classes refuse a number of heads that does not divide the
-    hidden size, even where ``head_dim`` is given.
+    hidden size, even if ``head_dim`` is given.
 
     Parameters
     ----------
     config : PreTrainedConfig
-        Of the model before.
+        Config of the dense model.
     """
     family, first = family_of(config.model_type), config.per_layer_config[0]
     num_groups, *others = (getattr(first, spec.widths[0]) for spec in family.sublayers)
@@ -83,12 +83,12 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
 
 
 def add_older_rope_keys(directory: Path) -> None:
-    """State the rotary embeddings in ``config.json`` as transformers 4 reads them too.
+    """Add the keys of the rotary embeddings that transformers 4 reads to ``config.json``.
 
     Parameters
     ----------
     directory : Path
-        Has a ``config.json`` with ``rope_parameters``.
+        Directory with a ``config.json`` that has ``rope_parameters``.
     """
     file = directory / "config.json"
     values = read_json(file)
@@ -111,13 +111,13 @@ def write_shards(
     Parameters
     ----------
     directory : Path
-        Where to.
+        Output directory.
     tensors : dict
-        Names, shapes and types; may be on the meta device.
+        Tensors by name, for their shapes and dtypes; may be on the meta device.
     read : callable
-        Gives the values of a name; they are in memory one at a time.
+        Returns the values of a tensor by name.
     max_shard_size : int
-        Bytes of a file, unless one tensor has more.
+        Largest size of a file in bytes; a file with a single larger tensor may exceed it.
     """
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
@@ -135,16 +135,16 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     Parameters
     ----------
     config : PreTrainedConfig
-        Of the model before.
+        Config of the dense model.
     index : int
-        The block.
+        Index of the block.
     kept : tuple of int
-        Its units afterwards, by sublayer.
+        Units that the block keeps, by sublayer.
 
     Returns
     -------
     dict
-        From config keys to widths, e.g. ``{"num_key_value_heads": 2, …}``.
+        Widths by config key, e.g. ``{"num_key_value_heads": 2, …}``.
     """
     family = family_of(config.model_type)
     before = config.per_layer_config[index]

@@ -1,4 +1,4 @@
-"""Perplexity and benchmark tasks of a model, beside those of a base model.
+"""Evaluate a model on texts and benchmark tasks, and optionally its base model too.
 
 Shape suffixes: ``N`` windows, ``T`` tokens of a window, ``C`` hidden size, ``L`` layers.
 """
@@ -30,7 +30,7 @@ from slimgpt.models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-# Results that agree in these differ in the model alone.
+# Results with equal values of these keys differ only in the model.
 TEXT_PROTOCOL = itemgetter("data_sha256", "seqlen", "base", "dtype")
 
 TASK_PROTOCOL = itemgetter("task", "metric", "num_docs", "num_fewshot", "data", "base", "dtype")
@@ -38,14 +38,14 @@ TASK_PROTOCOL = itemgetter("task", "metric", "num_docs", "num_fewshot", "data", 
 
 @dataclass(frozen=True)
 class TaskResult(Score):
-    """Score of the model on a task, and of the base.
+    """Scores of the model and of the base on a task.
 
     Attributes
     ----------
     model, base : str, str or None
         The models: hub ids, or names of local folders.
     dtype : str
-        Precision in which they ran.
+        Precision of both models.
     base_value, base_stderr : float or None
         The base's score and standard error.
     """
@@ -59,14 +59,14 @@ class TaskResult(Score):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured: on each text and window length, and in each task."""
+    """Results of `evaluate`: one for each text and window length, and one for each task metric."""
 
     perplexity: tuple[EvalResult, ...]
     tasks: tuple[TaskResult, ...]
 
 
 def evaluate(model: str, **options: Any) -> Evaluation:
-    """Measure perplexity and run tasks; in a directory of SlimGPT's, also fill the model card.
+    """Measure perplexity and run tasks; also update the model card of a pruned model.
 
     Parameters
     ----------
@@ -84,8 +84,8 @@ def evaluate(model: str, **options: Any) -> Evaluation:
     ------
     SlimGPTError
         If an option, a model or the data is wrong, a text is shorter than one window, a package
-        for the tasks is missing, or the outputs of a model are not finite. What ends a measurement,
-        this or another exception, has what was measured before as its attribute ``measured``.
+        for the tasks is missing, or the outputs of a model are not finite. Any exception that ends
+        a measurement carries the results so far in its attribute ``measured``.
 
     Examples
     --------

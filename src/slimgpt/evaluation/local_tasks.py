@@ -1,4 +1,4 @@
-"""Data of the tasks from a local folder."""
+"""Load the data of tasks from a local folder."""
 
 import csv
 import json
@@ -30,12 +30,12 @@ def find_split(data_dir: Path, task: str, dataset_name: str | None, split: str) 
     Parameters
     ----------
     data_dir : Path
-        Searched with its subfolders.
+        Folder to search, with its subfolders.
     task, dataset_name : str, str or None
-        The file's name begins with one of these, or both, in words; case and kind of separator do
-        not matter: ``arc_easy_test.jsonl``, ``astronomy_dev.csv``.
+        The file's name begins with the words of one or both of these. Case and kind of separator
+        are ignored: ``arc_easy_test.jsonl``, ``astronomy_dev.csv``.
     split : str
-        The next word of the name, where ``validation`` is also called valid, val or dev.
+        The next word of the name; for ``validation`` also valid, val or dev.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def find_split(data_dir: Path, task: str, dataset_name: str | None, split: str) 
     Raises
     ------
     DataError
-        If there is more than one.
+        If there is more than one such file.
     """
     names = [name for name in (task, dataset_name) if name]
     prefixes = [_words(name) for name in (*names, "_".join(names))]
@@ -72,14 +72,14 @@ def _words(name: str) -> list[str]:
 
 
 def tested_split(config: dict[str, Any]) -> str:
-    """Name of the split that a task is scored on."""
+    """Name of the split on which a task is scored."""
     return config.get("test_split") or config.get("validation_split") or ""
 
 
 def find_files(
     configs: dict[str, dict[str, Any]], data_dir: Path, required: set[str]
 ) -> dict[str, dict[str, Path]]:
-    """Files of the splits that each task needs, for the tasks that have them all."""
+    """Find the files of the splits that each task needs; only tasks with all splits are listed."""
     files, missing = {}, []
     for task, config in configs.items():
         splits = {tested_split(config)}
@@ -105,7 +105,7 @@ def find_files(
 
 
 def check_answers(task: Any, file: Path) -> None:
-    """Check that every question can be put and, of a choice, has an answer among the choices."""
+    """Check that every question can be formatted, and that each answer is among the choices."""
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
     for number, doc in enumerate(task.eval_docs, 1):
         try:
@@ -183,7 +183,7 @@ def _mmlu_csv(path: Path) -> Iterator[Record]:
 
 
 def _as_on_the_hub(where: str, row: dict[str, Any], dataset_path: str) -> dict[str, Any]:
-    """Give a record of the original release the fields of the hub's copy, where they differ."""
+    """Convert a record of the original release to the fields of the hub's copy, if they differ."""
     try:
         if dataset_path == SUPER_GLUE and "label" not in row:
             return row | {"label": int(row["answer"])}

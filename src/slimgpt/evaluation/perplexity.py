@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text, and its divergence from a base model."""
+"""Measure a model's perplexity on a text, and its KL divergence from a base model."""
 
 import logging
 import time
@@ -27,20 +27,20 @@ class EvalResult:
     model, base : str, str or None
         The models: hub ids, or names of local folders.
     dtype : str
-        Precision in which they ran.
+        Precision of both models.
     data, data_sha256 : str
         The text, and the start of the SHA-256 of its tokens.
     seqlen : int
         Tokens of a window; windows do not overlap.
     tokens : int
-        Tokens predicted: all but the first of each window.
+        Number of predicted tokens: all but the first of each window.
     perplexity, base_perplexity : float, float or None
         exp of the mean negative log-likelihood of a token.
     kl_divergence : float or None
         Mean KL(base ‖ model) of the next-token distributions, in nats.
     layer_errors : tuple of float or None
-        How far the residual stream is from that of the base after each block, the last one after
-        the final norm: ‖h − h_base‖²/‖h_base‖² of the median token. None where the two models
+        Relative error of the residual stream after each block (the last one after the final norm):
+        the median over tokens of ‖h − h_base‖²/‖h_base‖². None without a base, or if the two models
         differ in depth or hidden size.
     """
 
@@ -58,14 +58,14 @@ class EvalResult:
 
 
 class Losses(NamedTuple):
-    """Means over the predicted tokens of a text, in nats; those with a base are 0 without one.
+    """Means over the predicted tokens of a text, in nats.
 
     Attributes
     ----------
     nll, base_nll : float
-        Negative log-likelihood of the model and of the base.
+        Negative log-likelihood of the model and of the base; 0 without a base.
     kl_divergence : float
-        KL(base ‖ model).
+        KL(base ‖ model); 0 without a base.
     layer_errors : tuple of float or None
         See `EvalResult`.
     """
@@ -79,7 +79,7 @@ class Losses(NamedTuple):
 def usable_lengths(
     lengths: Iterable[int], models: list[PreTrainedModel], num_tokens: int
 ) -> list[int]:
-    """Limit window lengths to the context of the models and to the text."""
+    """Limit window lengths to the models' context and to the length of the text."""
     longest = min(num_tokens, *(model.config.max_position_embeddings for model in models))
     for length in lengths:
         if length > longest:
@@ -91,12 +91,12 @@ def usable_lengths(
 
 @torch.no_grad()
 def mean_losses(model: PreTrainedModel, base: PreTrainedModel | None, windows_NT: Tensor) -> Losses:
-    """Measure a model, and a base beside it, on windows of tokens.
+    """Measure a model, and optionally its base, on windows of tokens.
 
     Parameters
     ----------
     model, base : PreTrainedModel
-        The model, and optionally the one to compare it with.
+        The model, and optionally the base model to compare with.
     windows_NT : Tensor
         int64, (windows, seqlen).
 

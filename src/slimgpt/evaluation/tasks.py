@@ -1,7 +1,7 @@
-"""Benchmark tasks of lm-eval on a live model, with their data from the hub or from local files.
+"""Run benchmark tasks of lm-eval on a live model, with data from the hub or from local files.
 
-Prompts, metrics and standard errors are lm-eval's own; local files only take the place of the
-data set in a task's config.
+Prompts, metrics and standard errors are lm-eval's own; local files only replace the data set in a
+task's config.
 """
 
 import logging
@@ -37,10 +37,9 @@ class Suite:
     Attributes
     ----------
     metrics : dict
-        Metric of each task, or of each group of tasks, which gets a mean of its own; names are
-        lm-eval's.
+        Metric of each task or group of tasks, by lm-eval's names. Each group gets its own mean.
     num_fewshot : int
-        Solved examples in front of a question.
+        Number of few-shot examples.
     weight_by_size : bool
         Whether a mean is over documents rather than over tasks.
     """
@@ -51,7 +50,7 @@ class Suite:
 
 
 SUITES = {
-    # acc_norm (per byte of the answer) wherever lm-eval defines it.
+    # acc_norm (per byte of the answer) for every task for which lm-eval defines it.
     "commonsense": Suite(
         {
             "boolq": "acc",
@@ -93,19 +92,19 @@ class Score:
     Attributes
     ----------
     task, metric : str
-        lm-eval's names, a filter other than ``none`` after a comma; or the name of a mean.
+        lm-eval's names, with a filter other than ``none`` after a comma; or the name of a mean.
     value, stderr : float, float or None
         The metric and its standard error.
     higher_is_better : bool
-        Whether more of the metric is better.
+        Whether a higher value is better.
     num_docs : int
-        Questions answered.
+        Number of questions.
     num_fewshot : int
-        Solved examples in front of each.
+        Number of few-shot examples.
     data : str
-        Data set or file, and split; for a mean, over how many tasks it is.
+        Data set or file, and split; for a mean, the number of tasks.
     lm_eval : str
-        Version of lm-eval, and of the task.
+        Versions of lm-eval and of the task.
     """
 
     task: str
@@ -121,16 +120,16 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks with their data, ready to be run on any model; from `load_tasks`.
+    """Loaded tasks with their data, from `load_tasks`. They can run on any model.
 
     Attributes
     ----------
     tasks : dict
         lm-eval's task objects, by name.
     data : dict
-        Where the data of each is from.
+        Source of each task's data.
     means : dict
-        The means to report, as suites of single tasks; there may be no data for some of these.
+        The means to report, as suites of single tasks; some of these tasks may lack data.
     """
 
     tasks: dict[str, Any]
@@ -139,7 +138,7 @@ class TaskSet:
 
 
 class _Chosen(NamedTuple):
-    """lm-eval's configs of tasks and their local files, by name; the means to report."""
+    """The chosen tasks: lm-eval's configs and local files by task name, and the means to report."""
 
     configs: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Path]]
@@ -149,7 +148,7 @@ class _Chosen(NamedTuple):
 def check_tasks(
     names: Sequence[str], data_dir: Path | None = None, num_fewshot: int | None = None
 ) -> None:
-    """Check what can be checked before `load_tasks`, and raise what that raises."""
+    """Make the checks of `load_tasks` that need no data; raises the same errors."""
     _choose(names, data_dir, num_fewshot)
 
 
@@ -163,20 +162,20 @@ def load_tasks(
     names : sequence of str
         Keys of `SUITES`, or tasks, groups and tags of lm-eval.
     data_dir : Path, optional
-        Folder with the data (see `find_split`); by default it comes from the hub. Tasks of a
-        suite or group that have no file there are left out, with a warning.
+        Folder with the data (see `find_split`); by default the data comes from the hub. Tasks of a
+        suite or group without a file there are skipped with a warning.
     num_fewshot : int, optional
-        Solved examples in front of a question; by default the suite's or the task's number.
+        Number of few-shot examples; by default the suite's or the task's number.
 
     Raises
     ------
     MissingDependencyError
         If lm-eval, or a package that a task needs, is not installed.
     ConfigError
-        If lm-eval has no such task, the folder does not exist, or a task runs code of the hub or of
-        the model.
+        If lm-eval has no such task, the folder does not exist, or a task runs code from the hub or
+        code written by the model.
     DataError
-        If the data of a task cannot be had, or a local file has a question without an answer.
+        If the data of a task cannot be loaded, or a local file has a question without an answer.
     """
     configs, files, means = _choose(names, data_dir, num_fewshot)
     tasks, data = {}, {}
@@ -195,7 +194,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> Iterator[list[Score]]:
-    """Run tasks on a model, one after the other.
+    """Run tasks on a model, one at a time.
 
     Parameters
     ----------
@@ -204,14 +203,14 @@ def run_tasks(
     model, tokenizer
         A causal language model, dense or pruned, and its tokenizer.
     limit : int, optional
-        Only the first documents of each task.
+        Number of documents per task, from the first; by default all.
     batch_size : int
-        Requests in one forward pass; changes the time, not the scores.
+        Requests in one forward pass; affects only the speed.
 
     Yields
     ------
     list of Score
-        The metrics of a task, and the means that are complete with it.
+        The metrics of a task, and each mean whose tasks are all done.
     """
     from lm_eval.models import huggingface
 
@@ -234,7 +233,7 @@ def _run_task(found: TaskSet, name: str, lm: Any, limit: int | None) -> list[Sco
     from lm_eval import evaluator
 
     simple_evaluate: Any = evaluator.simple_evaluate
-    # The commit that lm-eval looks up is that of the current folder.
+    # lm-eval would look up the git commit of the current folder.
     no_commit = _replaced(evaluator, "get_git_commit_hash", lambda: None)
     with _no_code_from_the_hub(), no_commit, _counting_truncations() as truncations:
         results = simple_evaluate(
@@ -278,7 +277,7 @@ def _run_task(found: TaskSet, name: str, lm: Any, limit: int | None) -> list[Sco
 
 @cache
 def _manager() -> Any:
-    """The index of lm-eval's tasks, which takes seconds to make."""
+    """The index of lm-eval's tasks, cached because building it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -286,7 +285,7 @@ def _manager() -> Any:
 
 @contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Have a module use something else for a while."""
+    """Replace an attribute of a module inside the context."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -296,7 +295,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _no_code_from_the_hub() -> AbstractContextManager[None]:
-    """Refuse the metrics that the package evaluate would download as scripts and run."""
+    """Refuse metrics that the package evaluate would download and run as scripts."""
     import evaluate
 
     def refuse(path: str, *_: Any, **__: Any) -> NoReturn:
@@ -310,7 +309,7 @@ def _no_code_from_the_hub() -> AbstractContextManager[None]:
 
 @contextmanager
 def _counting_truncations() -> Iterator[list[str]]:
-    """Collect lm-eval's messages about prompts that are longer than the context."""
+    """Collect lm-eval's messages about prompts longer than the context."""
     messages: list[str] = []
 
     class Collector(logging.Handler):
@@ -364,7 +363,7 @@ def _choose(names: Sequence[str], data_dir: Path | None, num_fewshot: int | None
 
 
 def _expand(name: str, manager: Any) -> list[str]:
-    """The single tasks of a task, group or tag of lm-eval."""
+    """Expand a task, group or tag of lm-eval to single tasks."""
     if name not in manager.task_index:
         raise ConfigError(
             f"lm-eval has no task {name!r}",
@@ -385,7 +384,7 @@ def _expand(name: str, manager: Any) -> list[str]:
 
 
 def _means(name: str, suite: Suite, manager: Any) -> dict[str, Suite]:
-    """The means of a suite in terms of single tasks: of each of its groups, and of all."""
+    """The means of a suite over single tasks: one for each group, and one for all tasks."""
     means, all_metrics = {}, {}
     for member, metric in suite.metrics.items():
         metrics = dict.fromkeys(_expand(member, manager), metric)
@@ -445,12 +444,12 @@ def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manage
         return loaded
     except (ConfigError, DataError):
         raise
-    except ImportError as err:  # the extras of lm-eval are named after its tasks
+    except ImportError as err:  # lm-eval names its extras after tasks
         package = f"lm-eval[{task.partition('_')[0]}]"
         raise MissingDependencyError(
             package, f"the task {task!r}", f"pip install '{package}'"
         ) from err
-    except Exception as err:  # whatever went wrong on the way, there is no data
+    except Exception as err:  # downloads and loading scripts raise errors of any type
         source = ", ".join(map(str, files.values())) or f"the hub ({config.get('dataset_path')})"
         raise DataError(
             f"cannot load the task {task} from {source}: {' '.join(str(err).split())[:200]}",

@@ -1,4 +1,4 @@
-"""A recipe, and the cells of its table."""
+"""Read a recipe, and expand its grid to cells."""
 
 import math
 import os
@@ -25,7 +25,7 @@ Measure = Literal["parameters", "pruning", "perplexity", "tasks", "means", "infe
 
 Curve = Literal["layer_ratios", "layer_errors", "train_loss", "held_out_perplexity"]
 
-# A recipe is short: larger files, and mappings nested more deeply, are something else.
+# Limits of a recipe file; anything larger or nested more deeply is not a recipe.
 RECIPE_BYTES, RECIPE_DEPTH, RECIPE_CELLS = 10**6, 32, 4096
 
 # The recipes of the paper, by name.
@@ -40,14 +40,14 @@ VERBS: dict[str, type[Options]] = {
 
 
 class RecipeConfig(Options):
-    """A grid of runs of the verbs, and the table or figure made of their results."""
+    """A grid of runs, and the table or figure made from their results."""
 
     verb = "run"
 
-    title: str = Field(description="What the table shows.")
+    title: str = Field(description="Title of the table.")
     reproduces: str = Field(description="Table or figure of the paper.")
-    note: str = Field("", description="What a reader has to know beside it.")
-    model: str | None = Field(None, description="Model of every cell that names no other.")
+    note: str = Field("", description="Remark shown with the table.")
+    model: str | None = Field(None, description="Default model of the cells.")
     prune: dict[str, Any] = Field({}, description="Options of every cell, as are the next three.")
     recover: dict[str, Any] | None = None
     evaluate: dict[str, Any] | None = None
@@ -59,7 +59,7 @@ class RecipeConfig(Options):
     table: tuple[Measure, ...] = Field(min_length=1, description="Columns of the table.")
     figure: tuple[Literal[Measure, Curve], ...] = Field((), description="Panels of the figure.")
     x: str | None = Field(None, description="Dimension along the axis of a figure of measures.")
-    small: dict[str, Any] | None = Field(None, description="What differs in the small variant.")
+    small: dict[str, Any] | None = Field(None, description="Changes for the small variant.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -80,12 +80,12 @@ class RecipeConfig(Options):
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Find a recipe: a file, or one that comes with the package.
+    """Find a recipe file, or a recipe of the package by name.
 
     Raises
     ------
     ConfigError
-        If there is neither; lists the recipes of the package.
+        If there is neither. The hint lists the recipes of the package.
     """
     if str(name) in SHIPPED and not os.path.isfile(name):
         return SHIPPED[str(name)]
@@ -108,7 +108,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If the file is missing or is not such a mapping.
+        If the file is missing or has no such mapping.
     """
     hint = "a recipe is a short YAML file in UTF-8 with lines like `ratio: 0.3`"
     try:
@@ -127,7 +127,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Plain YAML: no references, which can stand for any amount of data, and no key twice."""
+    """Plain YAML: no references, which could expand without limit, and no duplicate keys."""
 
     depth = 0
 
@@ -162,17 +162,17 @@ DENSE_LACKS = {"prune", "recover"}
 
 @dataclass(frozen=True)
 class Cell:
-    """What is done with one model.
+    """One cell of a grid: the steps for one model.
 
     Attributes
     ----------
     labels : dict
-        Its place in each dimension of the grid; None where that makes no difference.
+        Its value in each dimension of the grid; None if the value makes no difference.
     model : str
         The dense model.
     prune, recover, evaluate, bench : dict or None
-        Options of the verbs; one with None is not run. A dense model is pruned by a ratio of 0,
-        and not recovered.
+        Options of the steps; a step with None is not run. For a dense baseline the pruning ratio is
+        0 and there is no recovery.
     """
 
     labels: dict[str, Any]
@@ -184,7 +184,7 @@ class Cell:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is removed."""
+        """Whether the cell is a dense baseline, which is not pruned."""
         return self.prune == {"ratio": 0}
 
 
@@ -194,7 +194,7 @@ def read_recipe(file: Path, small: bool = False) -> RecipeConfig:
     Raises
     ------
     ConfigError
-        With all that is wrong in it, or if it has no small variant.
+        If options are wrong (the message lists all), or if there is no small variant.
     """
     values = load_recipe(file)
     recipe = RecipeConfig.create(**values)
@@ -206,19 +206,20 @@ def read_recipe(file: Path, small: bool = False) -> RecipeConfig:
 
 
 def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cell]:
-    """List the cells of a grid: the product of its dimensions, with a dense model only once.
+    """List the cells of a grid: the product of its dimensions, with each dense baseline only once.
 
     Parameters
     ----------
     recipe : RecipeConfig
         Its strings may contain ``{data}`` and, for the model of the cell, ``{model}``.
     data_dir : str or Path, optional
-        Takes the place of ``{data}``.
+        Replaces ``{data}``.
 
     Raises
     ------
     ConfigError
-        With all wrong options of all cells, or if there is no `data_dir` to put in.
+        If options of cells are wrong (the message lists all), or if `data_dir` is needed and
+        missing.
     """
     base = {name: getattr(recipe, name) for name in ("model", *VERBS)}
     if data_dir is None and "{data}" in str([base, recipe.grid]):
@@ -226,7 +227,7 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
             "the recipe reads local files from {data}", hint="name the folder with --data-dir"
         )
     cells: list[Cell] = []
-    problems: dict[str, None] = {}  # an ordered set: many cells share a mistake
+    problems: dict[str, None] = {}  # an ordered set: cells share mistakes
     dimensions = [_choices(name, values) for name, values in recipe.grid.items()]
     idle = [
         name
@@ -256,7 +257,7 @@ def expand(recipe: RecipeConfig, data_dir: str | Path | None = None) -> list[Cel
 
 
 def _choices(name: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[Any, Any]]:
-    """Labels of a dimension, each with the changes that it stands for."""
+    """Labels of a dimension, each with its changes of the options."""
     if isinstance(values, dict):
         return list(values.items())
     if name == "model":
@@ -265,12 +266,12 @@ def _choices(name: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[t
 
 
 def _concerns_dense(changes: dict[str, Any]) -> bool:
-    """Whether a dense model is another one, or measured in another way, after changes."""
+    """Whether the changes affect a dense baseline or how it is measured."""
     return "ratio" in (changes.get("prune") or {}) or not changes.keys() <= DENSE_LACKS
 
 
 def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Options with changes; those of a verb, or the dimensions of a grid, are changed singly."""
+    """Merge changes into options; the options of a step and the dimensions of a grid are merged."""
     return base | {
         name: base[name] | value
         if isinstance(value, dict) and isinstance(base.get(name), dict)
@@ -280,7 +281,7 @@ def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def filled_in(value: Any, places: dict[str, str]) -> Any:
-    """Put paths in the place of their names, in all texts of a value."""
+    """Replace placeholders by paths in all strings of a value."""
     if isinstance(value, str):
         return reduce(lambda text, place: text.replace(place, places[place]), places, value)
     if isinstance(value, dict):

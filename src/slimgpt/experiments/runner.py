@@ -1,7 +1,7 @@
-"""Run a recipe: do what each cell of its grid needs, once, and show the results.
+"""Run a recipe: run the steps of each cell of its grid, and write the table or figure.
 
-What a step depends on is hashed into the name of its result, so steps that cells share are done
-once, finished ones are never done again, and a changed recipe redoes only what has changed.
+The name of a step's result contains a hash of everything that determines it. Steps shared by cells
+therefore run once, finished steps do not run again, and a changed recipe runs only changed steps.
 """
 
 import json
@@ -70,14 +70,15 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 
-# Options that may name a local file or folder, and what of a model's folder is the model.
+# Options that may name a local file or folder.
 _PATHS = {"calibration", "data", "eval_data", "data_dir", "against", "teacher"}
 
+# Suffixes of the files that define a model in its directory.
 _MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 
 
 class _Place(BaseModel):
-    """Where the result of a step was made."""
+    """The machine and the package versions of a step's result."""
 
     machine: str
     versions: dict[str, str]
@@ -93,15 +94,15 @@ _RESULTS = {
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """What a recipe has measured.
+    """The results of a recipe.
 
     Attributes
     ----------
     output : Path
         The directory with the results.
     report : dict
-        All numbers: for each cell its labels, the results of its steps, or
-        the error that ended it.
+        All numbers: for each cell its labels, and the results of its steps or the error that ended
+        it.
     markdown : str
         The table.
     """
@@ -124,9 +125,9 @@ def run_recipe(
     data_dir: str | Path | None = None,
     keep_models: bool = False,
 ) -> RecipeResult:
-    """Do what a recipe says, and write its table or figure.
+    """Run a recipe, and write its table or figure.
 
-    After an interruption, or with a changed recipe, the same call does what is left to do.
+    After an interruption, or with a changed recipe, the same call runs only the missing steps.
 
     Parameters
     ----------
@@ -135,25 +136,25 @@ def run_recipe(
         recipe of the paper, like ``table6``.
     output : str or Path
         Directory for the table (``.md``), all numbers (``.json``) and the figure (``.svg``), which
-        have the name of the recipe, and for what they are made from, which recipes share.
+        are named after the recipe. It also holds the results of steps, which recipes share.
     small : bool
         Run the small variant.
     data_dir : str or Path, optional
-        Takes the place of ``{data}`` in the recipe.
+        Replaces ``{data}`` in the recipe.
     keep_models : bool
-        Keep the pruned models, which otherwise go when they are no longer needed.
+        Keep the pruned models; otherwise each is deleted once no further cell needs it.
 
     Returns
     -------
     RecipeResult
-        Where the results lie, and what they are. Cells that failed have an error; the next call
-        tries them again.
+        The output directory and all results. Failed cells have an error; the next call runs them
+        again.
 
     Raises
     ------
     SlimGPTError
-        If the recipe or an option of any cell is wrong, before any work; if a package is missing
-        or the output cannot be written.
+        If the recipe or an option of any cell is wrong (raised before any step runs), a package is
+        missing, or the output cannot be written.
 
     Examples
     --------
@@ -177,7 +178,7 @@ def run_recipe(
         report = {"is_small": small, "recipe": config.model_dump(mode="json"), "cells": rows}
         table, numbers, figure = (f"{file.stem}.{kind}" for kind in ("md", "json", "svg"))
         result = RecipeResult(directory, report, to_markdown(report, figure))
-        with suppress(OSError):  # that it is not empty
+        with suppress(OSError):  # raised if it is not empty
             (directory / "models").rmdir()
         with writing(directory):
             if config.figure:
@@ -188,9 +189,9 @@ def run_recipe(
 
 
 def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict[str, Any]]:
-    """Do what each cell needs; one that fails has an error in place of its results.
+    """Run the steps of each cell; a failed cell has an error instead of results.
 
-    A full disk ends all: every later cell would fail as well.
+    A full disk ends the recipe, because every later cell would fail as well.
     """
     rows = []
     for index, cell in enumerate(cells):
@@ -198,12 +199,12 @@ def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict
         row: dict[str, Any] = {"labels": cell.labels, "model": cell.model, "error": None}
         try:
             row |= _Work(cell, directory).results()
-        except (MissingDependencyError, RunStateError):  # of the machine, not of the cell
+        except (MissingDependencyError, RunStateError):  # not the cell's fault
             raise
-        except Exception as err:  # which must not take the other cells with it
+        except Exception as err:  # the other cells still run
             known = err if isinstance(err, SlimGPTError) else resource_error(err)
             log.debug("the cell failed", exc_info=err)
-            if known and is_disk_full(err):  # for the later cells as well
+            if known and is_disk_full(err):  # later cells would fail too
                 raise known from None
             if known:
                 row["error"] = "; ".join(filter(None, (str(known), known.hint)))
@@ -220,7 +221,7 @@ def _run(cells: Sequence[Cell], directory: Path, keep_models: bool) -> list[dict
 
 
 def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
-    """Find what is missing before hours of work and not after."""
+    """Check packages, models, data and options of all cells before any step runs."""
     for name in (*recipe.table, *recipe.figure):
         verb = SHOWN[name].verb
         if all(getattr(cell, verb) is None for cell in cells):
@@ -266,13 +267,13 @@ def _check_evaluation(config: EvalConfig) -> None:
 
 @dataclass(frozen=True)
 class _Work:
-    """The steps of a cell, with their results in a directory."""
+    """Runs the steps of a cell and stores their results in a directory."""
 
     cell: Cell
     directory: Path
 
     def results(self) -> dict[str, Any]:
-        """Do the steps that have not been done; return the results of all, by verb."""
+        """Run the unfinished steps; return the results of all steps, by name."""
         cell = self.cell
         steps: dict[str, Callable[[], dict[str, Any]]] = {
             "prune": self._prune,
@@ -296,7 +297,7 @@ class _Work:
         return results
 
     def _stored(self, file: Path, verb: str) -> dict[str, Any] | None:
-        """The result of a step, if there is one as this version writes it."""
+        """Read the stored result of a step, if it has the form of this version."""
         if not file.exists():
             return None
         try:
@@ -310,7 +311,7 @@ class _Work:
         return result
 
     def models(self) -> set[Path]:
-        """Where the models are that the steps make."""
+        """Directories of the models that the steps make."""
         made = {"prune": not self.cell.is_dense, "recover": self.cell.recover is not None}
         return {self._model(verb) for verb, is_made in made.items() if is_made}
 
@@ -319,17 +320,17 @@ class _Work:
             return asdict(plan(self.cell.model, **self.cell.prune))
         is_peak_of_run = reset_peak_memory()
         report = read_report(Path(self._pruned(), REPORT_FILE), PruningReport)
-        del report["blocks"]  # all that was removed, at length
+        del report["blocks"]  # long: the kept units of every block
         return report if is_peak_of_run else report | {"peak_memory_bytes": None}
 
     def _pruned(self) -> str:
-        """The pruned model, which is made if it is not there."""
+        """Return the pruned model; prune it if it does not exist."""
         if self.cell.is_dense:
             return self.cell.model
         return self._made("prune", partial(prune, self.cell.model, **self.cell.prune))
 
     def _product(self) -> str:
-        """The model that is measured, which is made if it is not there."""
+        """Return the model to measure; prune and recover it if it does not exist."""
         if self.cell.recover is None:
             return self._pruned()
         options = self.cell.recover
@@ -349,11 +350,11 @@ class _Work:
         return str(output)
 
     def _model(self, verb: str) -> Path:
-        # Other versions could not go on with a run, so they begin another one.
+        # A run cannot be continued with other package versions, so the name contains them.
         return self.directory / "models" / f"{verb}-{_hash([self._key(verb), versions()])}"
 
     def _key(self, verb: str) -> str:
-        """Hash of what the result of a verb depends on: the options so far, and local files."""
+        """Hash of everything that determines a step's result: all options so far, local files."""
         depends: list[Any] = [self.cell.model, _files([self.cell.model])]
         for name in dict.fromkeys(("prune", "recover", verb)):
             options = getattr(self.cell, name)
@@ -371,7 +372,7 @@ def _hash(values: list[Any]) -> str:
 
 
 def _files(values: Iterable[Any]) -> list[str]:
-    """Descriptions of the files, and of those in the folders, that are among values."""
+    """Descriptions of all files that the values name, and of the files in named folders."""
     names = (n for value in values for n in (value if isinstance(value, list) else [value]))
     paths = [Path(name) for name in names if isinstance(name, str) and Path(name).exists()]
     files = (file for path in paths for file in _contents(path))
@@ -381,7 +382,7 @@ def _files(values: Iterable[Any]) -> list[str]:
 def _contents(path: Path) -> Iterable[Path]:
     if path.is_file():
         return [path]
-    if (path / "config.json").is_file():  # a model, to which other verbs add what they make of it
+    if (path / "config.json").is_file():  # a model; other commands add files to its directory
         return [file for file in path.iterdir() if file.suffix in _MODEL_FILES]
     return path.rglob("*")
 

@@ -1,4 +1,4 @@
-"""The results of a recipe as a Markdown table and a figure."""
+"""Write the results of a recipe as a Markdown table and a figure."""
 
 import math
 from collections import defaultdict
@@ -29,7 +29,7 @@ PROTOCOL = (
     "Versions",
 )
 
-# lm-eval's metrics that are shares of the questions or between 0 and 1 like them.
+# lm-eval's metrics between 0 and 1, shown times 100.
 SHARES = {
     "acc",
     "acc_norm",
@@ -51,8 +51,9 @@ class Value(NamedTuple):
     number, error : float
         The number and its standard error, 0 if it has none.
     best : callable or None
-        Gives which number is shown in bold, of the rows with the same ratio; those with standard
-        errors only where it differs from all others by more than that of the difference.
+        ``min`` or ``max`` chooses the number in bold among the rows with the same ratio. It is bold
+        only if it differs from every other number by more than the standard error of the
+        difference.
     """
 
     number: float
@@ -67,9 +68,9 @@ class Columns:
     Attributes
     ----------
     verb : str
-        The step.
+        Name of the step.
     read : callable
-        Gives the values of a row, by the header of their column.
+        Returns the values of a row, by column header.
     style : str
         Format specification of the numbers.
     """
@@ -86,11 +87,11 @@ class Curves:
     Attributes
     ----------
     verb : str
-        The step.
+        Name of the step.
     read : callable
-        Gives the points of a row.
+        Returns the points of a row.
     axis : str
-        What x stands for.
+        Label of the x axis.
     """
 
     verb: str
@@ -174,7 +175,7 @@ def to_markdown(report: Values, figure_file: str) -> str:
     report : dict
         See `slimgpt.experiments.runner.RecipeResult`.
     figure_file : str
-        Name of the figure beside the Markdown, if the recipe has one.
+        File name of the figure, which is linked if the recipe has one.
     """
     recipe, rows = report["recipe"], report["cells"]
     source = f"{recipe['reproduces']} of SlimGPT (arXiv 2412.18110)"
@@ -210,7 +211,7 @@ def _table(recipe: Values, rows: Sequence[Values]) -> str:
 
 
 def _cell(value: Value, rivals: list[Value], style: str) -> str:
-    """A number and its standard error; in bold if it is the best of its rivals."""
+    """Format a number and its standard error; in bold if it is the best among its rivals."""
     number, error, best = value
     text = f"{number:{style}}"
     others = [rival for rival in rivals if rival.number != number]
@@ -221,7 +222,7 @@ def _cell(value: Value, rivals: list[Value], style: str) -> str:
 
 
 def _protocol(rows: Sequence[Values]) -> str:
-    """How the numbers were measured: a list of facts, each of them once."""
+    """List how the numbers were measured, each fact only once."""
     facts: dict[str, dict[str, None]] = {kind: {} for kind in PROTOCOL}
     for row in rows:
         for kind, text in _facts(row):
@@ -264,7 +265,7 @@ def draw(report: Values, file: Path) -> None:
     report : dict
         See `slimgpt.experiments.runner.RecipeResult`.
     file : Path
-        Where to write it.
+        File to write.
     """
     from slimgpt.presentation.figures import curves, save
 
@@ -288,7 +289,7 @@ def draw(report: Values, file: Path) -> None:
 
 
 def _points(row: Values, name: str, x: str | None) -> dict[str, Points]:
-    """The points of a row in each panel that a measure or a curve makes."""
+    """Points of a row in each panel of a measure or curve."""
     shown = SHOWN[name]
     if shown.verb not in row:
         return {}

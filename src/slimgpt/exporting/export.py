@@ -21,9 +21,9 @@ class ExportResult:
     Attributes
     ----------
     output : Path
-        The file.
+        The written file.
     arch : str
-        The format's name of the architecture: for GGUF, of the graph that computes it.
+        The format's name for the architecture; for GGUF, the name of llama.cpp's graph.
     num_bytes : int
         Size of the file.
     """
@@ -36,16 +36,16 @@ class ExportResult:
 def export(model: str, output: str | Path | None = None, **options: Any) -> ExportResult:
     """Write a dense or pruned model in the format of another engine.
 
-    As GGUF it is for llama.cpp and what is built on it. If all layers have the same widths, a
-    ``Modelfile`` for Ollama is put beside it, unless there is one already.
+    GGUF files are for llama.cpp and tools built on it. If all layers have the same widths, a
+    ``Modelfile`` for Ollama is written beside the file, unless one exists.
 
     Parameters
     ----------
     model : str
         A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
     output : path, optional
-        The file to write; must not exist. Default: ``<name>-<type>.gguf`` in the directory of the
-        model, or in the current one if the model is not a local directory.
+        The file to write; must not exist. Default: ``<name>-<type>.gguf`` in the model's directory,
+        or in the current directory if the model is not a local directory.
     **options
         The fields of `slimgpt.config.ExportConfig`, for example ``type="q8_0"``.
 
@@ -72,7 +72,7 @@ def export(model: str, output: str | Path | None = None, **options: Any) -> Expo
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with writing_alone(file):
-            _check_new(file)  # which another process may have written since
+            _check_new(file)  # another process may have written it meanwhile
             arch = chosen.write(source, file, config)
     return ExportResult(file, arch, file.stat().st_size)
 

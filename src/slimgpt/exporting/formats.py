@@ -1,4 +1,4 @@
-"""The formats that models are exported to, by name."""
+"""The export formats, by name."""
 
 from pathlib import Path
 from typing import Protocol
@@ -9,29 +9,29 @@ from slimgpt.models.source import Source
 
 
 class Format(Protocol):
-    """A format of another engine.
+    """An export format.
 
     Attributes
     ----------
     packages : tuple of str
-        What it imports when it writes; the extra that installs them has the format's name.
+        Packages that it needs for writing. The extra that installs them has the format's name.
     """
 
     packages: tuple[str, ...]
 
     def default_name(self, stem: str, config: ExportConfig) -> str:
-        """Name of the output for a model with this name."""
+        """Default file name for a model with the name `stem`."""
         ...
 
     def write(self, source: Source, output: Path, config: ExportConfig) -> str:
-        """Write a model, whole or not at all; return the name of its architecture.
+        """Write a model atomically; return the name of its architecture.
 
         Parameters
         ----------
         source : Source
             The model, dense or pruned.
         output : Path
-            Does not exist, but its directory does.
+            The file to write, in an existing directory. It must not exist.
         config : ExportConfig
             The options.
         """

@@ -1,6 +1,6 @@
-"""Write a checkpoint as a GGUF file, for llama.cpp and what is built on it.
+"""Write a checkpoint as a GGUF file, for llama.cpp and tools built on it.
 
-Tensors go from file to file one at a time. Nothing here runs the model.
+Tensors are read and written one at a time. The model is never run.
 """
 
 import logging
@@ -28,16 +28,16 @@ from slimgpt.models.weights import Weights, open_weights
 
 log = logging.getLogger(__name__)
 
-# llama.cpp's graph for each model type whose layers are all alike.
+# llama.cpp's graph for each model type, if all layers have the same widths.
 _ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
-# Its one graph whose layers may differ: that of llama with widths as arrays.
+# The only llama.cpp graph for layers of different widths: llama's with widths as arrays.
 PER_LAYER_ARCH = "deci"
 
-# Its loader wants q_proj to be square. That of llama does not, and takes the same tensors.
+# Graphs whose loader requires a square q_proj. Llama's does not, and takes the same tensors.
 _SQUARE_ATTENTION = {"qwen2"}
 
-# These rotate neighbouring rows of q and k, where transformers rotates the halves of a head.
+# Graphs that rotate neighbouring rows of q and k; transformers rotates the halves of a head.
 _ROTATES_NEIGHBOURS = {"llama", PER_LAYER_ARCH}
 
 _FILE_TYPES = {
@@ -50,8 +50,6 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True)
 class _Widths:
-    """Query heads, key/value heads and FFN channels of a layer."""
-
     heads: int
     kv_heads: int
     channels: int
@@ -75,30 +73,30 @@ class _Tensor:
 def write_gguf(source: Source, file: Path, type_name: str) -> str:
     """Write a checkpoint, dense or pruned, as one GGUF file.
 
-    Widths that llama.cpp cannot take are padded with zeros, which does not change what the model
-    computes: a layer without channels, and rows that do not fill whole blocks of q8_0.
+    Widths that llama.cpp cannot load are padded with zeros: a layer without channels, and rows that
+    do not fill whole blocks of q8_0. Padding does not change the model's outputs.
 
     Parameters
     ----------
     source : Source
-        From `slimgpt.models.source.find_model`.
+        The checkpoint, from `slimgpt.models.source.find_model`.
     file : Path
-        Is overwritten; incomplete if an error is raised.
+        The file to write. It is overwritten; after an error it is incomplete.
     type_name : {"f32", "f16", "bf16", "q8_0"}
         Type of the matrices; vectors are float32.
 
     Returns
     -------
     str
-        The architecture written: that of the family, or ``deci`` if the layers differ.
+        Name of llama.cpp's graph: the family's, or ``deci`` if the layers differ.
 
     Raises
     ------
     ExportError
-        If llama.cpp cannot compute the model as it is, or the type cannot hold its values.
+        If llama.cpp has no graph for the model, or the type cannot represent its values.
     UnsupportedModelError
-        If weights are missing, have another shape than the config says, differ where it ties
-        them, or are not finite.
+        If weights are missing, do not have the shape in the config, differ although the config
+        ties them, or are not finite.
     """
     config = load_config(source)
     qtype = GGMLQuantizationType[type_name.upper()]
@@ -138,7 +136,7 @@ def _stored_widths(config: PreTrainedConfig) -> list[_Widths]:
 
 
 def _padded_widths(config: PreTrainedConfig, block: int) -> list[_Widths]:
-    """Widths that llama.cpp loads: never zero, rows of output projections in whole blocks."""
+    """Pad the widths for llama.cpp: never zero, and rows of output projections in whole blocks."""
     group = config.num_attention_heads // config.num_key_value_heads
     padded = []
     for layer in _stored_widths(config):
@@ -156,7 +154,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _find_arch(config: PreTrainedConfig, layers: list[_Widths], weights: Weights) -> str:
-    """The graph that computes this model, or the reason why there is none."""
+    """Choose the graph for this model; raise an error with the reason if there is none."""
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     if model_type not in _ARCHS:
         raise ExportError(
@@ -218,7 +216,7 @@ def _add_hyperparameters(
 
 
 def _rope_factors(config: PreTrainedConfig, arch: str) -> Iterator[_Tensor]:
-    """What llama.cpp divides the rotary frequencies by, for models with scaled ones."""
+    """Factors by which llama.cpp divides the rotary frequencies, for models that scale them."""
     rope_type = config.rope_parameters["rope_type"]
     if rope_type == "default":
         return
@@ -252,13 +250,13 @@ def _tensors(
                 hint="this model cannot be written as GGUF: serve the checkpoint itself",
             )
         role, gguf_name = found
-        if role == T.ATTN_ROT_EMBD:  # old checkpoints hold what follows from the config
+        if role == T.ATTN_ROT_EMBD:  # in old checkpoints; follows from the config
             continue
         shape = list(stored_shape)
         index = int(gguf_name.split(".")[1]) if gguf_name.startswith("blk.") else 0
         if role in padded_sizes[index]:
             dim, size = padded_sizes[index][role]
-            if dim < len(shape):  # the bias of an output projection has no such dimension
+            if dim < len(shape):  # false for the bias of an output projection
                 shape[dim] = size
         if len(shape) > 1 and shape[-1] % block:
             raise ExportError(
@@ -275,7 +273,7 @@ def _tensors(
 
 
 def _sizes(config: PreTrainedConfig, layer: _Widths) -> dict[T, tuple[int, int]]:
-    """For each projection of a layer the dimension that was pruned, and its size."""
+    """The pruned dimension of each projection of a layer, and its size."""
     head_dim = _head_dim(config)
     queries, keys = layer.heads * head_dim, layer.kv_heads * head_dim
     return {

@@ -1,4 +1,4 @@
-"""The format ``gguf``: a GGUF file for llama.cpp and, where it takes the graph, one for Ollama."""
+"""The format ``gguf``: a GGUF file for llama.cpp, and a Modelfile if Ollama has the graph."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from slimgpt.runtime.files import replacing, write_atomically
 
 log = logging.getLogger(__name__)
 
-# What Ollama calls the fields of a generation config.
+# Ollama's names for the fields of a generation config.
 _OLLAMA_PARAMETERS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -28,11 +28,11 @@ class GgufFormat:
     packages: tuple[str, ...] = ("gguf",)
 
     def default_name(self, stem: str, config: ExportConfig) -> str:
-        """Name of the file for a model."""
+        """Default file name for a model with the name `stem`."""
         return f"{stem}-{config.type}.gguf"
 
     def write(self, source: Source, output: Path, config: ExportConfig) -> str:
-        """Write the file; return llama.cpp's name of the graph."""
+        """Write the file; return the name of llama.cpp's graph."""
         from slimgpt.exporting.gguf import PER_LAYER_ARCH, write_gguf
 
         generation = load_generation_config(source, load_config(source))
@@ -44,7 +44,6 @@ class GgufFormat:
 
 
 def _write_modelfile(generation: GenerationConfig, file: Path) -> None:
-    """Describe the model to Ollama."""
     modelfile = file.with_name("Modelfile")
     if os.path.lexists(modelfile):
         log.info("%s stays as it is", modelfile)

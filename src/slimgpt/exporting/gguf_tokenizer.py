@@ -1,4 +1,4 @@
-"""The tokenizer part of a GGUF file: llama.cpp must turn a prompt into the same ids."""
+"""Write the tokenizer of a GGUF file so that llama.cpp gives the same ids as transformers."""
 
 import json
 import logging
@@ -25,22 +25,22 @@ log = logging.getLogger(__name__)
 def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) -> None:
     """Add the tokenizer of a checkpoint to a GGUF file.
 
-    If the model is a GGUF file, or was made from the embedded one, and the tokens are the same,
-    that file's own entries are copied; otherwise they are made from the checkpoint's tokenizer.
+    If the model is a GGUF file, or was pruned from the embedded one, and has the same tokens, the
+    entries of that file are copied. Otherwise the checkpoint's tokenizer is converted.
 
     Parameters
     ----------
     writer : GGUFWriter
-        Before its header is written.
+        Writer whose header is not yet written.
     source : Source
         The checkpoint.
     config : PreTrainedConfig
-        Its config: the vocabulary is filled up to ``vocab_size``.
+        Its config. The vocabulary is padded to ``vocab_size``.
 
     Raises
     ------
     ExportError
-        If llama.cpp has no such tokenizer.
+        If llama.cpp does not support the tokenizer.
     """
     tokenizer = load_tokenizer(source)
     original = _original_gguf(source)
@@ -52,7 +52,7 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
     else:
         log.info("the tokenizer is made from that of %s", source.name)
         _convert(writer, tokenizer, config)
-    # Always stated, because what llama.cpp does without depends on the pre-tokenizer.
+    # Always written, because llama.cpp's defaults depend on the pre-tokenizer.
     adds_bos, adds_eos = _surroundings(tokenizer)
     writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(adds_eos)
@@ -70,7 +70,7 @@ def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
 
 
 def _original_gguf(source: Source) -> Path | None:
-    """The GGUF file that a checkpoint is; the embedded one if it was made from that."""
+    """The GGUF file of a checkpoint, or the embedded one if the checkpoint was pruned from it."""
     if not source.gguf_file:
         report = find_file(source, REPORT_FILE)
         if report is None:
@@ -124,7 +124,7 @@ def _convert(
 
 
 def _check_normalizer(normalizer: dict[str, Any] | None, is_byte_level: bool) -> None:
-    """Refuse changes to the text before it is split, but for those that llama.cpp makes too."""
+    """Refuse normalizers that change text in a way that llama.cpp does not support."""
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     kinds = {step["type"] for step in steps}
     known = {"NFC"} if is_byte_level else {"Prepend", "Replace"}
@@ -138,7 +138,7 @@ def _check_normalizer(normalizer: dict[str, Any] | None, is_byte_level: bool) ->
 
 
 def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Whether BOS is put before a prompt, and EOS after it."""
+    """Whether the tokenizer adds BOS before a prompt, and EOS after it."""
     ids = tokenizer("a", add_special_tokens=False).input_ids
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     for before, after in product((False, True), repeat=2):
@@ -151,7 +151,7 @@ def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 
 def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
-    """Texts and types of all ids; ids without a token are filled up."""
+    """Texts and types of all ids; ids without a token get placeholders."""
     texts = {index: text for text, index in state["model"]["vocab"].items()}
     types = dict.fromkeys(texts, TokenType.NORMAL)
     if state["model"]["byte_fallback"]:
@@ -180,11 +180,11 @@ def _tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[Tok
 
 
 def _sentencepiece_scores(state: dict[str, Any]) -> dict[str, float]:
-    """Scores that make llama.cpp merge in the order of the merges.
+    """Compute scores with which llama.cpp merges in the order of the tokenizer's merges.
 
-    llama.cpp merges any two neighbours that make a known piece, best score first. That is the
-    same as merging by rank if every way to make a piece is among the merges, and they are grouped
-    by piece, as they are when they come from a SentencePiece model.
+    llama.cpp merges any two neighbours that form a known piece, best score first. This equals
+    merging by rank if the merges contain every way to form a piece and are grouped by piece, as in
+    tokenizers converted from a SentencePiece model.
     """
     vocab = state["model"]["vocab"].keys() - {token["content"] for token in state["added_tokens"]}
     merges = [tuple(merge) for merge in state["model"]["merges"]]
@@ -204,6 +204,6 @@ def _sentencepiece_scores(state: dict[str, Any]) -> dict[str, float]:
 
 
 def _adds_space(state: dict[str, Any]) -> bool:
-    """Whether a space is put before the text, by the normalizer or the pre-tokenizer."""
+    """Whether the normalizer or the pre-tokenizer adds a space before the text."""
     text = json.dumps([state["normalizer"], state["pre_tokenizer"]])
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"always"' in text

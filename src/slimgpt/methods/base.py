@@ -1,8 +1,8 @@
-"""The protocol of a pruning method, and what the methods that only score units share.
+"""The base class of the pruning methods, and of those that only score units.
 
-A method gets the statistics of one sublayer at a time and decides which units stay, and with what
-weights. Calibration, schedule and slicing are the same for all of them, so each layer loses as much
-with every method, also with those whose authors rank all layers together.
+A method gets the statistics of one sublayer at a time, selects the units to keep and updates their
+weights. Calibration, schedule and slicing are the same for all methods. Each layer therefore has
+the same pruning ratio with every method, even with those whose authors rank all layers together.
 
 Shape suffixes: ``O`` out features, ``I`` in features, ``U`` units, ``K`` kept columns, ``R``
 removed columns, ``N`` samples, ``T`` tokens.
@@ -25,22 +25,22 @@ from slimgpt.solver.hessian import output_power
 
 
 class Decision(NamedTuple):
-    """What a method makes of one sublayer.
+    """The decision of a method for one sublayer.
 
     Attributes
     ----------
     kept_units : Tensor
-        Indices, sorted.
+        Sorted indices of the units to keep.
     weight_OK : Tensor
-        The kept columns of the output projection.
+        The kept columns of the output projection, updated by the method.
     error, power : float
         E‖Δy‖² and E‖y‖² over the calibration tokens.
     bias_O : Tensor or None
-        Its new bias; None leaves it as it is.
+        New bias of the output projection; None leaves the bias unchanged.
     damping : float
         Damping that the Hessian needed, if one was factorised.
     errors : tuple of float
-        The error at other widths, where the sensitivity pass asks for it.
+        In a sensitivity pass, the errors at other widths.
     """
 
     kept_units: Tensor
@@ -53,20 +53,20 @@ class Decision(NamedTuple):
 
 
 class Method(ABC):
-    """What decides which units of a sublayer stay.
+    """A pruning method: selects the units to keep in each sublayer.
 
     Attributes
     ----------
     package : str or None
-        A package of the extra ``recover`` that it needs.
+        Package of the extra ``recover`` that the method needs.
     needs_gradients : bool
         Whether `score_model` takes gradients of the whole model, which is then in memory.
     needs_dense : bool
-        Whether the residual stream of the dense model is needed beside the pruned one.
+        Whether calibration also runs the dense model's residual stream.
     refit_epochs : int
-        For how many epochs a pruned FFN is refitted.
+        Epochs of the refit of each pruned FFN.
     scores : dict of str to Tensor
-        What `score_model` gave, or nothing.
+        The result of `score_model`; empty if the method has none.
     """
 
     package: ClassVar[str | None] = None
@@ -80,11 +80,11 @@ class Method(ABC):
 
     @property
     def scores_model(self) -> bool:
-        """Whether the method has scores that come from the model as a whole."""
+        """Whether the method scores the units of the whole model at once."""
         return type(self).score_model is not Method.score_model
 
     def extend_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Config of the model that is pruned: the original, with what the method adds to it."""
+        """Extend the config of the dense model before pruning, for example by biases."""
         return config
 
     def score_model(
@@ -95,7 +95,7 @@ class Method(ABC):
         Parameters
         ----------
         model : PreTrainedModel
-            Dense; with weights only if the method needs gradients, which are then set.
+            The dense model. It has weights only if the method needs gradients.
         samples_NT : Tensor
             int64, calibration tokens.
         widths : sequence of tuple of int
@@ -104,29 +104,29 @@ class Method(ABC):
         Returns
         -------
         dict
-            scores_U, by the name of the sublayer.
+            scores_U, by the sublayer's name.
         """
         raise NotImplementedError
 
     @abstractmethod
     def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
-        """Decide which units stay, and with what weights.
+        """Select the units to keep, and compute their weights in the output projection.
 
         Parameters
         ----------
         sublayer : Sublayer
-            As it was before, with its weights.
+            The dense sublayer, with its weights.
         num_keep : int
-            How many units stay.
+            Number of units to keep.
         activations : Activations
-            Statistics of the calibration; the method may take them (see `Activations.take_sums`).
+            Calibration statistics. The method may consume them (see `Activations.take_sums`).
         """
 
 
 class ScoringMethod(Method):
-    """A method that gives each unit a score; the units of the lowest scores go.
+    """A method that scores the units and removes those with the lowest scores.
 
-    The weights that stay are not changed.
+    The kept weights are not updated.
     """
 
     def score(self, sublayer: Sublayer, activations: Activations) -> Tensor:
@@ -134,7 +134,7 @@ class ScoringMethod(Method):
         return self.scores[sublayer.name]
 
     def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
-        """Keep the units of the highest scores, see `Method.decide`."""
+        """Keep the units with the highest scores, see `Method.decide`."""
         scores_U = self.score(sublayer, activations)
         kept_units = scores_U.argsort(descending=True, stable=True)[:num_keep].sort().values
         hessian_II, mean_I = activations.hessian_II, activations.mean_I
@@ -150,19 +150,19 @@ class ScoringMethod(Method):
     def replace(
         self, sublayer: Sublayer, weight_OR: Tensor, mean_R: Tensor, lost_RR: Tensor
     ) -> Tensor | None:
-        """Replace the removed columns by a bias_O, and take what it stands for from `lost_RR`."""
+        """Compute a bias_O for the removed columns; subtract the part it covers from `lost_RR`."""
         return None
 
 
 def unit_sums(sublayer: Sublayer, score: Callable[[Any], Tensor]) -> Tensor:
-    """Add up what each weight of a sublayer is worth, for each of its units.
+    """Sum the scores of a sublayer's single weights over each unit.
 
     Parameters
     ----------
     sublayer : Sublayer
-        In a live model.
+        A sublayer of a live model.
     score : callable
-        Gives the scores_OI of a linear layer's weight.
+        Returns scores_OI for the weight of a linear layer.
 
     Returns
     -------
@@ -182,6 +182,6 @@ def sublayers_of(model: PreTrainedModel) -> list[Sublayer]:
 
 
 def add_gradient(model: PreTrainedModel, sample_T: Tensor) -> None:
-    """Add the gradient of the loss on one sample, which is all that is in memory."""
+    """Add the gradient of the loss on one sample; only its activations are in memory."""
     sample_NT = sample_T[None].to(model.device)
     model(sample_NT, labels=sample_NT, use_cache=False).loss.backward()

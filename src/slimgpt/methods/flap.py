@@ -1,4 +1,4 @@
-"""FLAP: fluctuation of the inputs, and a bias in place of what goes.
+"""FLAP: score by the fluctuation of the inputs; a bias replaces the removed columns' mean output.
 
 References
 ----------
@@ -18,7 +18,7 @@ from slimgpt.models.family import Sublayer, family_of
 
 
 class Flap(ScoringMethod):
-    """FLAP puts the mean of what goes into the bias, so that only its variance is lost."""
+    """Removed columns contribute their mean output through the bias; only the variance is lost."""
 
     def extend_config(self, config: Any) -> Any:
         """Give every linear layer of the blocks a bias.
@@ -26,7 +26,7 @@ class Flap(ScoringMethod):
         Raises
         ------
         UnsupportedModelError
-            If models of this type have no such biases.
+            If models of this type have no biases in their output projections.
         """
         keys = {spec.bias for spec in family_of(config.model_type).sublayers}
         if not all(hasattr(config, key) for key in keys):
@@ -42,8 +42,8 @@ class Flap(ScoringMethod):
     def score(self, sublayer: Sublayer, activations: Activations) -> Tensor:
         """Σ Var(x_j)·‖w_j‖² over a unit's columns (FLAP, WIFV), see `ScoringMethod.score`.
 
-        FLAP puts the scores of all layers on one scale to choose the widths too; here the schedule
-        does that.
+        The original FLAP also ranks the scores of all layers together to choose the widths; here
+        the schedule sets the widths.
         """
         variance_I = activations.hessian_II.diagonal() - activations.mean_I.square()
         sums_I = sublayer.output.weight.float().square().sum(dim=0).to(variance_I.device)

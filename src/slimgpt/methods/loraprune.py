@@ -19,13 +19,13 @@ from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.methods.base import ScoringMethod, add_gradient, sublayers_of, unit_sums
 from slimgpt.models.family import family_of
 
-# Settings of LoRAPrune, but for the last three, which suit the few samples of a calibration.
+# Settings of LoRAPrune, except the last three, which are chosen for few calibration samples.
 LORA_RANK, LORA_ALPHA, LEARNING_RATE = 8, 16, 1e-4
 NUM_STEPS, MOVING_AVERAGE, FULLY_MASKED = 16, 0.9, 0.8
 
 
 class LoRAPrune(ScoringMethod):
-    """Importance of weights from the gradients of adapters, while units are masked step by step."""
+    """Importance from the gradients of LoRA adapters, while units are masked step by step."""
 
     package = "peft"
     needs_gradients = True
@@ -33,13 +33,13 @@ class LoRAPrune(ScoringMethod):
     def score_model(
         self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]
     ) -> dict[str, Tensor]:
-        """Σ (w·ĝ)² over all weights of a unit, ĝ from the gradients of adapters; −inf if it goes.
+        """Σ (w·ĝ)² over all weights of a unit; −inf for units to remove.
 
-        While adapters B A are trained on the samples, ĝ = ∂B A + B ∂A − ∂B ∂A estimates the
-        gradient of the weight W + B A. The scores are moving averages, and the units of the lowest
-        ones are masked as the training goes on, until as many are masked as shall go. LoRAPrune
-        trains on much more text and keeps the adapters; here they are for the scores only, and
-        recovery is a step of its own. See `Method.score_model`.
+        Adapters B A are trained on the samples; ĝ = ∂B A + B ∂A − ∂B ∂A estimates the gradient of
+        the weight W + B A. The scores are moving averages. Training masks more and more of the
+        units with the lowest scores, up to the number to remove. LoRAPrune trains on much more text
+        and keeps the adapters; here the adapters only give the scores, and recovery is a separate
+        command. See `Method.score_model`.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -62,7 +62,7 @@ class LoRAPrune(ScoringMethod):
             for sample_T in batch_NT:
                 add_gradient(model, sample_T)
             progress = min((step + 1) / len(batches) / FULLY_MASKED, 1)
-            masked = 1 - (1 - progress) ** 3  # the share that is masked grows as a cubic
+            masked = 1 - (1 - progress) ** 3  # the masked share grows as a cubic
             for sublayer, keep in zip(sublayers, num_keep, strict=True):
                 scores_U = scores[sublayer.name]
                 new_U = unit_sums(sublayer, _lora_gradient_squared)
@@ -81,7 +81,7 @@ def _lora_gradient_squared(adapted: Any) -> Tensor:
 
 
 def _mask(scores_U: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Let nothing of the units of score −inf into an output projection."""
+    """Zero the inputs of an output projection that belong to units with score −inf."""
     (hidden_NTI,) = args
     mask_U1 = scores_U.isfinite().to(hidden_NTI)[:, None]
     return ((hidden_NTI.unflatten(-1, (len(scores_U), -1)) * mask_U1).flatten(-2),)

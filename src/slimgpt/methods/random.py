@@ -1,4 +1,4 @@
-"""Random scores, the lower bound of a comparison."""
+"""Random scores: the lower bound in a comparison of methods."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,6 @@ class Random(ScoringMethod):
     def score_model(
         self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]
     ) -> dict[str, Tensor]:
-        """Draw the scores; samples and widths do not matter. See `Method.score_model`."""
+        """Draw the scores; samples and widths are unused. See `Method.score_model`."""
         generator = torch.Generator().manual_seed(self.config.seed)
         return {s.name: torch.rand(s.num_units, generator=generator) for s in sublayers_of(model)}

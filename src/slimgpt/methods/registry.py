@@ -1,4 +1,4 @@
-"""Every method by its name."""
+"""All pruning methods, by name."""
 
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Method
@@ -22,5 +22,5 @@ METHODS: dict[str, type[Method]] = {
 
 
 def make_method(config: PruneConfig) -> Method:
-    """Make the method that the options name."""
+    """Create the method that the options name."""
     return METHODS[config.method](config)

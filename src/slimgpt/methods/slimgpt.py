@@ -1,4 +1,4 @@
-"""SlimGPT: remove the units that cost least, and let the others compensate for them.
+"""SlimGPT: remove the units with the smallest error; the remaining weights compensate for them.
 
 References
 ----------
@@ -32,7 +32,7 @@ class SlimGPT(Method):
         self.refit_epochs = config.refit_epochs
 
     def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
-        """Eliminate the units of least error, see `slimgpt.methods.base.Method.decide`."""
+        """Eliminate the units with the smallest error, see `slimgpt.methods.base.Method.decide`."""
         problem = self._prepare(sublayer, activations)
         left, errors = self.eliminate(problem, sublayer, sublayer.num_units - num_keep)
         kept_units = left.kept_K[:: sublayer.unit_size] // sublayer.unit_size
@@ -48,7 +48,7 @@ class SlimGPT(Method):
     def eliminate(
         self, problem: Problem, sublayer: Sublayer, num_remove: int
     ) -> tuple[Elimination, tuple[float, ...]]:
-        """Remove units; with the errors at other widths, of which there are none here."""
+        """Remove units; the second value, the errors at other widths, is empty here."""
         config = self.config
         if sublayer.unit_size > 1:
             size = sublayer.unit_size
@@ -60,7 +60,7 @@ class SlimGPT(Method):
 
     def _prepare(self, sublayer: Sublayer, activations: Activations) -> Problem:
         config = self.config
-        # The Hessian is as large as all else that the solver needs: it is freed before.
+        # Take the sums so that they are freed early: H is as large as the solver's other matrices.
         hessian_II, cross_OI = activations.take_sums()
         weight_OI = sublayer.output.weight.to(hessian_II.device)
         settings: Any = config.damping, config.damping_mode, cross_OI, config.correction

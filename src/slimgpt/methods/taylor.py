@@ -16,7 +16,7 @@ from slimgpt.methods.base import ScoringMethod, add_gradient, sublayers_of, unit
 
 
 class Taylor(ScoringMethod):
-    """First-order importance of single weights, summed over a unit."""
+    """First-order importance of the weights, summed over each unit."""
 
     needs_gradients = True
 
@@ -25,8 +25,8 @@ class Taylor(ScoringMethod):
     ) -> dict[str, Tensor]:
         """Σ |w·∂L/∂w| over all weights of a unit (LLM-Pruner, element-wise).
 
-        L is the loss of the language model, summed over the samples. LLM-Pruner takes ten of them;
-        here all of the calibration count. See `Method.score_model`.
+        L is the language-modelling loss, summed over the samples. LLM-Pruner uses ten samples; this
+        implementation uses all calibration samples. See `Method.score_model`.
         """
         sublayers = sublayers_of(model)
         for sublayer in sublayers:

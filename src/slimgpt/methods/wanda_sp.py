@@ -1,4 +1,4 @@
-"""Wanda-sp: weights times the norms of their inputs.
+"""Wanda-sp: absolute weights times the norms of their inputs.
 
 References
 ----------
@@ -14,7 +14,7 @@ from slimgpt.models.family import Sublayer
 
 
 class WandaSP(ScoringMethod):
-    """Weights of the output projection times the norms of their inputs."""
+    """Absolute weights of the output projection times the norms of their inputs."""
 
     def score(self, sublayer: Sublayer, activations: Activations) -> Tensor:
         """Σ |W_ij|·‖x_j‖ over a unit's columns, see `ScoringMethod.score`."""

@@ -1,9 +1,9 @@
-"""Where the prunable tensors of each model family are.
+"""Names of the prunable tensors of each model family.
 
 A family is one JSON file in the folder ``families``; a new family needs no code. A block is a list
-of sublayers of one form: a norm, a module whose input projections make the columns of one output
-projection, and units (key/value groups, channels) that own equal shares of the rows of the former
-and of the columns of the latter.
+of sublayers. Each sublayer has a norm, and a module with input projections and one output
+projection. Its units (key/value groups or channels) own equal shares of the rows of the input
+projections and of the columns of the output projection.
 """
 
 from collections.abc import Iterator
@@ -22,20 +22,20 @@ PRUNED_PREFIX = "slimgpt_"
 
 
 class SublayerSpec(BaseModel):
-    """Names inside a block.
+    """Names of a sublayer's modules inside its block, and its config keys.
 
     Attributes
     ----------
     kind : {"attention", "ffn"}
-        What it is.
+        Kind of sublayer.
     norm, module : str
-        The norm before the sublayer, and the sublayer.
+        The norm before the sublayer, and the sublayer itself.
     inputs, output : tuple of str, str
-        Linear layers of the module: those that lose rows, and the one that loses columns.
+        Linear layers of the module: pruning removes rows of `inputs` and columns of `output`.
     widths : tuple of str
-        Config keys that scale with the units; the first is the number of units itself.
+        Config keys that scale with the units; the first is the number of units.
     bias : str
-        Config key, in some of the model types, that gives these linear layers biases.
+        Config key that gives these linear layers biases; some model types lack it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +50,7 @@ class SublayerSpec(BaseModel):
 
 
 class Family(BaseModel):
-    """One JSON file: which models it describes, and where their blocks and sublayers are."""
+    """The content of a family's JSON file: model types, and the paths of blocks and sublayers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,7 +65,7 @@ class Family(BaseModel):
         return [n for spec in self.sublayers for n in (*spec.inputs, spec.output)]
 
     def sublayer(self, kind: str) -> SublayerSpec:
-        """The names of the sublayer of this kind."""
+        """Find the sublayer of a kind."""
         return next(spec for spec in self.sublayers if spec.kind == kind)
 
 
@@ -76,11 +76,11 @@ class Sublayer:
     Attributes
     ----------
     block : int
-        The block that it is in.
+        Index of the block.
     name : str
-        Name of its module in the model.
+        Name of the sublayer's module in the model.
     spec : SublayerSpec
-        Its names.
+        Names of its modules and config keys.
     norm, module : nn.Module
         The norm before it, and the sublayer itself.
     num_units : int
@@ -101,27 +101,27 @@ class Sublayer:
 
     @property
     def output(self) -> nn.Linear:
-        """The projection whose columns are solved for."""
+        """The output projection, which loses columns and is compensated by the solver."""
         return _linear(self.module, self.spec.output)
 
     @property
     def output_name(self) -> str:
-        """Name of this projection in the model."""
+        """Name of the output projection in the model."""
         return f"{self.name}.{self.spec.output}"
 
     @property
     def inputs(self) -> dict[str, nn.Linear]:
-        """The projections that lose the matching rows, by name."""
+        """The input projections, which lose the matching rows, by name."""
         return {name: _linear(self.module, name) for name in self.spec.inputs}
 
     @property
     def unit_size(self) -> int:
-        """Columns of the output projection that one unit owns."""
+        """Number of columns of the output projection per unit."""
         return self.output.in_features // self.num_units
 
     @property
     def shape(self) -> SublayerShape:
-        """What can be removed from it."""
+        """The prunable units."""
         tensors = [self.output.weight, *(p for m in self.inputs.values() for p in m.parameters())]
         params = sum(tensor.numel() for tensor in tensors)
         return SublayerShape(self.kind, self.num_units, params // self.num_units)
@@ -134,11 +134,11 @@ class Block:
     Attributes
     ----------
     index, name : int, str
-        Its place, and its name in the model.
+        Position of the layer, and its name in the model.
     module : nn.Module
-        The layer.
+        The decoder layer.
     sublayers : tuple of Sublayer
-        Its parts, in the order of computation.
+        The sublayers, in the order of computation.
     """
 
     index: int
@@ -148,13 +148,13 @@ class Block:
 
     @property
     def shape(self) -> BlockShape:
-        """What can be removed from the block."""
+        """The prunable units of all sublayers."""
         return BlockShape(tuple(sublayer.shape for sublayer in self.sublayers))
 
 
 @cache
 def load_families() -> dict[str, Family]:
-    """Every family, by model type."""
+    """Load all families, by model type."""
     texts = (
         path.read_text(encoding="utf-8")
         for path in files("slimgpt.models").joinpath("families").iterdir()
@@ -165,12 +165,12 @@ def load_families() -> dict[str, Family]:
 
 
 def family_of(model_type: str) -> Family:
-    """Find the family of a model type; a pruned model is of the family of its original.
+    """Find the family of a model type; pruned types belong to the family of the original type.
 
     Raises
     ------
     UnsupportedModelError
-        If no family has this model type; lists those that are supported.
+        If no family has this model type. The hint lists the supported types.
     """
     families = load_families()
     family = families.get(model_type.removeprefix(PRUNED_PREFIX))
@@ -183,12 +183,12 @@ def family_of(model_type: str) -> Family:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """The stack of blocks of a causal language model, without its head."""
+    """Find the decoder of a causal language model, which contains all but the head."""
     return model.get_submodule(family_of(model.config.model_type).decoder)
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
-    """The blocks of a causal language model."""
+    """List the blocks of a causal language model."""
     blocks = decoder_of(model).get_submodule(family_of(model.config.model_type).blocks)
     return cast(nn.ModuleList, blocks)
 
@@ -199,7 +199,7 @@ def bind(model: Any) -> Iterator[Block]:
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model with its ``config``; pruned or not.
+        A causal language model with its ``config``, dense or pruned.
 
     Raises
     ------

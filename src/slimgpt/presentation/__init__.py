@@ -1,1 +1,1 @@
-"""How results are shown: tables of text, and charts. It gets data and knows no other package."""
+"""Show results as text tables and charts. Imports no other package of SlimGPT except runtime."""

@@ -1,8 +1,8 @@
-"""Charts of one style, in files or inline in a page.
+"""Charts in a common style, written to files or inline in a page.
 
-An inline chart is SVG that takes its colours from the page, in two widths. The page shows ``.wide``
-or ``.narrow``, whichever fits, so that text has the same size on a desktop and on a phone. One
-point of Matplotlib is one CSS pixel there.
+An inline chart is SVG in two widths, with colours from the page's style sheet. The page shows
+``.wide`` or ``.narrow``, whichever fits, so that text has the same size on a desktop and on a
+phone. In inline charts, one Matplotlib point is one CSS pixel.
 """
 
 import re
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from slimgpt.runtime.files import replacing, writing
 
-# By the name of their variable in the page's style sheet.
+# Colours by the name of their variable in the page's style sheet.
 COLORS = {
     "ink": "#1b1f24",
     "muted": "#59626d",
@@ -81,9 +81,9 @@ def bars(
     Parameters
     ----------
     values : mapping of str to sequence of float
-        Name and heights of bars that stand before each other: the first in front, in colour.
+        Name and heights of overlapping bars. The first are in front, in colour.
     level : tuple of str and float, optional
-        Name and height of a line across.
+        Name and height of a horizontal line.
     percent : bool
         Whether the heights are fractions to show as percentages.
     """
@@ -133,14 +133,14 @@ def curves(
 
 
 def unit_map(kept: Sequence[Sequence[int]], total: Sequence[int]) -> Plot:
-    """Plot a cell for each unit of each block: filled if it is kept, hollow if not.
+    """Plot a cell for each unit of each block: filled if kept, hollow if removed.
 
     Parameters
     ----------
     kept : sequence of sequence of int
         Indices of the units that each block keeps.
     total : sequence of int
-        How many units each block had.
+        Number of units of each block before pruning.
     """
     units = [(block, unit) for block, count in enumerate(total) for unit in range(count)]
 
@@ -165,16 +165,16 @@ def grouped_bars(
     places: Sequence[str],
     **labels: str,
 ) -> Plot:
-    """Plot bars beside each other, with whiskers.
+    """Plot grouped bars with whiskers.
 
     Parameters
     ----------
     groups : mapping of str to sequence of three floats
-        Name of a bar, and in each place the lower end of its whisker, its height, the upper end.
+        By name, one bar for each place: lower end of the whisker, height, upper end.
     targets : tuple of str and sequence of float, optional
-        Name and heights of marks over the first bar of each place.
+        Name and heights of marks at the first bar of each place.
     places : sequence of str
-        Names of the places.
+        Labels of the places on the x axis.
     **labels
         ``title``, ``xlabel`` and ``ylabel``.
     """
@@ -197,16 +197,16 @@ def grouped_bars(
 
 
 def save(plots: Sequence[Plot], file: Path, title: str = "") -> None:
-    """Write charts beside each other into a file; the same data gives the same SVG.
+    """Write charts side by side to a file; the same data gives the same SVG.
 
     Parameters
     ----------
     plots : sequence of Plot
         The charts, left to right.
     file : Path
-        Its suffix is the format.
+        File to write; its suffix determines the format.
     title : str
-        Of the whole figure.
+        Title of the whole figure.
 
     Raises
     ------
@@ -226,20 +226,20 @@ def save(plots: Sequence[Plot], file: Path, title: str = "") -> None:
 
 
 def inline(label: str, plot: Plot, height: int = 240) -> str:
-    """Write a chart as an element of a page.
+    """Make a chart as an HTML element.
 
     Parameters
     ----------
     label : str
-        What the chart shows, for those who cannot see it.
+        Description of the chart for screen readers.
     plot : Plot
         The chart.
     height : int
-        In CSS pixels.
+        Height in CSS pixels.
     """
     drawings = []
     for kind, width in _WIDTHS.items():
-        # The salt makes the ids that a drawing refers to its own, and the same each time.
+        # The salt makes the ids of a drawing unique within the page, and reproducible.
         with style.context(["default", _STYLE | {"svg.hashsalt": f"{kind} {label}"}]):
             figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
             if names := _draw(plot, figure.subplots()):
@@ -250,7 +250,7 @@ def inline(label: str, plot: Plot, height: int = 240) -> str:
 
 
 def _inline_svg(figure: Figure, kind: str) -> str:
-    """SVG without what only a file of its own needs."""
+    """SVG without the parts that only a separate file needs."""
     buffer = StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

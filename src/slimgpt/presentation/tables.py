@@ -1,4 +1,4 @@
-"""Results as tables of text: the rows and columns, for any writer, and a writer for Markdown."""
+"""Make text tables of results, and write them as Markdown."""
 
 import re
 from collections.abc import Container, Iterable, Sequence
@@ -21,10 +21,10 @@ class Table:
     Attributes
     ----------
     rows : list of dict
-        The cells of a row by column; all rows have the same columns. A number may be followed by
-        a space and its uncertainty.
+        Cells by column; all rows have the same columns. A number may be followed by a space and its
+        uncertainty.
     numbers : container of str
-        The columns of measurements. The others are labels, the first of which names the row.
+        Columns with measurements. The other columns are labels; the first label names the row.
     note : str
         How the numbers were measured.
     """
@@ -35,12 +35,12 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that are not empty."""
+        """Names of the columns that are not empty."""
         return [column for column in self.rows[0] if any(row[column] for row in self.rows)]
 
     @property
     def labels(self) -> list[str]:
-        """The columns that say what was measured."""
+        """Names of the label columns, which say what was measured."""
         return [column for column in self.columns if column not in self.numbers]
 
 
@@ -50,7 +50,7 @@ def sizes(planned: Any) -> dict[str, str]:
     Parameters
     ----------
     planned : PrunePlan or PruningReport
-        The numbers.
+        Parameter counts and ratios.
     """
     return {
         "Parameters": f"{planned.params_before:,} → {planned.params_after:,}",
@@ -68,7 +68,7 @@ def perplexity_table(results: Iterable[Any], digits: int = 2) -> Table:
     results : iterable of EvalResult
         At least one.
     digits : int
-        Digits of a perplexity after the point.
+        Number of decimals of a perplexity.
     """
     rows = [
         {
@@ -151,14 +151,14 @@ def cost_table(result: Any) -> Table:
 
 
 def brief(value: float | None) -> str:
-    """Three digits of a number, or all those before the point."""
+    """Format a number with three digits, or with all digits before the point if there are more."""
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def escaped(text: str) -> str:
-    """Text on one line, in which nothing is markup for Markdown or HTML, nor ends a cell."""
+    """Escape text for one cell of a table: one line, without markup for Markdown or HTML."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(character, entity)
@@ -188,7 +188,7 @@ def _score(value: float | None, stderr: float | None) -> str:
 
 
 def _spread(spread: Any, scale: int = 1) -> str:
-    """A median, and the smallest and the largest value."""
+    """Format a median with the smallest and the largest value."""
     if spread is None:
         return ""
     median, low, high = (brief(scale * v) for v in (spread.median, spread.low, spread.high))

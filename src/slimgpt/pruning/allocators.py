@@ -1,4 +1,4 @@
-"""Ways to find the widths of every block; a new one is a function from a job to widths."""
+"""Allocators choose the widths of every block. An allocator is a function from a job to widths."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from slimgpt.pruning.sensitivity import measured_widths
 
 
 def scheduled_widths(job: Job) -> list[BlockWidths]:
-    """Widths as the ratios say, given or scheduled."""
+    """Compute the widths from the given layer ratios or from the schedule."""
     return initial_widths(job.base_config, job.config)
 
 
@@ -18,9 +18,9 @@ ALLOCATORS: dict[str, Allocator] = {"scheduled": scheduled_widths, "measured": m
 
 
 def allocate(job: Job) -> list[BlockWidths]:
-    """Find the widths of every block in the way that the options name.
+    """Choose the widths of every block with the allocator that the options name.
 
-    Where there is nothing to measure, or too few samples, they stay as scheduled.
+    Measured widths fall back to the schedule if nothing is removed or there are too few samples.
     """
     scheduled = scheduled_widths(job)
     name = job.config.widths

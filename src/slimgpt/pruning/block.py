@@ -31,20 +31,20 @@ def prune_block(
     Parameters
     ----------
     block : Block
-        As it was before, with its weights.
+        The dense block, with its weights.
     widths : tuple of int
-        Units that it keeps, by sublayer.
+        Units to keep, by sublayer.
     stream : Stream
-        What enters the block; afterwards what leaves the pruned block.
+        Residual stream before the block. On return, the stream after the pruned block.
     method : Method
-        What decides which units stay.
+        Selects the units to keep and updates the weights.
     activation_memory : int
-        Bytes of sublayer activations to keep between their two uses.
+        Bytes of sublayer activations that may be kept from calibration to propagation.
 
     Raises
     ------
     NumericalError
-        If a Hessian cannot be factorised; names the block and the sublayer.
+        If a Hessian cannot be factorised. The message names the block and the sublayer.
     """
     plans = (
         _prune_sublayer(sublayer, num_keep, stream, method, activation_memory)
@@ -54,16 +54,16 @@ def prune_block(
 
 
 def replay_block(block: Block, saved: SavedBlock, stream: Stream) -> None:
-    """Apply to a block what was decided before, and to the stream exactly the same.
+    """Apply the saved decisions to a block in place. The stream changes exactly as in pruning.
 
     Parameters
     ----------
     block : Block
-        As it was before, with its weights.
+        The dense block, with its weights.
     saved : SavedBlock
-        What was decided.
+        The saved decisions and weights.
     stream : Stream
-        What enters the block; afterwards what leaves the pruned block.
+        Residual stream before the block. On return, the stream after the pruned block.
     """
     for sublayer, decided in zip(block.sublayers, saved.plan.sublayers, strict=True):
         pass_through(sublayer, stream, stream.dense_batches())
@@ -92,7 +92,7 @@ def _prune_sublayer(
         pass_through(sublayer, stream, stream.batches())
         return SublayerPlan(sublayer.kind, tuple(range(num_keep)))
     is_refit = method.refit_epochs > 0 and sublayer.kind == "ffn"
-    # What was in front of the output projection is of no use after a refit.
+    # A refit changes the input projections, so kept activations would be stale.
     activations = collect(sublayer, stream, 0 if is_refit else activation_memory)
     kept, output, plan = activations.kept, sublayer.output, None
     new_weight = output.weight.new_empty(output.out_features, num_keep * sublayer.unit_size)

@@ -1,4 +1,4 @@
-"""What was decided for a block, as it is saved and reported."""
+"""The pruning decisions for a block, in the form in which they are saved and reported."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _UNITS = {"attention": "kv groups", "ffn": "channels"}
 
 @dataclass(frozen=True)
 class SublayerPlan:
-    """What was decided for one sublayer.
+    """The pruning decision for one sublayer.
 
     Attributes
     ----------
@@ -27,15 +27,15 @@ class SublayerPlan:
     keep : tuple of int
         Units kept: key/value groups or FFN channels, sorted.
     error, relative_error : float
-        Mean squared change of the sublayer's output over the calibration tokens, E‖Δy‖², and the
-        same over E‖y‖².
+        Mean squared change of the sublayer's output over the calibration tokens, E‖Δy‖², and this
+        error divided by E‖y‖². Both are measured before the refit.
     damping : float
-        Damping that the Hessian needed; 0 where nothing was removed or solved.
+        Damping that the Hessian needed; 0 if nothing was removed or no Hessian was factorised.
     errors : tuple of float
         In a sensitivity pass, the error after each of `measured_removals`, damping included.
     refit : float or None
-        Error ratio of the refit: squared error after over before. None where there was none. The
-        other errors are those before.
+        Error ratio of the refit: squared error after the refit over that before. None without a
+        refit.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class SublayerPlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What was decided for the sublayers of one block."""
+    """The pruning decisions for the sublayers of one block."""
 
     block: int
     sublayers: tuple[SublayerPlan, ...]
@@ -64,11 +64,11 @@ class BlockPlan:
         return cls(values["block"], tuple(plans))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, without empty lists of errors."""
+        """Convert to JSON values, without empty lists of errors."""
         return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v != ()})
 
     def __str__(self) -> str:
-        """What went and what it cost, in a few words."""
+        """Summarise the kept units and the errors for the log."""
         return ", ".join(
             f"{len(plan.keep)} {_UNITS[plan.kind]} kept, error {plan.relative_error:.4f}"
             for plan in self.sublayers
@@ -77,14 +77,14 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class SavedBlock:
-    """A pruned block in a file of the run.
+    """A pruned block saved in the run directory.
 
     Attributes
     ----------
     plan : BlockPlan
-        What was decided.
+        The pruning decisions.
     read : callable
-        Gives the tensors of the pruned block by their names in the model.
+        Returns a tensor of the pruned block by its name in the model.
     """
 
     plan: BlockPlan
@@ -92,12 +92,12 @@ class SavedBlock:
 
     @classmethod
     def open(cls, file: Path) -> "SavedBlock":
-        """Open a file that the sequential pass has written.
+        """Open a file written by the sequential pass.
 
         Raises
         ------
         DamagedRunError
-            If it cannot be read.
+            If the file cannot be read.
         """
         with reading(file):
             plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))

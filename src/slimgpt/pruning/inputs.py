@@ -1,4 +1,4 @@
-"""Open the inputs of a run, and make its job of them."""
+"""Open and check the inputs of a run, and draw its calibration samples."""
 
 import logging
 from collections.abc import Sequence
@@ -67,16 +67,16 @@ def check_inputs(config: PruneConfig) -> None:
 def open_inputs(
     source: Source, config: PruneConfig, device: torch.device, progress: Progress
 ) -> Inputs:
-    """Open a model, without reading its weights.
+    """Open a model without reading its weights.
 
     Raises
     ------
     SlimGPTError
-        If a part of it is missing or broken.
+        If a file of the model is missing or broken, or the ratio is not feasible.
     """
     stopwatch, method = Stopwatch(), make_method(config)
     base_config = load_config(source)
-    initial_widths(base_config, config)  # may not be feasible
+    initial_widths(base_config, config)  # raises if the ratio is not feasible
     model_config = method.extend_config(base_config)
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source, model_config)
@@ -100,7 +100,7 @@ def open_inputs(
 
 
 def identity_of(inputs: Inputs) -> dict[str, Any]:
-    """All that the result depends on, as JSON values."""
+    """Everything that determines the result, as JSON values."""
     config, weights = inputs.config, inputs.streamed.weights
     configs = {
         "model config": inputs.streamed.skeleton.config,
@@ -124,12 +124,12 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
 
 
 def make_job(inputs: Inputs, run: Run) -> Job:
-    """Check that the machine is large enough, and draw the calibration samples.
+    """Check the memory estimate against the machine, and draw the calibration samples.
 
     Raises
     ------
     ConfigError
-        If it is not.
+        If the machine has too little memory or disk.
     DataError
         If there are too few samples.
     """
@@ -146,7 +146,7 @@ def make_job(inputs: Inputs, run: Run) -> Job:
 
 
 def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEstimate:
-    """Estimate what a run needs at its peak."""
+    """Estimate the peak memory and the disk space of a run."""
     config, method, skeleton = inputs.config, inputs.method, inputs.streamed.skeleton
     measures = is_measured(inputs.base_config, config, widths)
     batch_size = choose_batch_size(config.nsamples, inputs.seqlen)
@@ -162,7 +162,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         shape, output = sublayer.shape, sublayer.output
         num_units = shape.num_units - num_keep
         num_removed += num_units * shape.unit_params
-        columns = num_units * sublayer.unit_size * (2 if measures else 1)  # of other widths too
+        columns = num_units * sublayer.unit_size * (2 if measures else 1)  # and further ones
         solvers.append(
             solver_bytes(output.out_features, output.in_features, columns, method.needs_dense)
         )
@@ -206,7 +206,7 @@ def _warn_of_few_samples(inputs: Inputs) -> None:
 
 
 def _samples(inputs: Inputs, run: Run) -> Tensor:
-    """The calibration samples; each text gives an equal number, as far as possible."""
+    """Draw the calibration samples, as equally as possible from each data set."""
     config, streamed = inputs.config, inputs.streamed
     num_texts, samples = len(config.calibration), []
     for index, name in enumerate(config.calibration):
@@ -227,7 +227,7 @@ def _samples(inputs: Inputs, run: Run) -> Tensor:
 
 
 def _score(inputs: Inputs, run: Run, samples_NT: Tensor, widths: Sequence[BlockWidths]) -> None:
-    """Give the method the scores that come from the model as a whole, if it has such."""
+    """Compute and cache the method's whole-model scores, if it uses them."""
     method, config = inputs.method, inputs.config
     if not method.scores_model:
         return

@@ -1,4 +1,4 @@
-"""What the phases of a run work on."""
+"""The inputs that all phases of a run share."""
 
 from dataclasses import dataclass
 
@@ -17,28 +17,28 @@ from slimgpt.runtime.run_directory import Run
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the user has given, found and opened.
+    """The user's options, and the opened model.
 
     Attributes
     ----------
     config : PruneConfig
         The options.
     method : Method
-        What decides which units stay.
+        The pruning method.
     base_config : PreTrainedConfig
-        Config of the model before.
+        Config of the dense model.
     streamed : StreamedModel
-        The model, with what the method adds to it; its weights are read block by block.
+        The dense model with any biases that the method adds; weights are read block by block.
     tokenizer : PreTrainedTokenizerBase
-        Of the model.
+        Tokenizer of the model.
     generation_config : GenerationConfig
-        Of the model.
+        Generation config of the model.
     seqlen : int
-        Tokens of a calibration sample, within the context of the model.
+        Tokens of a calibration sample, at most the context length of the model.
     stopwatch : Stopwatch
-        What the phases have taken so far.
+        Seconds of each finished phase.
     progress : Progress
-        Told of each block that is done.
+        Called after each finished block.
     """
 
     config: PruneConfig
@@ -54,16 +54,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Job(Inputs):
-    """Inputs with a place for the result, and calibration samples.
+    """Inputs with a run directory, a memory estimate and calibration samples.
 
     Attributes
     ----------
     run : Run
         The run directory.
     memory : MemoryEstimate
-        What the run needs.
+        The memory estimate.
     samples_NT : Tensor
-        int64, calibration tokens of all processes.
+        int64, the calibration tokens for all processes together.
     """
 
     run: Run

@@ -1,4 +1,4 @@
-"""What a run needs of memory and disk, worked out before it begins."""
+"""The memory estimate: bytes of memory and disk that a run needs, known before it starts."""
 
 import os
 import shutil
@@ -21,13 +21,13 @@ class MemoryEstimate:
     Attributes
     ----------
     stream : int
-        The residual stream of all calibration samples of this process, and that of the dense model.
+        Residual stream of this process's calibration samples, and the dense model's if needed.
     is_mapped : bool
-        Whether the stream is in a memory-mapped file, because it is beyond the budget.
+        Whether the stream exceeds the budget and therefore lives in a memory-mapped file.
     kept : int
-        Sublayer activations that may be kept between their two uses.
+        Sublayer activations that may be kept from calibration to propagation.
     working : int
-        The largest block with the solver's matrices for it, or what is in memory at other times.
+        The largest block with the solver's matrices, or the peak of another phase if higher.
     product : int
         The pruned model.
     """
@@ -40,16 +40,16 @@ class MemoryEstimate:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory, beside what the process has taken already."""
+        """Bytes of memory, in addition to those already allocated by the process."""
         return self.working + self.kept + (0 if self.is_mapped else self.stream)
 
     @property
     def disk(self) -> int:
-        """Bytes of disk: finished blocks, the product made from them, and a mapped stream."""
+        """Bytes of disk: the finished blocks, the result and a mapped stream."""
         return 2 * self.product + (self.stream if self.is_mapped else 0)
 
     def __str__(self) -> str:
-        """One line for the user."""
+        """Summarise the estimate in one line for the log."""
         place = "in a memory-mapped file" if self.is_mapped else "in memory"
         return (
             f"needs about {size(self.memory)} of memory and {size(self.disk)} of disk; the "
@@ -57,19 +57,19 @@ class MemoryEstimate:
         )
 
     def check(self, output: Path, written: int) -> None:
-        """Check that the machine has as much.
+        """Check that enough memory and disk are free.
 
         Parameters
         ----------
         output : Path
-            Where the product will be.
+            Directory of the result.
         written : int
-            Bytes that an interrupted run has on disk already.
+            Bytes that an interrupted run has already written.
 
         Raises
         ------
         ConfigError
-            With the numbers, if it has not.
+            If too little is free. The message has both numbers.
         """
         # The processes of torchrun on this machine share its memory.
         memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -96,12 +96,12 @@ def divide_memory(stream: int, widest: int, budget: int) -> tuple[bool, int]:
     stream, widest : int
         Bytes of the residual streams, and of the largest input of an output projection.
     budget : int
-        Bytes for both together.
+        Bytes for streams and activations together.
 
     Returns
     -------
     tuple
-        Whether the streams go into a mapped file, and how many bytes of activations are kept.
+        Whether the streams go into a mapped file, and the bytes of activations to keep.
     """
     is_mapped = stream > budget
     return is_mapped, min(widest, budget if is_mapped else budget - stream)
@@ -110,10 +110,10 @@ def divide_memory(stream: int, widest: int, budget: int) -> tuple[bool, int]:
 def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) -> int:
     """Bytes of the solver's matrices for one output projection.
 
-    First H and its inverse (I × I each) with two of the size of the weight (O × I), or seven where
-    it is corrected; then the inverse, what the removed columns took from it (I × R), and six of
-    the size of the weight. A weight is in float32 (what is in float64 counts twice), all else in
-    float64.
+    `prepare` holds H and its inverse (I × I each) and two matrices of the weight's size (O × I),
+    seven with correction. The elimination holds the inverse, the Cholesky rows of the removed
+    columns (I × R) and six matrices of the weight's size. Weights are counted in float32 (a float64
+    copy counts twice), all other matrices in float64.
     """
     square, weight = FLOAT64 * num_in**2, FLOAT32 * num_out * num_in
     preparing = square + (7 if corrects else 2) * weight
@@ -122,16 +122,23 @@ def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) ->
 
 
 def refit_bytes(num_params: int, num_kept: int, size: int) -> int:
-    """Bytes for the refit of an FFN with so many parameters before and after, of so many bytes.
+    """Bytes for the refit of one FFN.
 
-    The weights as they were are there, and those kept in float32 five times: before, now, their
-    gradients and the two moments of Adam; and once for the products.
+    The dense weights stay in memory. The kept weights are there in float32 five times (start value,
+    current value, gradient, the two moments of Adam) and once in the dtype of the matrix products.
+
+    Parameters
+    ----------
+    num_params, num_kept : int
+        Parameters of the dense and of the pruned FFN.
+    size : int
+        Bytes of a parameter.
     """
     return num_params * size + num_kept * (5 * FLOAT32 + size)
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes in KiB, MiB or GiB."""
     for name, unit in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
@@ -139,7 +146,7 @@ def size(num_bytes: float) -> str:
 
 
 def probe_bytes(skeleton: PreTrainedModel, nsamples: int, seqlen: int) -> int:
-    """Bytes for the gradients: what enters the blocks; embedding, head and logits."""
+    """Bytes for the gradient pass: inputs of all blocks, embedding, head and logits."""
     config, num_tokens = skeleton.config, min(seqlen, PROBE_TOKENS)
     states = (config.num_hidden_layers + 3) * len(probe_samples(nsamples)) * num_tokens
     numbers = (states + 2 * config.vocab_size) * config.hidden_size

@@ -1,4 +1,4 @@
-"""The plan of a run: the widths of every block, and what they amount to."""
+"""The plan of a run: the widths of every block, with the resulting ratios and parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,23 +19,24 @@ from slimgpt.models.source import find_model
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Widths of every block and what they amount to.
+    """Widths of every block, with the resulting ratios and parameters.
 
     Attributes
     ----------
     shapes : tuple of BlockShape
-        What could be removed from each block.
+        The prunable units of each block.
     widths : tuple of tuple of int
         Units that each block keeps, by sublayer: key/value groups and FFN channels.
     layer_ratios : tuple of float
         Fraction of its prunable parameters that each block loses.
-    target_ratio, block_ratio, total_ratio : float
-        Fraction to remove of the prunable block parameters as asked for, as planned, and what
-        that is of all parameters, embeddings included.
+    target_ratio, block_ratio : float
+        Removed fraction of the prunable block parameters: the requested and the planned one.
+    total_ratio : float
+        Removed fraction of all parameters, embeddings included.
     params_before, params_after : int
-        All parameters.
+        All parameters of the dense and of the pruned model.
     is_measured : bool
-        Whether a sensitivity pass decides the widths; those of a plan are what it begins with.
+        Whether a sensitivity pass reallocates units. The widths of a plan are then its start.
     """
 
     shapes: tuple[BlockShape, ...]
@@ -50,7 +51,7 @@ class PrunePlan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "PrunePlan":
-        """Invert `dataclasses.asdict` and a way through JSON; there may be other keys too."""
+        """Restore a plan from the JSON form of `dataclasses.asdict`; other keys are ignored."""
         shapes = (
             BlockShape(tuple(SublayerShape(**sublayer) for sublayer in shape["sublayers"]))
             for shape in values["shapes"]
@@ -65,10 +66,10 @@ class PrunePlan:
 
 
 def plan(model: str, **options: Any) -> PrunePlan:
-    """Work out the widths of a pruned model, without its weights.
+    """Compute the widths of a pruned model from its config, without reading weights.
 
-    If the run measures the widths, these are the ones that it begins with; the total that they
-    remove does not change.
+    With measured widths, the run starts from these. It may redistribute units among sublayers; the
+    total number of removed parameters does not change.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
 
 
 def initial_widths(base_config: PreTrainedConfig, config: PruneConfig) -> list[BlockWidths]:
-    """Widths that follow from the ratios alone, given or scheduled.
+    """Compute the widths from the given layer ratios or the schedule, without measurement.
 
     Raises
     ------
@@ -117,7 +118,7 @@ def initial_widths(base_config: PreTrainedConfig, config: PruneConfig) -> list[B
 def make_plan(
     base_config: PreTrainedConfig, config: PruneConfig, widths: Sequence[BlockWidths]
 ) -> PrunePlan:
-    """Say what the widths amount to."""
+    """Compute the ratios and parameter counts that follow from the widths."""
     skeleton = build_skeleton(base_config)
     shapes = [block.shape for block in bind(skeleton)]
     given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
@@ -142,7 +143,7 @@ def make_plan(
 def is_measured(
     base_config: PreTrainedConfig, config: PruneConfig, widths: Sequence[BlockWidths]
 ) -> bool:
-    """Whether a sensitivity pass decides the widths: it is asked for and has enough samples."""
+    """Whether a sensitivity pass runs: requested, something to remove, and enough samples."""
     shapes = shapes_of(base_config)
     removed = sum(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, min(config.seqlen, base_config.max_position_embeddings))
@@ -150,17 +151,18 @@ def is_measured(
 
 
 def shapes_of(base_config: PreTrainedConfig) -> list[BlockShape]:
-    """What can be removed from each block of a model."""
+    """List the prunable units of each block of a model."""
     return [block.shape for block in bind(build_skeleton(base_config))]
 
 
 def attention_share(config: Any) -> float:
-    """Ratio of attention over that of its block at which a query head costs as in MHA.
+    """Attention's pruning ratio relative to its block's: (1 + 1/g)/2.
 
-    A query head with its share of a kv head has 2 + 2/g matrices of head_dim × hidden_size, where g
-    query heads share a kv head, and 4 in MHA. If the errors of attention and FFN grow with the
-    squares of their ratios, their sum is least for a given number of parameters where the ratio of
-    attention is in proportion to what a head frees: (2 + 2/g)/4 of that in MHA, which is 1.
+    Here g query heads share a kv head. A query head with its share of a kv head has 2 + 2/g
+    matrices of head_dim × hidden_size; in MHA (g = 1) it has 4. Assume that the errors of attention
+    and FFN grow with the squares of their ratios. Then, for a fixed number of removed parameters,
+    the sum of the errors is smallest when attention's ratio is proportional to the parameters that
+    a head frees: (2 + 2/g)/4 of its ratio in MHA, which is 1.
     """
     config = config.per_layer_config[0]
     kv_heads, heads = family_of(config.model_type).sublayer("attention").widths

@@ -1,4 +1,4 @@
-"""The main job: prune a model block by block, and write it as a smaller one."""
+"""Prune a model block by block and write the result as a checkpoint."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from slimgpt.runtime.run_directory import open_run
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A finished run.
+    """The result of a pruning run.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class PruneResult:
     plan : PrunePlan
         Its widths and ratios.
     blocks : tuple of BlockPlan
-        What was removed from each block, and the errors.
+        The kept units of each block, and the errors.
     report : dict
         The content of ``pruning_report.json``.
     """
@@ -52,17 +52,17 @@ def prune(
 ) -> PruneResult:
     """Prune a causal language model into a smaller dense one.
 
-    Weights are read, pruned and written block by block. After an interruption the same call goes
-    on where the last one stopped, and ends with the same files.
+    Weights are read, pruned and written block by block. After an interruption, the same call
+    continues with the first unfinished block and writes the same files.
 
     Parameters
     ----------
     model : str
         A hub id, a local directory, a local ``.gguf`` file, or ``smollm2-135m``.
     output : str or Path
-        Directory for the result; must not exist, be empty, or hold an interrupted run.
+        Directory for the result. It must not exist, be empty, or hold an interrupted run.
     restart : bool
-        Begin anew even if `output` holds an interrupted run.
+        Discard an interrupted run in `output` and start over.
     progress : Progress
         Called after each block of a pass, see `slimgpt.runtime.progress`.
     **options
@@ -71,7 +71,7 @@ def prune(
     Returns
     -------
     PruneResult
-        Where the result lies, what was removed, and the errors.
+        The output directory, the widths, the kept units and the errors.
 
     Raises
     ------

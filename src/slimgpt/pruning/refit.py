@@ -1,9 +1,9 @@
 """Refit: fine-tune all weights of a pruned FFN toward its target output.
 
-The solver changes the output projection alone, for which least squares are exact. The projections
-in front of it can make up for removed channels too, but no formula tells how. So all of them take
-some steps down the gradient of the same squared error: of one FFN at a time, on the calibration
-tokens.
+The solver updates only the output projection, where least squares has a closed form. The input
+projections can compensate for removed channels too, but without a closed form. The refit therefore
+minimises the same squared error by gradient descent over all projections, one FFN at a time, on
+the calibration tokens.
 
 Shape suffixes: ``N`` samples, ``T`` tokens, ``C`` hidden size.
 """
@@ -26,7 +26,7 @@ RATE = 0.015  # of the root mean square of a weight; falls to 0
 
 WARM_UP = 8  # steps
 
-BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients has no meaning
+BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients is arbitrary
 
 
 @torch.enable_grad()
@@ -34,36 +34,37 @@ def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -
     """Fine-tune all weights of a pruned FFN toward its target output, with Adam.
 
     The target is (1 − α) y + α (h* − h), as in `slimgpt.solver.hessian.prepare`: y is the output
-    of the FFN as it was, h the residual stream before it, h* that of the dense model after it. A
-    step takes tokens from anywhere in the samples of all processes. Where the error on some of the
-    tokens does not fall, the weights stay as they were.
+    of the dense FFN, h the residual stream before it, h* the dense model's stream after it. Each
+    step draws its tokens from the samples of all processes. If the error on a sample of up to
+    4,096 calibration tokens does not fall, the solver's weights are kept.
 
     Parameters
     ----------
     ffn : Sublayer
-        After pruning; its weights are changed, and in float32 meanwhile.
+        The pruned FFN. Its weights are updated in place, in float32 during the refit.
     dense : Sublayer
-        Before pruning.
+        The dense FFN.
     stream : Stream
-        The residual stream before the FFN, but that of the dense model after it.
+        The residual stream before the FFN, and the dense model's stream after the FFN.
     config : PruneConfig
-        ``refit_epochs``; ``correction``, α, of no effect if the stream has no dense model; and
-        ``seed``, which with the number of the block gives the order of the tokens.
+        Uses ``refit_epochs``; ``correction`` (α; no effect if the stream has no dense model); and
+        ``seed``, which with the block's index fixes the order of the tokens.
 
     Returns
     -------
     float
-        Error ratio: squared error of those tokens, after over before; 1 where the weights stay.
+        Error ratio: squared error on the sample after the refit over that before; 1 if the
+        solver's weights are kept.
     """
     correction, epochs = config.correction, config.refit_epochs
-    # As `shard` has shared them out.
+    # The same split over the processes as in `shard`.
     num_batches = int(all_reduce(torch.tensor(len(stream.batches()))))
     seqlen, num_own = stream.hidden_NTC.shape[1], stream.hidden_NTC.shape[:2].numel()
     start = shard_batches(num_batches).start * stream.batch_size * seqlen
     num_tokens = int(all_reduce(torch.tensor(num_own)))
 
     def steps(rows_T: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        """Input and target of the tokens that this process has, a step at a time."""
+        """Input and target of this process's tokens, one step at a time."""
         is_own_T = (rows_T >= start) & (rows_T < start + num_own)
         pair = _input_and_target(dense, stream, correction, rows_T[is_own_T] - start)
         sizes = [int(part.sum()) for part in is_own_T.split(STEP_TOKENS)]
@@ -117,7 +118,7 @@ def _squared_error(ffn: Sublayer, input_TC: Tensor, target_TC: Tensor) -> Tensor
 def _input_and_target(
     dense: Sublayer, stream: Stream, correction: float, rows_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of some tokens: input_TC in the model's dtype, target_TC in float32."""
+    """Input and target of the FFN for some tokens; the target is in float32."""
     weight = dense.output.weight
     hidden_TC = stream.hidden_NTC.flatten(0, 1)[rows_T].to(weight.device)
     input_TC = dense.norm(hidden_TC)

@@ -1,4 +1,4 @@
-"""Put the pruned model and its report together."""
+"""Assemble the pruned model and its report."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
-    """Put the pruned model together from the finished blocks and the tensors that stay.
+    """Write the pruned model from the finished blocks and the unchanged tensors.
 
     Only the main process writes.
     """
@@ -78,7 +78,7 @@ def _report(
         },
         **asdict(make_plan(job.base_config, config, widths)),
         "blocks": [json.loads(block["plan"]) for block in metadata],
-        # Of the blocks, also those that an earlier call has pruned.
+        # Of all blocks, including those pruned before an interruption.
         "seconds": {"prune": round(sum(cost["seconds"] for cost in costs), 3)},
         "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),
         "versions": versions(),

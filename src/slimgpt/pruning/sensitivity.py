@@ -1,11 +1,12 @@
-"""Widths that follow from the sensitivity of the model's output to each sublayer.
+"""Sensitivity pass: reallocate units by how much each sublayer's error changes the model's output.
 
-A sequential pass over a part of the samples prunes to the scheduled widths. One backward pass
-through the model that it leaves, which is in memory a block at a time, shows what the errors cost
-the output. Units then move to the sublayers where they matter most.
+A sequential pass over part of the samples prunes the model to the scheduled widths. One backward
+pass through the pruned model, with one block in memory at a time, gives the first-order effect of
+each sublayer's error on the KL divergence. The final widths remove parameters where this effect is
+smallest.
 
 Shape suffixes: ``N`` samples, ``T`` tokens of a sample, ``C`` hidden size, ``V`` vocabulary,
-``I`` columns of an output projection, ``K`` those that are kept, ``O`` its rows.
+``I`` columns of an output projection, ``K`` kept columns, ``O`` rows.
 """
 
 import json
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 class MeasuringSlimGPT(SlimGPT):
-    """SlimGPT that also notes the error at other widths: greedy, so that its errors are nested."""
+    """SlimGPT that also records the errors at other widths. It is greedy, so widths are nested."""
 
     def __init__(self, config: PruneConfig) -> None:
         super().__init__(config)
@@ -60,7 +61,7 @@ class MeasuringSlimGPT(SlimGPT):
     def eliminate(
         self, problem: Problem, sublayer: Sublayer, num_remove: int
     ) -> tuple[Elimination, tuple[float, ...]]:
-        """Remove units; with the error after each of `measured_removals`, damping included."""
+        """Remove units; also return the error after each of `measured_removals`, with damping."""
         step = sublayer.shape.step(self.config.multiple_of)
         num_keep = sublayer.num_units - num_remove
         removals = measured_removals(sublayer.num_units, num_keep, step)
@@ -75,19 +76,19 @@ class MeasuringSlimGPT(SlimGPT):
 
 
 def measured_widths(job: Job) -> list[BlockWidths]:
-    """Keep the units that matter most to the model's output, whatever sublayer they are in.
+    """Reallocate units among all sublayers by their effect on the model's output.
 
-    A sublayer that the scheduled widths leave whole stays so: it has not been measured.
+    Sublayers that the schedule leaves intact are not measured, so they stay intact.
 
     Parameters
     ----------
     job : Job
-        An interrupted pass is continued from its run directory, which also keeps the result.
+        Its run directory stores the result. An interrupted pass continues from there.
 
     Returns
     -------
     list of tuple of int
-        With as many parameters in all as the scheduled widths.
+        Widths that remove as many parameters in all as the scheduled widths.
 
     Raises
     ------
@@ -130,7 +131,7 @@ def _moved(
     for block, block_costs in zip(blocks, costs, strict=True):
         for plan, cost in zip(block.plan.sublayers, block_costs, strict=True):
             by_kind[plan.kind].append(abs(cost))
-    # A cost near or below zero is noise, and no reason to remove all.
+    # A cost near or below zero is noise. Without a floor, all units of the sublayer would go.
     floors = {kind: sum(values) / len(values) / 10 for kind, values in by_kind.items()}
     prices = [
         [
@@ -148,26 +149,26 @@ def _moved(
 def sensitivities(
     streamed: StreamedModel, blocks: Sequence[SavedBlock], samples_NT: Tensor
 ) -> list[list[float]]:
-    """First-order estimate of how much KL divergence is won if one sublayer's pruning is undone.
+    """First-order estimate of the KL reduction if one sublayer's pruning were undone.
 
-    Let W be the output projection of a sublayer, W + ΔW what it is in the pruned model (0 for
-    columns that are gone), x its input there, and g the gradient for its output of
-    KL(model ‖ pruned model), which falls by E[gᵀ ΔW x]. The gradients come block by block, from the
-    last one to the first; each block is run once more from the input that it had.
+    Let W be the output projection of a sublayer, W + ΔW the one of the pruned model (0 in removed
+    columns), x its input there, and g the gradient of KL(model ‖ pruned model) with respect to its
+    output. Undoing the change reduces the divergence by E[gᵀ ΔW x]. The backward pass goes from the
+    last block to the first and recomputes each block from its saved input.
 
     Parameters
     ----------
     streamed : StreamedModel
-        The model before pruning.
+        The dense model.
     blocks : sequence of SavedBlock
         The pruned blocks.
     samples_NT : Tensor
-        int64, tokens to run over, best held-out ones.
+        int64, tokens for the gradient pass, preferably held out.
 
     Returns
     -------
     list of list of float
-        By block and sublayer, in nats per token.
+        Reduction by block and sublayer, in nats per token.
     """
     log.info("gradients, with %d tokens each of %d samples", *samples_NT.shape[::-1])
     pruned, inputs = streamed.anew(), []
@@ -187,12 +188,12 @@ def sensitivities(
 
 
 def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
-    """Gradient of KL(dense ‖ pruned) for what enters the head in the pruned model."""
+    """Gradient of KL(dense ‖ pruned) for the pruned model's stream after the last block."""
     gradient_NTC = torch.empty_like(stream.hidden_NTC)
     with streamed.without_blocks() as model:
         dense_NTC = chain.from_iterable(stream.dense_batches())
         samples = zip(stream.hidden_NTC, dense_NTC, gradient_NTC, strict=True)
-        for hidden_TC, dense_TC, gradient_TC in samples:  # the logits of one are many
+        for hidden_TC, dense_TC, gradient_TC in samples:  # one at a time: logits are large
             dense_TV = _log_probabilities(model, dense_TC.to(model.device))
             with torch.enable_grad():
                 last_TC = hidden_TC.to(model.device).detach().requires_grad_()
@@ -211,9 +212,9 @@ def _log_probabilities(model: PreTrainedModel, hidden_TC: Tensor) -> Tensor:
 def _pull_back(
     block: Block, saved: SavedBlock, stream: Stream, gradient_NTC: Tensor
 ) -> list[float]:
-    """Turn the gradient for what leaves the pruned block into that for what enters it, in place.
+    """Backpropagate through a pruned block: `gradient_NTC` goes in place from output to input.
 
-    `stream` is what enters the block. Gives the sum of gᵀ ΔW x of each sublayer.
+    `stream` is the residual stream before the block. Returns the sum of gᵀ ΔW x of each sublayer.
     """
     new_weights = [
         _new_weight(sublayer, saved, plan.keep)
@@ -242,7 +243,7 @@ def _pull_back(
 
 
 def _new_weight(sublayer: Sublayer, saved: SavedBlock, keep: Sequence[int]) -> Tensor:
-    """The output projection in the pruned model, with zeros for the columns that are gone."""
+    """The output projection of the pruned model, with zeros in the removed columns."""
     old_OI = sublayer.output.weight
     if len(keep) == sublayer.num_units:
         return old_OI

@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 
 def sequential_pass(job: Job, widths: Sequence[BlockWidths], stage: Stage = "block") -> None:
-    """Prune every block and save it; replay those that an earlier call has saved.
+    """Prune and save every block; re-apply the decisions of blocks that are already saved.
 
     Parameters
     ----------
     job : Job
-        The model as it was before, the samples and the run directory.
+        The dense model, the samples and the run directory.
     widths : sequence of tuple of int
         Units that each block keeps, by sublayer.
     stage : {"block", "sensitivity"}
-        What the saved blocks are called.
+        Prefix of the saved blocks' file names.
     """
     run, memory = job.run, job.memory
     samples_NT = shard(job.samples_NT, job.batch_size)

@@ -1,4 +1,4 @@
-"""Slice a live sublayer: only the rows and columns of the units that stay are left."""
+"""Slicing: remove the rows and columns of pruned units from a live sublayer."""
 
 from torch import Tensor, nn
 
@@ -7,12 +7,12 @@ from slimgpt.models.unit_slices import unit_columns
 
 
 def slice_sublayer(sublayer: Sublayer, kept_units: Tensor, output_weight: Tensor) -> None:
-    """Slice a sublayer down to the kept units, in place.
+    """Slice a sublayer to the kept units, in place.
 
     Parameters
     ----------
     sublayer : Sublayer
-        As it was before.
+        The dense sublayer.
     kept_units : Tensor
         int64, sorted.
     output_weight : Tensor

@@ -1,8 +1,8 @@
-"""Recover a pruned model with a little training, and write it as the same kind of checkpoint.
+"""Fine-tune a pruned model for a short time, and write it as the same kind of checkpoint.
 
-Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) with the settings of SlimGPT (arXiv 2412.18110,
-section 4.1), all weights, or adapters that also learn from the dense model (Hinton et al. 2015,
-arXiv 1503.02531). The training loop is `transformers.Trainer`.
+Three methods: low-rank adapters (Hu et al. 2021, arXiv 2106.09685) with the settings of SlimGPT
+(arXiv 2412.18110, section 4.1); fine-tuning of all weights; or adapters with distillation from the
+dense model (Hinton et al. 2015, arXiv 1503.02531). The training loop is `transformers.Trainer`.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RecoverResult:
-    """A finished run.
+    """The result of a recovery.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class RecoverResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a recovery is made from."""
+    """The inputs of a recovery."""
 
     source: Source
     teacher: Source | None
@@ -96,33 +96,33 @@ def recover(
     progress: Progress = no_progress,
     **options: Any,
 ) -> RecoverResult:
-    """Train a pruned model and write it as a checkpoint of the same kind.
+    """Fine-tune a pruned model and write it as a checkpoint of the same kind.
 
-    The same call goes on from the last checkpoint of a run that was interrupted.
+    After an interruption, the same call continues from the last training checkpoint.
 
     Parameters
     ----------
     model : str
         A directory with a pruned model, or any model of a supported family.
     output : str or Path
-        Directory for the result; must not exist, be empty, or hold an interrupted run.
+        Directory for the result. It must not exist, be empty, or hold an interrupted run.
     restart : bool
-        Throw away what an interrupted run has left.
+        Discard an interrupted run in `output` and start over.
     progress : Progress
-        Called after each step of the training, see `slimgpt.runtime.progress`.
+        Called after each training step, see `slimgpt.runtime.progress`.
     **options
         The fields of `slimgpt.config.RecoverConfig`, for example ``method="distill"``.
 
     Returns
     -------
     RecoverResult
-        Where the model is, and the report with both curves.
+        The output directory, and the report with the training loss and the held-out perplexity.
 
     Raises
     ------
     SlimGPTError
         If an option, a model or the data is wrong, a package is missing, or the interrupted run
-        had other options. Nothing is half-written then.
+        had other options. The output then has no partial result.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def recover(
 
 
 def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
-    """All that the result depends on."""
+    """Everything that determines the result."""
     models = {"model": job.source} | ({"teacher": job.teacher} if job.teacher else {})
     return {
         **{role: model.title for role, model in models.items()},
@@ -191,7 +191,7 @@ def _versions(config: RecoverConfig) -> dict[str, str]:
 
 
 def _train(job: _Job, arguments: TrainingArguments) -> None:
-    """Train up to the checkpoint of the last step, from the last one that there is."""
+    """Train to the last step and save a checkpoint; resume from the newest one if there is any."""
     state = Path(str(arguments.output_dir))
     checkpoint, before = broadcast(is_main() and last_checkpoint(state)) or (None, None)
     if before:
@@ -239,11 +239,11 @@ def _report(job: _Job, metrics: list[dict[str, Any]], state: TrainerState) -> di
 
 
 def _find_teacher(source: Source, config: RecoverConfig) -> Source:
-    """The model to distil from, which must have the vocabulary of the one that is trained."""
+    """Find the teacher, whose vocabulary must match the trained model's."""
     name, report = config.teacher, find_file(source, REPORT_FILE)
     if name is None and report:
         base = read_report(report, PruningReport)["base_model"]
-        if "/" in base or base == SMOLLM2_ALIAS:  # else the folder of a local model
+        if "/" in base or base == SMOLLM2_ALIAS:  # otherwise the name of a local folder
             name = base
     if name is None:
         raise ConfigError(
@@ -295,7 +295,7 @@ def _sha256(examples: Examples) -> str:
 
 
 def _write(run: Run, job: _Job) -> None:
-    """Merge what was trained into the weights as they are in the checkpoint, and save them."""
+    """Merge the trained weights into the weights of the checkpoint, and save them."""
     last: Any = last_checkpoint(run.state)
     trained, state = last
     source = job.source

@@ -1,4 +1,4 @@
-"""The training of a recovery: LoRA, full, or distillation, by the Trainer of transformers."""
+"""Train with the Trainer of transformers: LoRA, all weights, or distillation."""
 
 import json
 import logging
@@ -44,20 +44,20 @@ TENSORBOARD_DIR = "runs"
 
 
 class RecoveryTrainer(Trainer):
-    """Trainer whose checkpoints have checksums, and the last of which stays.
+    """Trainer that writes checkpoints with checksums and keeps only the newest one.
 
-    It raises an ``OSError`` when a checkpoint cannot be written.
+    It raises an ``OSError`` if a checkpoint cannot be written.
     """
 
     def _save_checkpoint(self, *args: Any) -> None:
         with training_together():
             try:
                 super()._save_checkpoint(*args)
-            except RuntimeError as err:  # torch.save has no type of its own
+            except RuntimeError as err:  # torch.save has no error type of its own
                 if "gloo" in str(err).lower():
                     raise
                 raise OSError(str(err)) from err
-        broadcast(None)  # all have written what is theirs
+        broadcast(None)  # all processes have written their files
         if self.is_world_process_zero():
             state = Path(str(self.args.output_dir))
             newest = state / f"checkpoint-{self.state.global_step}"
@@ -69,17 +69,17 @@ class RecoveryTrainer(Trainer):
 
 
 class Distiller(RecoveryTrainer):
-    """Trainer whose loss has the KL divergence to a teacher added.
+    """Trainer that adds the KL divergence from a teacher to the loss.
 
     Parameters
     ----------
     teacher : PreTrainedModel
-        Of the same vocabulary as the model; in evaluation mode, on the device of training.
+        Has the model's vocabulary; in evaluation mode, on the training device.
     kl_weight : float
-        Weight of KL(teacher ‖ model), which is a mean over the same tokens as the loss: those
-        with a label, of all examples of a step.
+        Weight of KL(teacher ‖ model). Like the loss, the divergence is a mean over the labelled
+        tokens of all examples of a step.
     **kwargs
-        Of the `Trainer`.
+        Arguments of the `Trainer`.
     """
 
     def __init__(self, teacher: PreTrainedModel, kl_weight: float, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class Distiller(RecoveryTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Add the divergence to the loss of the labels, in training only."""
+        """Add the divergence to the loss on the labels, in training only."""
         result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = result
         if model.training:
@@ -107,27 +107,27 @@ class Distiller(RecoveryTrainer):
                 reduction="sum",
                 log_target=True,
             )
-            # The number is of all processes, over which the gradient is averaged.
+            # num_items_in_batch counts all processes, and their gradients are averaged.
             weight = self._kl_weight * self.accelerator.num_processes / num_items_in_batch
             loss = loss + weight * divergence
         return (loss, outputs) if return_outputs else loss
 
 
 class MetricsLogger(TrainerCallback):
-    """Ends a training that diverges; tells of the others, and notes what they cost."""
+    """Log the progress, record time and peak memory, and stop if training diverges."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Go on from the cost of the steps that are not run again."""
+        """Read time and peak memory of the steps before an interruption."""
         self._start, self._first_step = time.monotonic(), state.global_step
         before = state.log_history[-1] if state.log_history else {}
         self._seconds_before = before.get("seconds", 0.0)
         self._peak_before = before.get("peak_memory_bytes", 0)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Note the cost in the log, which checkpoints have."""
+        """Add time and peak memory to the log entry, which is part of the checkpoints."""
         seconds = time.monotonic() - self._start
         state.log_history[-1] |= {
             "seconds": self._seconds_before + seconds,
@@ -152,17 +152,17 @@ class MetricsLogger(TrainerCallback):
 
 
 def read_metrics(entry: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of an entry in the Trainer's log: all but what it cost."""
+    """Select the metrics of an entry of the Trainer's log, without time and memory."""
     kept = {
         key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate") if key in entry
     }
-    if "eval_loss" in entry:  # whose exp may overflow
+    if "eval_loss" in entry:  # math.exp would raise on overflow
         kept["perplexity"] = torch.tensor(entry["eval_loss"], dtype=torch.float64).exp().item()
     return kept
 
 
 def last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
-    """The last checkpoint that is whole; its files are compared with their checksums."""
+    """Find the newest complete checkpoint, whose files match their checksums."""
     whole = [file.parent for file in state.glob(f"checkpoint-*/{CHECKSUMS_FILE}")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is None:
@@ -203,7 +203,7 @@ def training_arguments(
         run_name=output.name,
         report_to=list(config.report_to) or "none",
         per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=1,  # more are averaged wrongly if processes share an odd number
+        per_device_eval_batch_size=1,  # larger: wrong mean if processes share an odd number
         gradient_accumulation_steps=config.batch_size // at_once,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -227,12 +227,12 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # or the Trainer would use nn.DataParallel
+    arguments._n_gpu = min(1, arguments.n_gpu)  # otherwise the Trainer uses nn.DataParallel
     return arguments
 
 
 def trainable(source: Source, config: RecoverConfig) -> Any:
-    """The model with what is trained in float32: adapters, or all weights."""
+    """Load the model with its trainable weights in float32: the adapters, or all weights."""
     set_seed(config.seed)
     if config.method == "full":
         return load_model(source, "float32", "cpu").requires_grad_(True)
@@ -252,7 +252,7 @@ def trainable(source: Source, config: RecoverConfig) -> Any:
 def make_trainer(
     model: Any, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
 ) -> Trainer:
-    """Make the Trainer, with a teacher if there is one."""
+    """Create the Trainer, with distillation if there is a teacher."""
     if teacher is None:
         return RecoveryTrainer(model=model, **kwargs)
     return Distiller(teacher, config.kl_weight, model=model, **kwargs)
@@ -261,7 +261,8 @@ def make_trainer(
 def pad_batch(examples: Examples, pad_token: int) -> dict[str, Tensor]:
     """Batch examples of different lengths, padded on the right to a multiple of 32 tokens.
 
-    Kernels that are compiled for a length, as on CPUs, are then compiled for a few.
+    The multiple limits the number of lengths, because some kernels (as on CPUs) are compiled for
+    each length.
     """
     ids = [example["input_ids"] for example in examples]
     length = math.ceil(max(map(len, ids)) / 32) * 32

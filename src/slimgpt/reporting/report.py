@@ -1,4 +1,4 @@
-"""One HTML page of all that is known of a pruned model. It needs no other file and no network."""
+"""Write all results for a pruned model as one self-contained HTML page."""
 
 import logging
 import shlex
@@ -49,20 +49,20 @@ PROMPTS = (
 def report(output: str | Path, **options: Any) -> Path:
     """Write ``report.html`` into the directory of a pruned model.
 
-    The page shows what SlimGPT has written there: the pruning report, the results of evaluations
-    and benchmarks, the recovery report. Where there is nothing to show, there is no section.
+    The page shows the pruning report, the results of evaluations and benchmarks, and the recovery
+    report in that directory. Sections without data are left out.
 
     Parameters
     ----------
     output : str or Path
-        The directory.
+        Directory of the pruned model.
     **options
         The fields of `slimgpt.config.ReportConfig`, for example ``against="smollm2-135m"``.
 
     Returns
     -------
     Path
-        The file; the same inputs give the same bytes.
+        The written file. The same inputs give the same bytes.
 
     Raises
     ------
@@ -102,12 +102,12 @@ def report(output: str | Path, **options: Any) -> Path:
 
 
 def _results(file: Path, kind: type) -> list[Any]:
-    """The results in a file, if there is one."""
+    """Read the results in a file; an empty list if there is no file."""
     return read_typed(file, list[kind]) if file.is_file() else []
 
 
 def _continuations(directory: Path, against: str, config: ReportConfig) -> list[dict[str, str]]:
-    """What the base and the model make of each prompt, greedily."""
+    """Greedy continuations of each prompt by the base and by the model."""
     prompts = _prompts(config.prompts) if config.prompts else PROMPTS
     sources = [find_model(against), find_model(str(directory))]
     check_same_vocabulary(sources[1], sources[0])
@@ -190,13 +190,13 @@ def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results:
 def _drawn(
     pruning: dict[str, Any], perplexity: list[EvalResult], recovery: dict[str, Any] | None
 ) -> dict[str, str]:
-    """The charts for which there is data, by name."""
+    """Draw the charts for which there is data, by name."""
     from slimgpt.presentation.figures import bars, curves, inline, unit_map
 
     blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
 
     def each(entries: list[dict[str, Any]], kind: str, key: str) -> list[Any]:
-        """A value of the sublayers of this kind."""
+        """List a value of all sublayers of a kind."""
         return [s[key] for entry in entries for s in entry["sublayers"] if s["kind"] == kind]
 
     errors = {
@@ -258,14 +258,14 @@ def _drawn(
 
 
 def _longest_window(results: list[EvalResult]) -> EvalResult | None:
-    """The first result with the longest window, if possible one with a base."""
+    """The first result with the longest window, preferably one with a base."""
     return max(results, key=lambda r: (r.base_perplexity is not None, r.seqlen), default=None)
 
 
 def _command(
     verb: str, model: str, config: dict[str, Any], options: type[PruneConfig | RecoverConfig]
 ) -> str:
-    """The command line of a run: the options that differ from the defaults."""
+    """Command line of a run, with the options that differ from the defaults."""
     defaults = options.create().model_dump(mode="json")
     lines = [shlex.join(["slimgpt", verb, model]), "--output OUT"]
     for name, value in config.items():
@@ -281,6 +281,6 @@ def _command(
 
 
 def _millions(count: float) -> str:
-    """A large number in millions or billions."""
+    """Format a large number in millions or billions."""
     unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M") if count >= 1e6 else (1e3, "k")
     return f"{count / unit:.3g} {name}"

@@ -1,1 +1,1 @@
-"""Optimal Brain Surgeon for one output projection; does not import Hugging Face."""
+"""Optimal Brain Surgeon for one output projection. Imports no Hugging Face packages."""

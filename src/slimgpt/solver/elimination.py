@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon for one linear layer y = W x: what to remove, and how to make up for it.
+"""Optimal Brain Surgeon for one linear layer y = W x: select columns, remove them and compensate.
 
 Pure functions on tensors. Columns of W are removed in units: a key/value group of attention is a
 unit of many columns of ``o_proj``, an FFN channel is a unit of one column of ``down_proj``.
@@ -23,20 +23,20 @@ from slimgpt.solver.hessian import Problem
 
 
 class Elimination(NamedTuple):
-    """What was removed from a layer, and what is left.
+    """Result of an elimination: the removed units and the compensated weight.
 
     Attributes
     ----------
     order : Tensor
         Removed units, in the order of removal.
     errors : Tensor
-        tr(ΔW (H + D) ΔWᵀ) that each of them added, and, where asked for, that further ones would;
-        float64.
+        Increase of tr(ΔW (H + D) ΔWᵀ) with each removed unit, then with each further unit if
+        requested; float64.
     kept_K : Tensor
-        Indices of the columns that are left, sorted.
+        Sorted indices of the remaining columns.
     weight_OK : Tensor
-        Their weights, which change the layer's output least: W H_:K (H_KK)⁻¹ (least squares).
-        Of the type of the problem's weight.
+        Compensated weight of the remaining columns: the least-squares solution W H_:K (H_KK)⁻¹, in
+        the dtype of the problem's weight.
     error : float
         E‖Δy‖², the mean squared change of the output, summed over the out features.
     """
@@ -67,7 +67,7 @@ def unit_errors(
     method : {"exact", "diagonal"}
         ``exact``: with L_u L_uᵀ = (H⁻¹)_uu, ε_u = ‖L_u⁻¹ W_uᵀ‖²_F (grouped Cholesky, SlimGPT
         section 3.2), summed as tr(L_u⁻¹ W_uᵀ W_u L_u⁻ᵀ). ``diagonal``: Σ_j ‖w_j‖²/(L_u)²_jj as in
-        the code released with the paper, which leaves out the updates inside the unit.
+        the code released with the paper, which ignores the updates inside the unit.
 
     Returns
     -------
@@ -85,7 +85,7 @@ def eliminate_units(
     method: Literal["exact", "diagonal"] = "exact",
     num_further: int = 0,
 ) -> Elimination:
-    """Remove units of several columns one after the other, always the one of least error.
+    """Remove units of several columns greedily, one at a time, each time the one of least error.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def eliminate_units(
     method : {"exact", "diagonal"}
         See `unit_errors`.
     num_further : int
-        How many more units to remove, for their errors only; `order` is without them.
+        Number of further units whose errors are computed; `order` and the weight exclude them.
     """
     stops = sorted({num_remove, num_remove + num_further})
     state = _EliminationState(problem, stops[-1] * unit_size)
@@ -113,7 +113,7 @@ def eliminate_units(
             pivots_P = least * unit_size + columns_S
             order.append(int(state.columns_K[pivots_P[0]]) // unit_size)
             root_PK, half_PO = state.factorize(pivots_P)
-            errors.append(half_PO.square().sum())  # also where `errors_U` is approximate
+            errors.append(half_PO.square().sum())  # exact even if `errors_U` is approximate
             root_UPS, cross_UPS = (
                 rows_PK.view(unit_size, -1, unit_size).transpose(0, 1)
                 for rows_PK in (root_PK, state.cross(root_PK, half_PO))
@@ -130,13 +130,13 @@ def eliminate_units(
 def eliminate_channels(
     problem: Problem, num_remove: int, panel_size: int = 192, num_further: int = 0
 ) -> Elimination:
-    """Remove single columns one after the other, always the one of least ‖w_j‖²/(H⁻¹)_jj.
+    """Remove single columns greedily, each time the one of least ‖w_j‖²/(H⁻¹)_jj.
 
-    The next `panel_size` pivots are found among half as many more columns, those of least error
-    now, from their blocks of H⁻¹ and WᵀW alone. What the removal of these pivots means for all
-    columns then takes a few matrix products (see `_EliminationState`). Pivots from the first one on
-    that a column outside of the candidates would have beaten are discarded, so the order is that of
-    one removal at a time.
+    The next `panel_size` pivots are chosen among 1.5 times as many candidates: the columns of least
+    error at present. This needs only the candidates' blocks of H⁻¹ and WᵀW. A few matrix products
+    then update all columns (see `_EliminationState`). If a column outside the candidates would have
+    had a smaller error than a pivot, this pivot and the later ones are discarded. The order is
+    therefore the same as with one removal at a time.
 
     Parameters
     ----------
@@ -145,14 +145,14 @@ def eliminate_channels(
     num_remove : int
         Number of columns to remove.
     panel_size : int
-        Pivots chosen at once; changes the speed only.
+        Pivots chosen at once; affects only the speed.
     num_further : int
-        How many more columns to remove, for their errors only; `order` is without them.
+        Number of further columns whose errors are computed; `order` and the weight exclude them.
 
     Returns
     -------
     Elimination
-        Nested: the first n entries of the order are the elimination of n columns.
+        Nested: the first n entries of `order` are the columns that an elimination of n removes.
     """
     stops = sorted({num_remove, num_remove + num_further})
     state = _EliminationState(problem, stops[-1])
@@ -190,9 +190,9 @@ def eliminate_channel_groups(
 ) -> Elimination:
     """Remove single columns in batches of least ‖w_j‖²/(H⁻¹)_jj (Dynamic Group Size).
 
-    As in the code released with the paper: with c columns to remove the first batch has
-    (c − 512)/2, each next one (b − 512)/2 columns, clamped to the two bounds and to what is left;
-    W and H⁻¹ are updated after each batch.
+    As in the code released with the paper: with c columns to remove, the first batch has
+    (c − 512)/2 columns, and a batch after one of b columns has (b − 512)/2, clamped to the two
+    bounds and to the number still to remove. W and H⁻¹ are updated after each batch.
 
     Parameters
     ----------
@@ -249,20 +249,20 @@ def _unit_errors(grams_USS: Tensor, inverse_USS: Tensor, method: str) -> Tensor:
 
 
 class _EliminationState:
-    """The columns that are left: W, which makes up for those removed, and what H⁻¹ has lost.
+    """State of an elimination: compensated weight of the remaining columns, and Cholesky rows.
 
-    Let M be the inverse of what is left of H, P the columns removed next (the pivots), and
-    L Lᵀ = M_PP. Then
+    Let M be the inverse of H restricted to the remaining columns, P the columns removed next (the
+    pivots), and L Lᵀ = M_PP. Then
 
         W ← W − Yᵀ R,  Y = L⁻¹ W_Pᵀ,
         M ← M − Rᵀ R,  R = L⁻¹ M_P:,
 
-    and the error is ‖Y‖²_F, in the order of P and pivot by pivot. M itself is never updated: the
-    rows of R of all removals are kept (together they are a Cholesky factor of H⁻¹), and blocks of M
-    are formed from them when they are asked for. All of this is float64, but for W and the
-    products with it, which have the type of W: float32 is twice as fast, and as exact as the
-    weight that comes out. The last columns move to where pivots were, so that what is left stays
-    in one piece; arguments are positions, `columns_K` has the indices.
+    and the error grows by ‖Y‖²_F; row i of Y is the share of pivot i, removed in this order. M
+    itself is never updated. The state keeps the rows of R of all removals (together a Cholesky
+    factor of H⁻¹) and forms blocks of M from them on demand. All numbers are float64, except W and
+    products with W, which have the dtype of W: float32 is twice as fast, and as exact as the
+    resulting weight. The last columns move into the places of the pivots, so that the remaining
+    columns stay contiguous. Arguments are positions; `columns_K` maps them to indices.
     """
 
     def __init__(self, problem: Problem, capacity: int) -> None:
@@ -281,7 +281,7 @@ class _EliminationState:
         return block.addmm_(root_KR[rows], root_KR[: len(self.columns_K)][columns].T, alpha=-1)
 
     def factorize(self, pivots_P: Tensor) -> tuple[Tensor, Tensor]:
-        """R and Y of removing the pivots next."""
+        """R and Y for the removal of the pivots."""
         inverse_PK = self.inverse(pivots_P)
         factor_PP = torch.linalg.cholesky(inverse_PK[:, pivots_P])
         return (
@@ -292,10 +292,10 @@ class _EliminationState:
         )
 
     def cross(self, root_PK: Tensor, half_PO: Tensor) -> Tensor:
-        """Q of removing these pivots, by which A = WᵀW becomes A − Qᵀ R − Rᵀ Q.
+        """Q for the removal of the pivots, which updates A = WᵀW to A − Qᵀ R − Rᵀ Q.
 
-        Q = Y W − T R, where T + Tᵀ = Y Yᵀ and T is lower triangular, so that it holds for the
-        first pivots alone, too.
+        Q = Y W − T R, where T + Tᵀ = Y Yᵀ. T is lower triangular, so the first rows of Q are also
+        valid for the first pivots alone.
         """
         inner_PP = half_PO @ half_PO.T
         inner_PP.diagonal().mul_(0.5)
@@ -303,7 +303,7 @@ class _EliminationState:
         return product_PK.to(root_PK).addmm_(inner_PP.tril_(), root_PK, alpha=-1)
 
     def remove(self, pivots_P: Tensor, root_PK: Tensor, half_PO: Tensor) -> Tensor:
-        """Remove pivots; gives the former positions of what is left, in the order it has now."""
+        """Remove pivots; return the old positions of the remaining columns, in their new order."""
         num_left = len(self.columns_K) - len(pivots_P)
         is_left_K = torch.ones_like(self.columns_K, dtype=torch.bool)
         is_left_K[pivots_P] = False
@@ -325,12 +325,12 @@ class _EliminationState:
         return left_K
 
     def _damping_error(self, columns_K: Tensor, weight_KO: Tensor | float) -> float:
-        """What the change of some columns costs in tr(ΔW D ΔWᵀ)."""
+        """Contribution of some columns to the damping term tr(ΔW D ΔWᵀ)."""
         change_KO = self._problem.weight_OI.T[columns_K].sub_(weight_KO)
         return float(self._problem.added_I[columns_K] @ _squares(change_KO))
 
     def elimination(self, order: list[int], errors: list[Tensor]) -> Elimination:
-        """What has been removed, and what is left."""
+        """The result: the removed units and the compensated weight."""
         kept_K, positions_K = self.columns_K.sort()
         weight_KO = self.weight_KO[positions_K]
         error = self._error - self._damping_error(kept_K, weight_KO)
@@ -346,11 +346,11 @@ class _EliminationState:
 def _eliminate_one_by_one(
     gram_CC: Tensor, inverse_CC: Tensor, num_remove: int
 ) -> tuple[list[int], Tensor]:
-    """Remove single columns, always the one of least ‖w_j‖²/M_jj, from small blocks of WᵀW and M.
+    """Choose pivots one at a time by least ‖w_j‖²/M_jj, from small blocks of WᵀW and M.
 
     With A = WᵀW, the removal of pivot p is M ← M − r rᵀ and A ← A − q rᵀ − r qᵀ, where
-    r = M_:p/√M_pp and q = A_:p/√M_pp − ½ (A_pp/M_pp) r. Only the diagonals are updated; a row is
-    formed when it is the pivot's. In numpy on the CPU, where a call costs least.
+    r = M_:p/√M_pp and q = A_:p/√M_pp − ½ (A_pp/M_pp) r. Only the diagonals are updated; full rows
+    are formed only for pivots. Runs in numpy on the CPU, where a call has the least overhead.
     """
     gram, inverse = gram_CC.numpy(force=True), inverse_CC.numpy(force=True)
     norms, pivots = gram.diagonal().copy(), inverse.diagonal().copy()

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from slimgpt.errors import NumericalError
 
-MIN_DAMPING, MAX_DAMPING = 1e-6, 0.1  # of what is tried after a failure
+MIN_DAMPING, MAX_DAMPING = 1e-6, 0.1  # range of the retries after a failed factorisation
 
 
 class Problem(NamedTuple):
-    """One layer, ready to be solved.
+    """The least-squares problem of one layer, ready for elimination.
 
     Attributes
     ----------
     weight_OI : Tensor
-        W, corrected; columns that never see an input are zero. In float32, or float64 if it was
-        given so; stored by columns.
+        W after the correction; columns whose input is always zero are zero. In float32, or float64
+        if the given weight is; stored by columns.
     inverse_II : Tensor
         (H + D)⁻¹, float64, where H = E[x xᵀ] and D is the damping of each column. Everywhere else
         in this module H stands for the damped matrix.
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
     power : float
         E‖y‖² = tr(W H Wᵀ), from float32 products.
     damping : float
-        The damping that was needed, at least what was asked for.
+        The damping used, at least the requested one.
     """
 
     weight_OI: Tensor
@@ -46,9 +46,9 @@ def prepare(
 ) -> Problem:
     """Damp and invert the Hessian of a layer, and correct its weight.
 
-    The correction α brings the output nearer to a target t, W ← (1 − α) W + α W*, where
-    W* = (E[t xᵀ] + W D) (H + D)⁻¹ is the least-squares solution for t, with what damping adds
-    pulling toward W.
+    The correction α moves the output toward a target t: W ← (1 − α) W + α W*, where
+    W* = (E[t xᵀ] + W D) (H + D)⁻¹ is the least-squares solution for t, and the damping D pulls
+    it toward W.
 
     Parameters
     ----------
@@ -57,17 +57,18 @@ def prepare(
     hessian_II : Tensor
         H = E[x xᵀ] over the calibration tokens, symmetric, positive semi-definite.
     damping : float
-        λ. ``relative`` adds λ·H_jj to each diagonal entry, ``mean`` adds λ·mean(diag H). It is
-        multiplied by ten, up to 0.1, for as long as the Cholesky decomposition fails.
+        λ. While the Cholesky decomposition fails, λ is multiplied by ten, up to 0.1.
+    mode : {"relative", "mean"}
+        ``relative`` adds λ·H_jj to each diagonal entry, ``mean`` adds λ·mean(diag H).
     cross_OI : Tensor, optional
-        E[t xᵀ], float64; without it nothing is corrected.
+        E[t xᵀ], float64; without it there is no correction.
     correction : float
         α, from 0 to 1.
 
     Returns
     -------
     Problem
-        The layer.
+        The damped problem with the corrected weight.
 
     Raises
     ------
@@ -83,7 +84,7 @@ def prepare(
         )
     diagonal_I = hessian_II.diagonal().clone()
     dead_I = diagonal_I == 0
-    # Stored by columns, which are what is removed.
+    # Stored by columns, because columns are removed.
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     weight_IO = weight_OI.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
     weight_OI = weight_IO.masked_fill_(dead_I[:, None], 0).T
@@ -96,7 +97,7 @@ def prepare(
         factor_II, failed = torch.linalg.cholesky_ex(hessian_II)
         hessian_II.diagonal().copy_(diagonal_I)
         if not failed:
-            # Symmetric, stored by columns: its transpose has the rows in one piece.
+            # Symmetric and stored by columns, so the rows of its transpose are contiguous.
             inverse_II = torch.cholesky_inverse(factor_II, out=factor_II).mT
             if cross_OI is not None:
                 solution_IO = inverse_II @ torch.addcmul(cross_OI, weight_OI, added_I).T
@@ -112,10 +113,10 @@ def prepare(
 
 
 def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512) -> float:
-    """E‖y‖² = tr(W H Wᵀ), from float32 products, a panel of rows of H at a time.
+    """E‖y‖² = tr(W H Wᵀ), from float32 products, one panel of rows of H at a time.
 
-    H is symmetric, so what is right of a panel's block on the diagonal counts twice, and what is
-    left of it does not.
+    H is symmetric: entries right of a panel's diagonal block count twice, those left of it are
+    skipped.
     """
     weight_IO = weight_OI.T.float()
     power = 0.0

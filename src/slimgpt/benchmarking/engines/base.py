@@ -1,7 +1,7 @@
-"""What every engine is: it makes a model ready, then runs it in a process of its own.
+"""The base class of engines: an engine prepares a model, then runs it in its own process.
 
-That process imports only what the engine itself needs, so that its peak memory is the model's:
-methods import what is large.
+That process imports only the engine's own packages, so that its peak memory is the model's.
+Large packages are therefore imported inside methods.
 """
 
 from abc import ABC, abstractmethod
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """When the tokens of a batch came.
+    """Times at which the tokens of a batch were ready.
 
     Attributes
     ----------
     first : float
         Seconds until every sequence had its first token.
     rest : float
-        Seconds from then on until every sequence had its last.
+        Further seconds until every sequence had its last token.
     """
 
     first: float
@@ -36,16 +36,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model ready for an engine.
+    """A model prepared for an engine.
 
     Attributes
     ----------
     cost : Cost
-        What is known before it runs.
+        Cost of the model, without the peak memory.
     location : str
-        What the engine loads.
+        File or directory that the engine loads.
     vocab_size, context : int
-        Numbers of tokens: that it knows, and that it reads at most.
+        Size of the vocabulary, and context length in tokens.
     """
 
     cost: Cost
@@ -55,12 +55,12 @@ class Subject:
 
 
 class Engine(ABC):
-    """A model in an engine, loaded when it is made; the class methods come before that.
+    """A model loaded in an engine. The class methods prepare the model before it is loaded.
 
     Attributes
     ----------
     packages : tuple of str
-        What it imports; the extra that installs them has the engine's name.
+        Packages that the engine needs. The extra that installs them has the engine's name.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
@@ -74,12 +74,12 @@ class Engine(ABC):
 
     @classmethod
     def runs_as_it_is(cls, source: "Source") -> bool:
-        """Whether the precision is that of the file that the user has named."""
+        """Whether the engine runs the user's file directly, in the file's precision."""
         return False
 
     @classmethod
     def prepare(cls, source: "Source", config: BenchConfig, scratch: Path) -> Subject:
-        """Make a model ready; what it is converted to may take the name `scratch`."""
+        """Prepare a model; a converted file may be written to `scratch`."""
         import torch
 
         from slimgpt.models.family import blocks_of
@@ -108,16 +108,16 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        """Generate for all prompts at once, greedily and without regard to end-of-text tokens."""
+        """Generate greedily for all prompts at once, ignoring end-of-text tokens."""
 
     def peak_memory(self) -> int | None:
-        """Bytes of memory that were used at most, here of the process; None where unknown."""
+        """Peak memory in bytes, by default of the process; None if unknown."""
         return peak_memory()
 
     def close(self) -> None:  # noqa: B027
-        """End what would outlive this object."""
+        """Stop processes that would outlive this object."""
 
 
 def total_size(files: Sequence[Path]) -> int:
-    """Bytes of all files."""
+    """Total size of the files in bytes."""
     return sum(file.stat().st_size for file in files)

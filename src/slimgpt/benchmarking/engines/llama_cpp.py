@@ -1,4 +1,4 @@
-"""The server of llama.cpp, by xllamacpp."""
+"""llama.cpp's server, through xllamacpp."""
 
 import json
 import logging
@@ -23,21 +23,21 @@ _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 class LlamaCpp(Engine):
-    """The server, in this process, over its loopback interface.
+    """llama.cpp's server in this process, reached over the loopback interface.
 
-    It answers only who has its key, which is new each time: other users of the machine have not.
+    The server requires a random key, so that other users of the machine cannot use it.
     """
 
     packages = ("gguf", "xllamacpp")
 
     @classmethod
     def runs_as_it_is(cls, source: "Source") -> bool:
-        """Whether it is a GGUF file."""
+        """Whether the model is a GGUF file."""
         return source.name.endswith(".gguf")
 
     @classmethod
     def prepare(cls, source: "Source", config: BenchConfig, scratch: Path) -> Subject:
-        """Convert a model that is no GGUF file yet."""
+        """Convert the model, unless it is a GGUF file."""
         from gguf import GGUFReader, Keys
 
         from slimgpt.exporting.gguf import write_gguf
@@ -100,7 +100,7 @@ class LlamaCpp(Engine):
             ) from err
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        """Generate; the server itself says how long it took."""
+        """Generate; the server reports the times."""
         body = {
             "prompt": prompts,
             "n_predict": num_tokens,

@@ -1,4 +1,4 @@
-"""``generate`` of transformers."""
+"""The engine ``transformers``, which runs the model's ``generate``."""
 
 import time
 from typing import Any
@@ -31,7 +31,7 @@ class Transformers(Engine):
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        """Generate; a streamer hears of each step after it is done."""
+        """Generate; a streamer records the time of each step."""
         import torch
 
         clock = _Clock()
@@ -43,7 +43,7 @@ class Transformers(Engine):
         return Timing(first - start, last - first)
 
     def peak_memory(self) -> int | None:
-        """Of the process, or of the GPU."""
+        """Peak memory of the process, or of the GPU."""
         import torch
 
         if self._model.device.type == "cuda":
@@ -52,7 +52,7 @@ class Transformers(Engine):
 
 
 class _Clock:
-    """A streamer that notes when it is given the prompt, and then each step's tokens."""
+    """A streamer that records the times of the prompt and of each step's tokens."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""The offline interface of vLLM."""
+"""The engine ``vllm``, through vLLM's offline interface."""
 
 import time
 from importlib import import_module
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class Vllm(Engine):
-    """A model in vLLM, which has processes of its own."""
+    """A model in vLLM, which starts its own processes."""
 
     packages = ("vllm",)
 
     @classmethod
     def resolve(cls, config: BenchConfig) -> BenchConfig:
-        """Refuse what it chooses itself."""
+        """Refuse options that vLLM chooses itself."""
         if config.threads or config.device != "auto":
             raise ConfigError(
                 "--engine vllm takes no --threads and no --device: it chooses itself",
@@ -56,7 +56,7 @@ class Vllm(Engine):
             ) from err
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        """Generate one token, and then all of them: the difference is the rest."""
+        """Time the generation of one token, then of all; `rest` is the difference."""
         first, whole = (self._seconds(prompts, count) for count in (1, num_tokens))
         if whole <= first:
             raise EngineError(
@@ -74,9 +74,9 @@ class Vllm(Engine):
         return time.perf_counter() - start
 
     def peak_memory(self) -> int | None:
-        """Not known: it lies in processes of vLLM, which fills what it is given with its cache."""
+        """Unknown: vLLM's own processes hold the model, and its cache fills their memory."""
         return None
 
     def close(self) -> None:
-        """End vLLM's own processes: this one would wait for them for ever."""
+        """Stop vLLM's own processes; otherwise this process would wait for them forever."""
         self._llm.llm_engine.engine_core.shutdown()
