@@ -9,7 +9,7 @@ from unittest import mock
 
 PHASES = {
     "sample": ["pruning.inputs.sample_from_model"],
-    "sensitivity": ["pruning.allocators.measured_widths"],
+    "sensitivity": ["pruning.prune.allocate"],
     "read": ["models.weights.Weights.read"],
     "forward": [
         "calibration.activations.run_sublayer",
@@ -23,6 +23,7 @@ PHASES = {
         "pruning.sequential.write_file",
         "checkpoint.writer.write_file",
         "runtime.files.sync",
+        "runtime.run_directory.sync",
     ],
 }
 

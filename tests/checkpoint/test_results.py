@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import slimgpt
 from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
+from slimgpt.errors import ConfigError
 
 UNITS = {"attention": ("num_groups", "group_params"), "ffn": ("num_channels", "channel_params")}
 
@@ -34,13 +37,54 @@ def as_in_0_1(report: dict[str, Any]) -> dict[str, Any]:
     return report | changed
 
 
-def test_reports_of_0_1_are_read(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.fixture
+def slim(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     options = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
-    output = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options).output
-    file = output / REPORT_FILE
+    return slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options).output
+
+
+def test_reports_of_0_1_are_read(slim: Path) -> None:
+    file = slim / REPORT_FILE
     new = read_report(file, PruningReport)
     old = as_in_0_1(json.loads(file.read_text()))
     assert old["blocks"][0].keys() == {"block", "attention", "ffn"}
     file.write_text(json.dumps(old))
+    for shape in new["shapes"]:
+        for sublayer in shape["sublayers"]:
+            del sublayer["unit_params"]  # which nothing reads
     assert read_report(file, PruningReport) == new
-    assert slimgpt.inspect(output).pruning is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda blocks: blocks[1].pop("ffn"), "sublayers"),
+        (lambda blocks: blocks[1].update(ffn=3), "another form"),
+        (lambda blocks: blocks[1].pop("block"), "lack 'block'"),
+        (lambda blocks: blocks[1]["ffn"].pop("keep"), "keep"),
+    ],
+)
+def test_broken_reports_of_0_1(
+    change: Callable[[list[dict[str, Any]]], None], message: str, slim: Path
+) -> None:
+    file = slim / REPORT_FILE
+    old = as_in_0_1(json.loads(file.read_text()))
+    change(old["blocks"])
+    file.write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match=message):
+        read_report(file, PruningReport)
+
+
+def test_a_block_without_an_ffn(slim: Path) -> None:
+    file = slim / REPORT_FILE
+    report = json.loads(file.read_text())
+    report["blocks"][1]["sublayers"].pop()
+    file.write_text(json.dumps(report))
+    with pytest.raises(ConfigError, match="not attention and ffn"):
+        read_report(file, PruningReport)
+
+
+def test_what_reads_a_report_of_0_1(slim: Path) -> None:
+    file = slim / REPORT_FILE
+    file.write_text(json.dumps(as_in_0_1(json.loads(file.read_text()))))
+    assert slimgpt.inspect(slim).pruning is not None

@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -46,7 +46,7 @@ class _Read(BaseModel):
 
 
 class _SublayerShape(_Read):
-    kind: str
+    kind: Literal["attention", "ffn"]
     num_units: Count
 
 
@@ -55,7 +55,7 @@ class _Shape(_Read):
 
 
 class _Sublayer(_Read):
-    kind: str
+    kind: Literal["attention", "ffn"]
     keep: list[Count]
     relative_error: float
 
@@ -113,35 +113,26 @@ class PruningReport(_Read):
             return values
         if not all(isinstance(block, dict) and "ffn" in block for block in values["blocks"]):
             return values
-        units = {
-            "attention": ("num_groups", "group_params"),
-            "ffn": ("num_channels", "channel_params"),
-        }
+        units = {"attention": "num_groups", "ffn": "num_channels"}
 
         def shape(old: Any) -> dict[str, Any]:
-            return {
-                "sublayers": [
-                    {"kind": kind, "num_units": old[number], "unit_params": old[params]}
-                    for kind, (number, params) in units.items()
-                ]
-            }
+            sublayers = ({"kind": kind, "num_units": old[name]} for kind, name in units.items())
+            return {"sublayers": list(sublayers)}
 
         def block(old: Any) -> dict[str, Any]:
-            return {
-                "block": old["block"],
-                "sublayers": [{"kind": kind} | old[kind] for kind in units],
-            }
+            sublayers = (old[kind] | {"kind": kind} for kind in units)
+            return {"block": old["block"], "sublayers": list(sublayers)}
 
         try:
             return values | {
                 "shapes": list(map(shape, values["shapes"])),
-                "widths": [
-                    [old[number] for number, _ in units.values()] for old in values["widths"]
-                ],
+                "widths": [[old[name] for name in units.values()] for old in values["widths"]],
                 "blocks": list(map(block, values["blocks"])),
             }
-        except (KeyError, TypeError) as err:
+        except KeyError as err:
             raise ValueError(f"its blocks, widths or shapes lack {err}") from None
+        except TypeError:
+            raise ValueError("its blocks, widths or shapes have another form") from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,6 +142,12 @@ class PruningReport(_Read):
         }
         if len(set(lengths.values())) > 1:
             raise ValueError(f"different numbers of layers: {lengths}")
+        for entry in (*self.shapes, *self.blocks):
+            kinds = [sublayer.kind for sublayer in entry.sublayers]
+            if kinds != ["attention", "ffn"]:
+                raise ValueError(f"a block has the sublayers {kinds}, not attention and ffn")
+        if any(len(width) != 2 for width in self.widths):
+            raise ValueError("a block has not two widths")
         return self
 
 

@@ -43,7 +43,14 @@ def pruned_config(
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     layers = [config_widths(config, index, width) for index, width in enumerate(widths)]
     values = config.to_dict()
-    stale = ("model_type", "architectures", "auto_map", "per_layer_config", "_model_name_or_path")
+    stale = (
+        "model_type",
+        "architectures",
+        "auto_map",
+        "per_layer_config",
+        "_model_name_or_path",
+        "blocks_path",
+    )
     for key in stale:
         values.pop(key, None)
     if not values.get("head_dim"):

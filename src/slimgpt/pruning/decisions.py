@@ -1,12 +1,12 @@
 """The pruning decisions for a block, in the form in which they are saved and reported."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from slimgpt.models.stored import read_tensor
@@ -54,15 +54,6 @@ class BlockPlan:
     block: int
     sublayers: tuple[SublayerPlan, ...]
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "BlockPlan":
-        """Invert `to_json`."""
-        plans = []
-        for given in values["sublayers"]:
-            lists = {name: tuple(given[name]) for name in ("keep", "errors") if name in given}
-            plans.append(SublayerPlan(**given | lists))
-        return cls(values["block"], tuple(plans))
-
     def to_json(self) -> dict[str, Any]:
         """Convert to JSON values, without empty lists of errors."""
         return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v != ()})
@@ -100,5 +91,5 @@ class SavedBlock:
             If the file cannot be read.
         """
         with reading(file):
-            plan = BlockPlan.from_json(json.loads(read_metadata(file)["plan"]))
+            plan = TypeAdapter(BlockPlan).validate_json(read_metadata(file)["plan"])
         return cls(plan, partial(read_tensor, file))

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from slimgpt.allocation.reallocation import samples_needed
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths, removed_params
 from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
@@ -134,7 +133,7 @@ def make_job(inputs: Inputs, run: Run) -> Job:
         If there are too few samples.
     """
     widths = initial_widths(inputs.base_config, inputs.config)
-    _warn_of_few_samples(inputs)
+    _warn_of_few_samples(inputs, widths)
     memory = estimate_memory(inputs, widths)
     if is_main():
         log.info("%s", memory)
@@ -191,18 +190,18 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     )
 
 
-def _warn_of_few_samples(inputs: Inputs) -> None:
-    config = inputs.config
-    if config.widths == "measured" and config.ratio > 0:
-        needed = samples_needed(shapes_of(inputs.base_config), inputs.seqlen)
-        if config.nsamples < needed:
-            log.warning(
-                "the widths stay as scheduled: to measure them takes %d samples of %d tokens at "
-                "least, and there are %d",
-                needed,
-                inputs.seqlen,
-                config.nsamples,
-            )
+def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:
+    config, shapes = inputs.config, shapes_of(inputs.base_config)
+    removes = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
+    needed = samples_needed(shapes, inputs.seqlen)
+    if config.widths == "measured" and removes and config.nsamples < needed:
+        log.warning(
+            "the widths stay as scheduled: to measure them takes %d samples of %d tokens at "
+            "least, and there are %d",
+            needed,
+            inputs.seqlen,
+            config.nsamples,
+        )
 
 
 def _samples(inputs: Inputs, run: Run) -> Tensor:
@@ -213,13 +212,13 @@ def _samples(inputs: Inputs, run: Run) -> Tensor:
         bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
         draw = (inputs.tokenizer, bounds[1] - bounds[0], inputs.seqlen, config.seed)
 
-        def make(file: Path, name: str = name, draw: Any = draw) -> None:
+        def make(name: str = name, draw: Any = draw) -> bytes:
             if name == SELF:
                 with streamed.whole(fast_dtype(streamed.device, streamed.weights.dtype)) as model:
                     drawn = sample_from_model(model, *draw)
             else:
                 drawn = calibration_tokens(name, *draw, text_field=config.text_field)
-            file.write_bytes(save({"tokens": drawn}))
+            return save({"tokens": drawn})
 
         file = GENERATED_FILE if name == SELF else f"samples-{index}.safetensors"
         samples.append(read_tensor(run.cached(file, make), "tokens"))
@@ -232,12 +231,12 @@ def _score(inputs: Inputs, run: Run, samples_NT: Tensor, widths: Sequence[BlockW
     if not method.scores_model:
         return
 
-    def make(file: Path) -> None:
+    def make() -> bytes:
         model = inputs.streamed.skeleton
         if method.needs_gradients:
             log.info("gradients of the whole model, for the method %s", config.method)
             model = load_model(inputs.streamed.weights.source, "float32", config.device)
-        file.write_bytes(save(method.score_model(model, samples_NT, widths)))
+        return save(method.score_model(model, samples_NT, widths))
 
     file = run.cached(SCORES_FILE, make)
     method.scores = {name: read_tensor(file, name) for name in tensor_names(file)}

@@ -1,14 +1,14 @@
 """The plan of a run: the widths of every block, with the resulting ratios and parameters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from slimgpt.allocation.reallocation import samples_needed
 from slimgpt.allocation.schedule import Schedule, WidthRules, given_widths, scheduled_widths
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, SublayerShape, removed_params
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 from slimgpt.checkpoint.writer import pruned_config, uniform_group_counts
 from slimgpt.config import PruneConfig
 from slimgpt.methods.registry import make_method
@@ -48,21 +48,6 @@ class PrunePlan:
     params_before: int
     params_after: int
     is_measured: bool
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "PrunePlan":
-        """Restore a plan from the JSON form of `dataclasses.asdict`; other keys are ignored."""
-        shapes = (
-            BlockShape(tuple(SublayerShape(**sublayer) for sublayer in shape["sublayers"]))
-            for shape in values["shapes"]
-        )
-        own = {field.name: values[field.name] for field in fields(cls)}
-        sequences = {
-            "shapes": tuple(shapes),
-            "widths": tuple(map(tuple, values["widths"])),
-            "layer_ratios": tuple(values["layer_ratios"]),
-        }
-        return cls(**own | sequences)
 
 
 def plan(model: str, **options: Any) -> PrunePlan:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.models.device import find_device
@@ -90,7 +92,8 @@ def prune(
     check_inputs(config)
     with process_group(find_device(config.device)) as device, open_run(Path(output)) as run:
         inputs = open_inputs(source, config, device, progress)
-        run.identify(identity_of(inputs), restart)
+        if is_main():
+            run.identify(identity_of(inputs), restart)
         if not run.is_finished():
             job = make_job(inputs, run)
             widths = allocate(job)
@@ -99,5 +102,6 @@ def prune(
             write_result(job, widths)
         run.publish()
         report = broadcast(is_main() and json.loads((run.output / REPORT_FILE).read_text("utf-8")))
-    blocks = tuple(map(BlockPlan.from_json, report["blocks"]))
-    return PruneResult(run.output, PrunePlan.from_json(report), blocks, report)
+    plan = TypeAdapter(PrunePlan).validate_python(report)
+    blocks = TypeAdapter(tuple[BlockPlan, ...]).validate_python(report["blocks"])
+    return PruneResult(run.output, plan, blocks, report)

@@ -149,7 +149,7 @@ class Run:
         """`is_written`, as the main process sees it; all processes ask together."""
         return broadcast(is_main() and self.is_written)
 
-    def cached(self, name: str, make: Callable[[Path], None]) -> Path:
+    def cached(self, name: str, make: Callable[[], bytes]) -> Path:
         """Find a file of the state, or have the main process make it; all processes ask together.
 
         Parameters
@@ -157,11 +157,12 @@ class Run:
         name : str
             Its name.
         make : callable
-            Writes it to a path that it is given.
+            Gives its content.
         """
         if is_main() and not self.has(name):
+            content = make()
             with self.saving(name) as temporary:
-                make(temporary)
+                temporary.write_bytes(content)
         broadcast(None)  # until it is there
         return self.saved(name)
 
@@ -222,8 +223,6 @@ class Run:
             If the run to discard is finished, the state is damaged, or the output directory
             has a file with the name of a result file.
         """
-        if not is_main():
-            return
         now = json.loads(json.dumps(identity))
         if restart:
             is_published = False
