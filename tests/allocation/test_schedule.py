@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -462,14 +463,26 @@ def test_units_move_to_where_they_cost_least(measured, prices):
         steps.append([(total - n, n * params, c) for n, c in zip(removals, costs, strict=True)])
     kept = [n for width in moved for n in (width.num_groups, width.num_channels)]
     chosen = [next(s for s in choices if s[0] == n) for choices, n in zip(steps, kept, strict=True)]
-    cost, freed = (sum(choice[i] for choice in chosen) for i in (2, 1))
+    freed = sum(choice[1] for choice in chosen)
     budget = total_removed(shapes, widths)
     assert freed == total_removed(shapes, moved)
     assert freed - budget <= max(s.group_params + 8 * s.channel_params for s in shapes) / 2
-    # Up to the first step that does not fit, this is the least cost for what it frees.
-    largest = max(s.group_params for s in shapes) + 8 * max(s.channel_params for s in shapes)
+    # All steps that cost less than the cheapest one left out are taken, and no other choice that
+    # frees as much as they do costs less. What is taken beyond them only fills up the budget.
+    slopes = [
+        [(after[2] - before[2]) / (after[1] - before[1]) for before, after in pairwise(choices)]
+        for choices in steps
+    ]
+    taken = [choices.index(choice) for choices, choice in zip(steps, chosen, strict=True)]
+    left_out = [s[n] for s, n in zip(slopes, taken, strict=True) if n < len(s)]
+    limit = min(left_out, default=math.inf) * (1 - 1e-9)
+    cheap = [sum(slope < limit for slope in s) for s in slopes]
+    assert all(few <= n for few, n in zip(cheap, taken, strict=True))
+    cost, freed = (
+        sum(choices[n][i] for choices, n in zip(steps, cheap, strict=True)) for i in (2, 1)
+    )
     for other in itertools.product(*steps):
-        if sum(choice[1] for choice in other) >= freed + largest:
+        if sum(choice[1] for choice in other) >= freed:
             assert cost <= sum(choice[2] for choice in other) * (1 + 1e-9)
 
 
