@@ -10,7 +10,7 @@ from slimgpt.pruning.sensitivity import measured_widths
 
 def scheduled_widths(job: Job) -> list[BlockWidths]:
     """Compute the widths from the given layer ratios or from the schedule."""
-    return initial_widths(job.base_config, job.config)
+    return initial_widths(job.shapes, job.base_config, job.config)
 
 
 Allocator = Callable[[Job], list[BlockWidths]]
@@ -24,7 +24,7 @@ def allocate(job: Job) -> list[BlockWidths]:
     """
     scheduled = scheduled_widths(job)
     name = job.config.widths
-    if name == "measured" and not is_measured(job.base_config, job.config, scheduled):
+    if name == "measured" and not is_measured(job.shapes, scheduled, job.seqlen, job.config):
         name = "scheduled"
     widths = ALLOCATORS[name](job)
     job.stopwatch.lap("sensitivity")

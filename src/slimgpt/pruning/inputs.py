@@ -75,7 +75,8 @@ def open_inputs(
     """
     stopwatch, method = Stopwatch(), make_method(config)
     base_config = load_config(source)
-    initial_widths(base_config, config)  # raises if the ratio is not feasible
+    shapes = tuple(shapes_of(base_config))
+    initial_widths(shapes, base_config, config)  # raises if the ratio is not feasible
     model_config = method.extend_config(base_config)
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source, model_config)
@@ -89,6 +90,7 @@ def open_inputs(
         config,
         method,
         base_config,
+        shapes,
         streamed,
         tokenizer,
         generation_config,
@@ -132,7 +134,7 @@ def make_job(inputs: Inputs, run: Run) -> Job:
     DataError
         If there are too few samples.
     """
-    widths = initial_widths(inputs.base_config, inputs.config)
+    widths = initial_widths(inputs.shapes, inputs.base_config, inputs.config)
     _warn_of_few_samples(inputs, widths)
     memory = estimate_memory(inputs, widths)
     if is_main():
@@ -147,7 +149,7 @@ def make_job(inputs: Inputs, run: Run) -> Job:
 def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEstimate:
     """Estimate the peak memory and the disk space of a run."""
     config, method, skeleton = inputs.config, inputs.method, inputs.streamed.skeleton
-    measures = is_measured(inputs.base_config, config, widths)
+    measures = is_measured(inputs.shapes, widths, inputs.seqlen, config)
     batch_size = choose_batch_size(config.nsamples, inputs.seqlen)
     num_own = len(shard(torch.arange(config.nsamples), batch_size))
     size, num_params = skeleton.dtype.itemsize, skeleton.num_parameters()
@@ -191,7 +193,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
 
 
 def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:
-    config, shapes = inputs.config, shapes_of(inputs.base_config)
+    config, shapes = inputs.config, inputs.shapes
     removes = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, inputs.seqlen)
     if config.widths == "measured" and removes and config.nsamples < needed:

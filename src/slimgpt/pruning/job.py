@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from slimgpt.allocation.shapes import BlockShape
 from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Method
@@ -27,6 +28,8 @@ class Inputs:
         The pruning method.
     base_config : PreTrainedConfig
         Config of the dense model.
+    shapes : tuple of BlockShape
+        Prunable units of each block of the original model.
     streamed : StreamedModel
         The dense model with any biases that the method adds; weights are read block by block.
     tokenizer : PreTrainedTokenizerBase
@@ -44,6 +47,7 @@ class Inputs:
     config: PruneConfig
     method: Method
     base_config: PreTrainedConfig
+    shapes: tuple[BlockShape, ...]
     streamed: StreamedModel
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig

@@ -76,10 +76,13 @@ def plan(model: str, **options: Any) -> PrunePlan:
     """
     config = PruneConfig.create(**options)
     base_config = load_config(find_model(model))
-    return make_plan(base_config, config, initial_widths(base_config, config))
+    widths = initial_widths(shapes_of(base_config), base_config, config)
+    return make_plan(base_config, config, widths)
 
 
-def initial_widths(base_config: PreTrainedConfig, config: PruneConfig) -> list[BlockWidths]:
+def initial_widths(
+    shapes: Sequence[BlockShape], base_config: PreTrainedConfig, config: PruneConfig
+) -> list[BlockWidths]:
     """Compute the widths from the given layer ratios or the schedule, without measurement.
 
     Raises
@@ -87,7 +90,6 @@ def initial_widths(base_config: PreTrainedConfig, config: PruneConfig) -> list[B
     ConfigError
         If a block would lose more than it can.
     """
-    shapes = shapes_of(base_config)
     share = config.attention_share
     rules = WidthRules(
         config.multiple_of,
@@ -108,6 +110,7 @@ def make_plan(
     shapes = [block.shape for block in bind(skeleton)]
     given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
     prunable = sum(shape.params for shape in shapes)
+    seqlen = min(config.seqlen, base_config.max_position_embeddings)
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
     extended = make_method(config).extend_config(base_config)
     result = build_skeleton(pruned_config(extended, widths, config.uniform))
@@ -121,18 +124,17 @@ def make_plan(
         total_ratio=1 - after / before,
         params_before=before,
         params_after=after,
-        is_measured=is_measured(base_config, config, widths),
+        is_measured=is_measured(shapes, widths, seqlen, config),
     )
 
 
 def is_measured(
-    base_config: PreTrainedConfig, config: PruneConfig, widths: Sequence[BlockWidths]
+    shapes: Sequence[BlockShape], widths: Sequence[BlockWidths], seqlen: int, config: PruneConfig
 ) -> bool:
     """Whether a sensitivity pass runs: requested, something to remove, and enough samples."""
-    shapes = shapes_of(base_config)
-    removed = sum(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
-    needed = samples_needed(shapes, min(config.seqlen, base_config.max_position_embeddings))
-    return config.widths == "measured" and removed > 0 and config.nsamples >= needed
+    removed = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
+    needed = samples_needed(shapes, seqlen)
+    return config.widths == "measured" and removed and config.nsamples >= needed
 
 
 def shapes_of(base_config: PreTrainedConfig) -> list[BlockShape]:

@@ -41,7 +41,7 @@ from slimgpt.models.unit_slices import unit_columns
 from slimgpt.pruning.block import replay_block
 from slimgpt.pruning.decisions import SavedBlock
 from slimgpt.pruning.job import Job
-from slimgpt.pruning.plan import initial_widths, shapes_of
+from slimgpt.pruning.plan import initial_widths
 from slimgpt.pruning.sequential import sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.run_directory import WIDTHS_FILE
@@ -97,7 +97,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
     """
     run = job.run
     if not run.all_have(WIDTHS_FILE):
-        widths = initial_widths(job.base_config, job.config)
+        widths = initial_widths(job.shapes, job.base_config, job.config)
         measuring = replace(
             job,
             method=MeasuringSlimGPT(job.config),
@@ -141,8 +141,7 @@ def _moved(
         for block, block_costs in zip(blocks, costs, strict=True)
     ]
     errors = [[plan.errors for plan in block.plan.sublayers] for block in blocks]
-    shapes = shapes_of(job.base_config)
-    return move_units(shapes, widths, errors, prices, job.config.multiple_of)
+    return move_units(job.shapes, widths, errors, prices, job.config.multiple_of)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -146,21 +145,20 @@ def recover(
     config = config.model_copy(update={"seqlen": seqlen})
     PartialState(timeout=TIME_LIMIT)  # joins the other processes of torchrun
     arguments = training_arguments(model_config, config, output)
-    with open_run(output) if is_main() else nullcontext() as run:
+    with open_run(output) as run:
         tokenizer = load_tokenizer(source)
         examples = training_examples(
             config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
         )
         held_out = _held_out_windows(config, tokenizer)
         job = _Job(source, teacher, config, tokenizer, examples, held_out, progress)
-        if run:
+        if is_main():
             run.identify(_identity(job, arguments), restart)
-        if not broadcast(run and run.is_written):
+        if not run.is_finished():
             _train(job, arguments)
-            if run:
+            if is_main():
                 _write(run, job)
-        if run:
-            run.publish()
+        run.publish()
     report = broadcast(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
     return RecoverResult(output, report)
 
