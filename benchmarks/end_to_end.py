@@ -33,8 +33,8 @@ from transformers import PreTrainedModel
 
 import slimgpt
 from slimgpt.data.samples import calibration_tokens
+from slimgpt.models.blocks import bind, decoder_of
 from slimgpt.models.device import autocast
-from slimgpt.models.family import bind, decoder_of
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import load_tokenizer

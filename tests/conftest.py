@@ -21,7 +21,7 @@ from slimgpt.calibration.activations import choose_batch_size, embed
 from slimgpt.cli import app
 from slimgpt.config import PruneConfig
 from slimgpt.methods.registry import make_method
-from slimgpt.models.family import bind
+from slimgpt.models.blocks import bind
 from slimgpt.models.source import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
 from slimgpt.pruning.block import prune_block
 from slimgpt.pruning.decisions import BlockPlan

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimgpt
 from slimgpt.data.samples import evaluation_tokens
-from slimgpt.models.family import bind
+from slimgpt.models.blocks import bind
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import load_tokenizer
-from slimgpt.models.unit_slices import unit_columns
+from slimgpt.models.units import unit_columns
 from slimgpt.pruning.slicing import slice_sublayer
 
 pytestmark = pytest.mark.real_model

@@ -26,10 +26,10 @@ from slimgpt.errors import ConfigError
 from slimgpt.methods import slimgpt as slimgpt_method
 from slimgpt.methods.registry import make_method
 from slimgpt.models import device
-from slimgpt.models.family import bind
+from slimgpt.models.blocks import bind
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
-from slimgpt.models.unit_slices import unit_columns
+from slimgpt.models.units import unit_columns
 from slimgpt.pruning import sequential
 from slimgpt.pruning.block import prune_block
 from slimgpt.pruning.decisions import BlockPlan
@@ -58,7 +58,7 @@ def test_slicing_equals_masking(variant: str) -> None:
             columns = unit_columns(torch.tensor(kept), sublayer.unit_size)
             weight = torch.zeros_like(sublayer.output.weight)
             weight[:, columns] = new.weight
-            sublayer.output.weight = nn.Parameter(weight)
+            sublayer.output.module.weight = nn.Parameter(weight)
     tokens = sample_tokens(2, 24)
     torch.testing.assert_close(model(tokens).logits, masked(tokens).logits, rtol=0, atol=2e-5)
 

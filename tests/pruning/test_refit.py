@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimgpt.calibration.activations import Stream, embed
 from slimgpt.config import PruneConfig
-from slimgpt.models.family import Block, Sublayer, bind
+from slimgpt.models.blocks import Block, Sublayer, bind
 from slimgpt.pruning import refit as module
 from slimgpt.pruning.refit import refit
 from slimgpt.pruning.slicing import slice_sublayer

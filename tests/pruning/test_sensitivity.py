@@ -19,11 +19,11 @@ from slimgpt.allocation.reallocation import move_units
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.config import PruneConfig
 from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.models.family import bind
+from slimgpt.models.blocks import bind
 from slimgpt.models.loading import build_skeleton
 from slimgpt.models.source import find_model
 from slimgpt.models.streaming import StreamedModel
-from slimgpt.models.unit_slices import unit_columns
+from slimgpt.models.units import unit_columns
 from slimgpt.models.weights import open_weights
 from slimgpt.pruning import sensitivity
 from slimgpt.pruning.decisions import SavedBlock

@@ -163,7 +163,7 @@ def given_widths(
 
 def largest_ratio(shape: BlockShape, rules: WidthRules) -> float:
     """Pruning ratio of a block that keeps as few units as possible in each sublayer."""
-    least = [min(sub.step(rules.multiple_of), sub.num_units) for sub in shape.sublayers]
+    least = [sub.least(rules.multiple_of) for sub in shape.sublayers]
     if rules.group_counts is not None:
         least[0] = min(rules.group_counts)
     return removed_params(shape, least) / shape.params
@@ -182,12 +182,13 @@ def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRu
     """Round each sublayer's units up from the exact number; the last sublayer absorbs the rest."""
     *others, last = shape.sublayers
     step = last.step(rules.multiple_of)
-    least = min(step, last.num_units)
+    least = last.least(rules.multiple_of)
     widths = []
     for sublayer in others:
         share = rules.attention_share if sublayer.kind == "attention" else 1.0
         exact = sublayer.num_units * (1 - share * ratio) - 1e-9
-        counts = rules.group_counts or range(1, sublayer.num_units + 1)
+        fewest = sublayer.least(rules.multiple_of)
+        counts = rules.group_counts or range(fewest, sublayer.num_units + 1)
         preferences = []
         for count in counts:
             rest = budget - (sublayer.num_units - count) * sublayer.unit_params

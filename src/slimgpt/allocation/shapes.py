@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SublayerShape:
-    """The prunable units of a sublayer, all of equal size.
+    """The units of a sublayer, all of equal size.
 
     Attributes
     ----------
@@ -16,15 +16,22 @@ class SublayerShape:
         Key/value groups of attention, channels of an FFN.
     unit_params : int
         Parameters of a unit.
+    is_fixed : bool
+        Whether the sublayer keeps all its units, because its family has no place for fewer.
     """
 
     kind: str
     num_units: int
     unit_params: int
+    is_fixed: bool = False
 
     def step(self, multiple_of: int) -> int:
         """Step of the sublayer's width: `multiple_of` for channels, 1 for groups."""
         return multiple_of if self.kind == "ffn" else 1
+
+    def least(self, multiple_of: int) -> int:
+        """Fewest units that the sublayer may keep: one step, or all if it is fixed."""
+        return self.num_units if self.is_fixed else min(self.step(multiple_of), self.num_units)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class BlockShape:
     @property
     def params(self) -> int:
         """Number of prunable parameters."""
-        return sum(sublayer.num_units * sublayer.unit_params for sublayer in self.sublayers)
+        return sum(s.num_units * s.unit_params for s in self.sublayers if not s.is_fixed)
 
 
 # Units that a block keeps, for each of its sublayers.

@@ -9,11 +9,13 @@ Shape suffixes: ``N`` samples, ``T`` tokens per sample, ``C`` hidden size, ``I``
 output projection, ``O`` its rows (``O`` = ``C``).
 """
 
+import inspect
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimgpt.models.blocks import Block, Sublayer, blocks_of, decoder_of
 from slimgpt.models.device import autocast, bfloat16_matmul
-from slimgpt.models.family import Sublayer, blocks_of, decoder_of, family_of
+from slimgpt.models.family import family_of
 from slimgpt.runtime import distributed
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
@@ -34,16 +37,20 @@ PANEL_SIZE = 256  # of the symmetric products, of which only the upper half is c
 
 
 class Recorder(nn.Module):
-    """Placeholder for a block: returns the hidden states and records the other arguments."""
+    """Placeholder for a block: returns the hidden states and records its arguments by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
-        self.kwargs: dict[str, Any] = {}
+        self._signature = inspect.signature(block.forward)
+        self._returns_tuple = returns_tuple
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         """Record the arguments."""
-        self.hidden, self.kwargs = hidden, kwargs
-        return hidden
+        (_, hidden), *others = self._signature.bind(*args, **kwargs).arguments.items()
+        self.hidden: Tensor = hidden
+        self.kwargs: dict[str, Any] = dict(others)
+        self.kwargs |= self.kwargs.pop("kwargs", {})
+        return (self.hidden,) if self._returns_tuple else self.hidden
 
 
 @dataclass
@@ -61,20 +68,40 @@ class Stream:
     kwargs : list of dict
         Arguments of each block beside the hidden states (positions, mask); they are the same for
         every sample.
+    input_NTC, dense_input_NTC : Tensor or None
+        Copies of both at the start of the block, in models whose sublayers all read that.
     """
 
     hidden_NTC: Tensor
     dense_NTC: Tensor | None
     batch_size: int
     kwargs: list[dict[str, Any]]
+    input_NTC: Tensor | None = None
+    dense_input_NTC: Tensor | None = None
+
+    def enter(self, block: Block) -> None:
+        """Prepare for the first sublayer of a block."""
+        for copy, original in (
+            (self.input_NTC, self.hidden_NTC),
+            (self.dense_input_NTC, self.dense_NTC),
+        ):
+            if block.is_parallel and copy is not None and original is not None:
+                copy.copy_(original)
 
     def batches(self) -> tuple[Tensor, ...]:
         """Split the stream into batches, which are views."""
         return self.hidden_NTC.split(self.batch_size)
 
-    def dense_batches(self) -> tuple[Tensor, ...]:
-        """Split the dense model's stream in the same way; empty if there is none."""
-        return () if self.dense_NTC is None else self.dense_NTC.split(self.batch_size)
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Split what the next sublayer reads in the same way."""
+        source_NTC = self.hidden_NTC if self.input_NTC is None else self.input_NTC
+        return source_NTC.split(self.batch_size)
+
+    def dense(self) -> "Stream | None":
+        """The dense model's stream by itself, if there is one."""
+        if self.dense_NTC is None:
+            return None
+        return Stream(self.dense_NTC, None, self.batch_size, self.kwargs, self.dense_input_NTC)
 
 
 def choose_batch_size(num_samples: int, seqlen: int) -> int:
@@ -111,12 +138,18 @@ def embed(
     OSError
         If there is not enough space for the file.
     """
-    decoder, blocks = decoder_of(model), blocks_of(model)
+    decoder, blocks, family = (
+        decoder_of(model),
+        blocks_of(model),
+        family_of(model.config.model_type),
+    )
     device = next(model.get_input_embeddings().parameters()).device
-    shape = (*samples_NT.shape, model.config.hidden_size)
-    hidden_NTC = _allocate(shape, model.dtype, directory)
-    recorders = [Recorder() for _ in blocks]
-    name = family_of(model.config.model_type).blocks
+    allocate = partial(
+        _allocate, (*samples_NT.shape, model.config.hidden_size), model.dtype, directory
+    )
+    hidden_NTC = allocate()
+    recorders = [Recorder(block, family.returns_tuple) for block in blocks]
+    name = family.blocks
     decoder.set_submodule(name, nn.ModuleList(recorders))
     try:
         for hidden_TC, sample_T in zip(hidden_NTC, samples_NT, strict=True):
@@ -124,8 +157,14 @@ def embed(
             hidden_TC.copy_(recorders[0].hidden[0])
     finally:
         decoder.set_submodule(name, blocks)
-    dense_NTC = _allocate(shape, model.dtype, directory).copy_(hidden_NTC) if with_dense else None
-    return Stream(hidden_NTC, dense_NTC, batch_size, [recorder.kwargs for recorder in recorders])
+    stream = Stream(hidden_NTC, None, batch_size, [recorder.kwargs for recorder in recorders])
+    is_parallel = family.is_parallel(model.config)
+    if is_parallel:
+        stream.input_NTC = allocate()
+    if with_dense:
+        stream.dense_NTC = allocate().copy_(hidden_NTC)
+        stream.dense_input_NTC = allocate() if is_parallel else None
+    return stream
 
 
 def run_sublayer(sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tensor:
@@ -138,23 +177,21 @@ def run_sublayer(sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tens
     stream : Stream
         Has the other arguments of the block.
     hidden_NTC : Tensor
-        One batch of the residual stream.
+        One batch of the sublayer's input, before the norm.
 
     Returns
     -------
     Tensor
         batch_NTI, on the device of the block.
     """
-    kwargs = stream.kwargs[sublayer.block] if sublayer.kind == "attention" else {}
     name, projection = sublayer.spec.output, sublayer.output
     hidden_NTC = hidden_NTC.to(projection.weight.device)
     sublayer.module.set_submodule(name, nn.Identity())
     try:
         with autocast(projection.weight):
-            result = sublayer.module(sublayer.norm(hidden_NTC), **kwargs)
+            return sublayer.forward(sublayer.normed(hidden_NTC), stream.kwargs[sublayer.block])
     finally:
-        sublayer.module.set_submodule(name, projection)
-    return result[0] if isinstance(result, tuple) else result
+        sublayer.module.set_submodule(name, projection.module)
 
 
 @dataclass
@@ -171,9 +208,10 @@ class Activations:
     kept : list of Tensor
         The activations of the first batches, as many as fit into the budget.
     cross_OI : Tensor or None
-        E[(h_dense − h − b) xᵀ], where h_dense is the dense model's residual stream after the
-        sublayer, h the pruned model's before it, and b the bias of the output projection;
-        None without a dense stream.
+        E[(t − b) xᵀ], where b is the bias of the output projection, and t its target: what moves
+        the stream to where the dense model's stream is after the sublayer. None without a dense
+        stream. A norm after the sublayer makes the stream depend on the output in a way that is
+        not linear; t is then the dense model's output before that norm.
     """
 
     hessian_II: Tensor
@@ -197,7 +235,7 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
     sublayer : Sublayer
         What to run.
     stream : Stream
-        The residual stream before the sublayer; the dense model's already after it.
+        The residual stream before the sublayer. The dense model's stream moves on past it.
     budget : int
         Maximum bytes of activations to keep.
     """
@@ -211,15 +249,15 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
         cross_OI = total_II.new_zeros(sublayer.output.out_features, size)
     kept: list[Tensor] = []
     panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
-    for hidden_NTC, dense_NTC in zip_longest(stream.batches(), stream.dense_batches()):
-        batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
+    for input_NTC, target_NTC in zip_longest(stream.inputs(), _targets(sublayer, stream)):
+        batch_NTI = run_sublayer(sublayer, stream, input_NTC)
         rows_TI = batch_NTI.flatten(0, 1).float()
         with bfloat16_matmul(batch_NTI):
             for start, stop in panels:
                 product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
                 total_II[start:stop, start:] += product.to(device)
         if cross_OI is not None:
-            target_TO = (dense_NTC.to(rows_TI) - hidden_NTC.to(rows_TI)).flatten(0, 1)
+            target_TO = target_NTC.flatten(0, 1).to(rows_TI)
             if sublayer.output.bias is not None:
                 target_TO -= sublayer.output.bias
             cross_OI += (target_TO.T @ rows_TI).to(device)
@@ -261,23 +299,49 @@ def propagate(
     kept : sequence of Tensor
         Activations from `collect`; the missing ones are computed again.
     """
-    for hidden_NTC, known_NTI in zip_longest(stream.batches(), kept):
+    batches = zip_longest(stream.inputs(), stream.batches(), kept)
+    for input_NTC, hidden_NTC, known_NTI in batches:
         batch_NTI = known_NTI
         if batch_NTI is None:
-            batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
+            batch_NTI = run_sublayer(sublayer, stream, input_NTC)
         with autocast(weight):
             output = nn.functional.linear(batch_NTI[..., columns], weight, sublayer.output.bias)
-        hidden_NTC.add_(output.to(hidden_NTC.device))
+            hidden_NTC.add_(sublayer.contribution(output).to(hidden_NTC.device))
+
+
+def pass_through(sublayer: Sublayer, stream: Stream | None) -> None:
+    """Add the output of the sublayer as it is to a residual stream, if there is one, in place."""
+    if stream is not None:
+        for _ in _outputs(sublayer, stream):
+            pass
 
 
 @torch.no_grad()
-def pass_through(sublayer: Sublayer, stream: Stream, batches: Iterable[Tensor]) -> None:
-    """Add the output of the sublayer as it is to batches of a residual stream, in place."""
-    for hidden_NTC in batches:
-        batch_NTI = run_sublayer(sublayer, stream, hidden_NTC)
+def _outputs(sublayer: Sublayer, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+    """Move a residual stream past a sublayer; yield each batch of its output, and of the stream."""
+    for input_NTC, hidden_NTC in zip(stream.inputs(), stream.batches(), strict=True):
+        batch_NTI = run_sublayer(sublayer, stream, input_NTC)
         with autocast(sublayer.output.weight):
-            output = sublayer.output(batch_NTI)
-        hidden_NTC.add_(output.to(hidden_NTC.device))
+            output_NTO = sublayer.output.module(batch_NTI)
+            hidden_NTC.add_(sublayer.contribution(output_NTO).to(hidden_NTC.device))
+        yield output_NTO, hidden_NTC
+
+
+def _targets(sublayer: Sublayer, stream: Stream) -> Iterator[Tensor]:
+    """Target of the output projection for each batch, see `Activations`; none without a dense one.
+
+    The dense model's stream moves on past the sublayer.
+    """
+    dense = stream.dense()
+    if dense is None:
+        return
+    outputs = zip(_outputs(sublayer, dense), stream.batches(), strict=True)
+    for (output_NTO, dense_NTC), hidden_NTC in outputs:
+        if sublayer.post_norm is not None:
+            yield output_NTO.float()
+        else:
+            target_NTC = dense_NTC.float() - hidden_NTC.float()
+            yield target_NTC if sublayer.multiplier == 1 else target_NTC / sublayer.multiplier
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
-from slimgpt.models.family import bind, decoder_of
+from slimgpt.models.blocks import Projection, Sublayer, bind, decoder_of
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_file, find_model
 
@@ -84,7 +84,8 @@ def inspect(model: str | Path) -> ModelSummary:
     blocks, head_dim = [], 0
     for block, layer in zip(bind(skeleton), config.per_layer_config, strict=True):
         attention, ffn = block.sublayers
-        num_kv_heads, num_heads = (getattr(layer, key) for key in attention.spec.widths)
+        num_heads = layer.num_attention_heads
+        num_kv_heads = attention.counts.get("group", num_heads)
         head_dim = attention.output.in_features // num_heads
         blocks.append(
             BlockSummary(
@@ -92,7 +93,7 @@ def inspect(model: str | Path) -> ModelSummary:
                 num_kv_heads=num_kv_heads,
                 num_channels=ffn.num_units,
                 attention_params=_count(attention.module),
-                ffn_params=_count(ffn.module),
+                ffn_params=sum(_count(layer.module) for layer in _linears(ffn)),
             )
         )
     total = skeleton.num_parameters()
@@ -113,6 +114,10 @@ def _pruning_cost(report: Path | None) -> PruningCost | None:
         return None
     values = read_report(report, PruningReport)
     return PruningCost(values["seconds"], values["peak_memory_bytes"])
+
+
+def _linears(sublayer: Sublayer) -> list[Projection]:
+    return [*sublayer.inputs.values(), sublayer.output]
 
 
 def _count(module: nn.Module) -> int:

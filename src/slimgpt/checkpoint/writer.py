@@ -53,7 +53,7 @@ def pruned_config(
     )
     for key in stale:
         values.pop(key, None)
-    if not values.get("head_dim"):
+    if family_of(model_type).widths("attention") and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
         result = AutoConfig.for_model(model_type, **values | layers[0])
@@ -79,12 +79,13 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     config : PreTrainedConfig
         Config of the dense model.
     """
-    family, first = family_of(config.model_type), config.per_layer_config[0]
-    num_groups, *others = (getattr(first, spec.widths[0]) for spec in family.sublayers)
+    first, keys = config.per_layer_config[0], family_of(config.model_type).widths("attention")
+    if not keys:
+        return [1]
     accepted = []
-    for count in range(1, num_groups + 1):
+    for count in range(1, getattr(first, keys[0]) + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
-            pruned_config(config, [(count, *others)], uniform=True)
+            pruned_config(config, [(count,)], uniform=True)
             accepted.append(count)
     return accepted
 
@@ -153,10 +154,11 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     dict
         Widths by config key, e.g. ``{"num_key_value_heads": 2, …}``.
     """
-    family = family_of(config.model_type)
-    before = config.per_layer_config[index]
-    return {
-        key: getattr(before, key) * num_units // getattr(before, spec.widths[0])
-        for spec, num_units in zip(family.sublayers, kept, strict=True)
-        for key in spec.widths
-    }
+    before, widths = config.per_layer_config[index], {}
+    specs = family_of(config.model_type).layer(config, index)
+    for spec, num_units in zip(specs, kept, strict=False):
+        if spec.widths:
+            first, *others = spec.widths.values()
+            scaled = {k: getattr(before, k) * num_units // getattr(before, first) for k in others}
+            widths |= {first: num_units, **scaled}
+    return widths

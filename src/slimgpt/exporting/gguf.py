@@ -127,8 +127,8 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
 
 def _stored_widths(config: PreTrainedConfig) -> list[_Widths]:
     family = family_of(config.model_type)
-    kv_heads, heads = family.sublayer("attention").widths
-    (channels,) = family.sublayer("ffn").widths
+    kv_heads, heads = family.widths("attention")
+    (channels,) = family.widths("ffn")
     return [
         _Widths(getattr(layer, heads), getattr(layer, kv_heads), getattr(layer, channels))
         for layer in config.per_layer_config

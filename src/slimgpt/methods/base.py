@@ -15,12 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import PruneConfig
-from slimgpt.models.family import Sublayer, bind
-from slimgpt.models.unit_slices import unit_columns
+from slimgpt.models.blocks import Sublayer, bind
+from slimgpt.models.units import unit_rows
 from slimgpt.solver.hessian import output_power
 
 
@@ -139,7 +140,7 @@ class ScoringMethod(Method):
         kept_units = scores_U.argsort(descending=True, stable=True)[:num_keep].sort().values
         hessian_II, mean_I = activations.hessian_II, activations.mean_I
         weight_OI = sublayer.output.weight.to(mean_I.device).to(mean_I.dtype)
-        columns_K = unit_columns(kept_units, sublayer.unit_size).to(mean_I.device)
+        columns_K = sublayer.columns(kept_units).to(mean_I.device)
         removed_R = torch.ones_like(mean_I, dtype=torch.bool).index_fill_(0, columns_K, False)
         weight_OR, lost_RR = weight_OI[:, removed_R], hessian_II[removed_R][:, removed_R]
         bias_O = self.replace(sublayer, weight_OR, mean_I[removed_R], lost_RR)
@@ -162,17 +163,23 @@ def unit_sums(sublayer: Sublayer, score: Callable[[Any], Tensor]) -> Tensor:
     sublayer : Sublayer
         A sublayer of a live model.
     score : callable
-        Returns scores_OI for the weight of a linear layer.
+        Returns scores for the weight of a linear layer, in the weight's shape.
 
     Returns
     -------
     Tensor
         scores_U, from the rows of the input projections and the columns of the output projection.
     """
-    linears = [sublayer.module.get_submodule(name) for name in sublayer.spec.inputs]
-    output = sublayer.module.get_submodule(sublayer.spec.output)
-    sums = [*(score(linear).sum(dim=1) for linear in linears), score(output).sum(dim=0)]
-    sums_U = [s.cpu().double().view(sublayer.num_units, -1).sum(dim=1) for s in sums]
+    sums_U = []
+    for name, segments in {**sublayer.spec.inputs, sublayer.spec.output: ()}.items():
+        layer: Any = sublayer.module.get_submodule(name)
+        scores_OI = score(layer)
+        if isinstance(getattr(layer, "base_layer", layer), Conv1D):
+            scores_OI = scores_OI.T
+        is_output = name == sublayer.spec.output
+        sums = scores_OI.sum(dim=0 if is_output else 1).cpu().double()
+        rows = unit_rows(len(sums), segments, sublayer.counts)
+        sums_U += [sums[rows_UR].sum(dim=1) for rows_UR in rows]
     return torch.stack(sums_U).sum(dim=0)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from slimgpt.calibration.activations import Activations
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.methods.base import ScoringMethod
-from slimgpt.models.family import Sublayer, family_of
+from slimgpt.models.blocks import Sublayer
+from slimgpt.models.family import family_of
 
 
 class Flap(ScoringMethod):
@@ -28,12 +29,15 @@ class Flap(ScoringMethod):
         UnsupportedModelError
             If models of this type have no biases in their output projections.
         """
-        keys = {spec.bias for spec in family_of(config.model_type).sublayers}
-        if not all(hasattr(config, key) for key in keys):
+        biases = {spec.bias for spec in family_of(config.model_type).sublayers} - {True}
+        keys = {key for key in biases if isinstance(key, str) and hasattr(config, key)}
+        if keys != biases:
             raise UnsupportedModelError(
                 f"models of type {config.model_type!r} have no biases in their output projections",
                 hint="the method flap needs them; choose another --method",
             )
+        if all(getattr(config, key) for key in keys):
+            return config
         config = copy.deepcopy(config)
         for key in keys:
             setattr(config, key, True)

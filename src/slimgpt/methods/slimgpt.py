@@ -11,7 +11,7 @@ from typing import Any
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Decision, Method
-from slimgpt.models.family import Sublayer
+from slimgpt.models.blocks import Sublayer
 from slimgpt.solver.elimination import (
     Elimination,
     eliminate_channel_groups,

@@ -30,8 +30,8 @@ class Taylor(ScoringMethod):
         """
         sublayers = sublayers_of(model)
         for sublayer in sublayers:
-            for linear in (*sublayer.inputs.values(), sublayer.output):
-                linear.weight.requires_grad_()
+            for projection in (*sublayer.inputs.values(), sublayer.output):
+                projection.module.weight.requires_grad_(True)
         for sample_T in samples_NT:
             add_gradient(model, sample_T)
         return {sublayer.name: unit_sums(sublayer, _first_order) for sublayer in sublayers}

@@ -66,7 +66,10 @@ class _Rope(_Checked):
 
 
 class _ModelConfig(_Checked):
-    """The keys of a ``config.json`` on which SlimGPT and the supported models depend."""
+    """The keys of a ``config.json`` on which SlimGPT and the supported models depend.
+
+    Not all model types have those with a default; where one is given, it may not be null.
+    """
 
     model_type: str
     architectures: list[str] | None = None
@@ -74,15 +77,17 @@ class _ModelConfig(_Checked):
     torch_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     vocab_size: _Size
     hidden_size: _Size
-    intermediate_size: _Size
+    intermediate_size: _Size = 1
     num_hidden_layers: _Layers
     num_attention_heads: _Size
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
-    hidden_act: str
+    hidden_act: str = "silu"
     max_position_embeddings: _Length
-    initializer_range: _Share
-    rms_norm_eps: Annotated[float, Field(ge=0, le=1)]
+    initializer_range: _Share = 0.0
+    rms_norm_eps: _Share = 0.0
+    layer_norm_eps: _Share = 0.0
+    residual_multiplier: _Number = 1.0
     attention_dropout: _Share | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -179,6 +184,8 @@ def check_model_config(model: str, values: Mapping[str, Any], hint: str = _CONFI
     fields = {field.name: field.default for field in dataclasses.fields(config_class)}
     defaults = {key: value for key, value in fields.items() if value is not dataclasses.MISSING}
     effective = defaults | dict(values)
+    renamed = config_class.attribute_map.items()  # GPT-2 calls hidden_size n_embd
+    effective |= {key: effective[own] for key, own in renamed if own in effective}
     problems = list(_foreign_keys(config_class, fields, values))
     try:
         _ModelConfig.model_validate(effective)
@@ -309,7 +316,7 @@ def _tokens_beyond(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
 
 def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -> Iterator[str]:
     family = family_of(model_type)
-    known = {key for spec in family.sublayers for key in spec.widths}
+    known = {key for spec in family.sublayers for key in spec.widths.values()}
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"
         if not (index.isdecimal() and int(index) < num_layers):
@@ -318,7 +325,8 @@ def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -
             continue  # already reported
         if strangers := sorted({*widths} - known):
             yield f"{key}: {', '.join(strangers)} cannot differ between layers"
-        groups, heads = (_count(widths.get(name)) for name in family.sublayer("attention").widths)
+        keys = family.widths("attention")
+        groups, heads = (_count(widths.get(name)) for name in keys) if keys else (None, None)
         if groups and heads and heads % groups:
             yield f"{key}: num_attention_heads={heads} is no multiple of {groups} key/value heads"
 

@@ -1,24 +1,24 @@
-"""Names of the prunable tensors of each model family.
+"""Layouts of the model families.
 
 A family is one JSON file in the folder ``families``; a new family needs no code. A block is a list
-of sublayers. Each sublayer has a norm, and a module with input projections and one output
-projection. Its units (key/value groups or channels) own equal shares of the rows of the input
-projections and of the columns of the output projection.
+of sublayers. Each sublayer reads the residual stream through a norm, has input projections and one
+output projection, and adds its output to the stream. Its units (key/value groups or channels) own
+rows of the input projections and columns of the output projection.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
 
-from slimgpt.allocation.shapes import BlockShape, SublayerShape
 from slimgpt.errors import UnsupportedModelError
 
 PRUNED_PREFIX = "slimgpt_"
+
+# What rows of a projection belong to: all query heads, all key/value groups, or all channels.
+Segment = Literal["head", "group", "channel"]
 
 
 class SublayerSpec(BaseModel):
@@ -28,29 +28,64 @@ class SublayerSpec(BaseModel):
     ----------
     kind : {"attention", "ffn"}
         Kind of sublayer.
-    norm, module : str
-        The norm before the sublayer, and the sublayer itself.
-    inputs, output : tuple of str, str
-        Linear layers of the module: pruning removes rows of `inputs` and columns of `output`.
-    widths : tuple of str
-        Config keys that scale with the units; the first is the number of units.
-    bias : str
-        Config key that gives these linear layers biases; some model types lack it.
+    norm, post_norm : tuple of str
+        The norm before the sublayer, and the one after it: of these, the first that the block has.
+    module : str
+        The sublayer itself; empty if its layers belong to the block.
+    chain : tuple of str
+        Modules that are applied one after the other, where `module` cannot be called by itself.
+    inputs : mapping of str to tuple
+        Linear layers of the module that lose rows, with the segments of their rows from top to
+        bottom, see `slimgpt.models.units.unit_rows`.
+    vectors : mapping of str to tuple
+        Norms of the module whose weights shrink with the units; some models lack them.
+    output : str
+        The linear layer that loses columns.
+    widths : mapping of str to str
+        Config keys of the number of units, then of what else scales with them. Without any, the
+        sublayer cannot be pruned, and `reason` says why.
+    reason : str
+        Why the sublayer cannot be pruned.
+    bias : str or bool
+        Config key that gives these linear layers biases, or whether they have them in all models.
+    layer_type : str or None
+        If given, only layers of this type (``layer_types`` in the config) have the sublayer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["attention", "ffn"]
-    norm: str
+    norm: tuple[str, ...] = ()
+    post_norm: tuple[str, ...] = ()
     module: str
-    inputs: tuple[str, ...]
+    chain: tuple[str, ...] = ()
+    inputs: Mapping[str, tuple[Segment, ...]] = {}
+    vectors: Mapping[str, tuple[Segment, ...]] = {}
     output: str
-    widths: tuple[str, ...]
-    bias: str
+    widths: Mapping[Segment, str] = {}
+    reason: str = ""
+    bias: str | bool
+    layer_type: str | None = None
 
 
 class Family(BaseModel):
-    """The content of a family's JSON file: model types, and the paths of blocks and sublayers."""
+    """The content of a family's JSON file.
+
+    Attributes
+    ----------
+    model_types : tuple of str
+        Values of ``model_type`` in the config.
+    decoder, blocks : str
+        Path of the decoder in the causal language model, and of its list of blocks in the decoder.
+    sublayers : tuple of SublayerSpec
+        In the order of computation.
+    parallel : bool or str
+        Whether all sublayers read the input of the block; or the config key that says so.
+    multiplier : str or None
+        Config key of the factor by which each sublayer's output is multiplied.
+    returns_tuple : bool
+        Whether a block returns its hidden states inside a tuple.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,98 +93,31 @@ class Family(BaseModel):
     decoder: str
     blocks: str
     sublayers: tuple[SublayerSpec, ...]
+    parallel: bool | str = False
+    multiplier: str | None = None
+    returns_tuple: bool = False
 
     @property
     def linears(self) -> list[str]:
         """Names of the linear layers of all sublayers."""
         return [n for spec in self.sublayers for n in (*spec.inputs, spec.output)]
 
-    def sublayer(self, kind: str) -> SublayerSpec:
-        """Find the sublayer of a kind."""
-        return next(spec for spec in self.sublayers if spec.kind == kind)
+    def layer(self, config: Any, index: int) -> list[SublayerSpec]:
+        """List the sublayers of one block of a model with this config."""
+        return [
+            spec
+            for spec in self.sublayers
+            if spec.layer_type is None or spec.layer_type == config.layer_types[index]
+        ]
 
+    def widths(self, kind: str) -> list[str]:
+        """Config keys of the widths of a kind of sublayer; empty if it cannot be pruned."""
+        return [key for spec in self.sublayers if spec.kind == kind for key in spec.widths.values()]
 
-@dataclass(frozen=True)
-class Sublayer:
-    """A sublayer of a live model.
-
-    Attributes
-    ----------
-    block : int
-        Index of the block.
-    name : str
-        Name of the sublayer's module in the model.
-    spec : SublayerSpec
-        Names of its modules and config keys.
-    norm, module : nn.Module
-        The norm before it, and the sublayer itself.
-    num_units : int
-        Key/value groups or channels.
-    """
-
-    block: int
-    name: str
-    spec: SublayerSpec
-    norm: nn.Module
-    module: nn.Module
-    num_units: int
-
-    @property
-    def kind(self) -> str:
-        """``attention`` or ``ffn``."""
-        return self.spec.kind
-
-    @property
-    def output(self) -> nn.Linear:
-        """The output projection, which loses columns and is compensated by the solver."""
-        return _linear(self.module, self.spec.output)
-
-    @property
-    def output_name(self) -> str:
-        """Name of the output projection in the model."""
-        return f"{self.name}.{self.spec.output}"
-
-    @property
-    def inputs(self) -> dict[str, nn.Linear]:
-        """The input projections, which lose the matching rows, by name."""
-        return {name: _linear(self.module, name) for name in self.spec.inputs}
-
-    @property
-    def unit_size(self) -> int:
-        """Number of columns of the output projection per unit."""
-        return self.output.in_features // self.num_units
-
-    @property
-    def shape(self) -> SublayerShape:
-        """The prunable units."""
-        tensors = [self.output.weight, *(p for m in self.inputs.values() for p in m.parameters())]
-        params = sum(tensor.numel() for tensor in tensors)
-        return SublayerShape(self.kind, self.num_units, params // self.num_units)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A decoder layer of a live model, bound to its family.
-
-    Attributes
-    ----------
-    index, name : int, str
-        Position of the layer, and its name in the model.
-    module : nn.Module
-        The decoder layer.
-    sublayers : tuple of Sublayer
-        The sublayers, in the order of computation.
-    """
-
-    index: int
-    name: str
-    module: nn.Module
-    sublayers: tuple[Sublayer, ...]
-
-    @property
-    def shape(self) -> BlockShape:
-        """The prunable units of all sublayers."""
-        return BlockShape(tuple(sublayer.shape for sublayer in self.sublayers))
+    def is_parallel(self, config: Any) -> bool:
+        """Whether all sublayers of a block read the input of the block."""
+        key = self.parallel
+        return key if isinstance(key, bool) else bool(getattr(config, key))
 
 
 @cache
@@ -180,55 +148,3 @@ def family_of(model_type: str) -> Family:
             hint=f"supported model types: {', '.join(sorted(families))}",
         )
     return family
-
-
-def decoder_of(model: Any) -> nn.Module:
-    """Find the decoder of a causal language model, which contains all but the head."""
-    return model.get_submodule(family_of(model.config.model_type).decoder)
-
-
-def blocks_of(model: Any) -> nn.ModuleList:
-    """List the blocks of a causal language model."""
-    blocks = decoder_of(model).get_submodule(family_of(model.config.model_type).blocks)
-    return cast(nn.ModuleList, blocks)
-
-
-def bind(model: Any) -> Iterator[Block]:
-    """Bind each block of a causal language model to its family, first to last.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal language model with its ``config``, dense or pruned.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the model's type belongs to no family.
-    """
-    family = family_of(model.config.model_type)
-    layers = zip(blocks_of(model), model.config.per_layer_config, strict=True)
-    for index, (module, config) in enumerate(layers):
-        name = f"{family.decoder}.{family.blocks}.{index}"
-        sublayers = tuple(
-            Sublayer(
-                block=index,
-                name=f"{name}.{spec.module}",
-                spec=spec,
-                norm=module.get_submodule(spec.norm),
-                module=module.get_submodule(spec.module),
-                num_units=getattr(config, spec.widths[0]),
-            )
-            for spec in family.sublayers
-        )
-        yield Block(index, name, module, sublayers)
-
-
-def _linear(module: nn.Module, name: str) -> nn.Linear:
-    found = module.get_submodule(name)
-    if not isinstance(found, nn.Linear):
-        raise UnsupportedModelError(
-            f"{name} is a {type(found).__name__}, but only plain linear layers can be pruned",
-            hint="prune first, quantise or add adapters afterwards",
-        )
-    return found

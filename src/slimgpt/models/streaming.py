@@ -1,18 +1,35 @@
 """A model that holds one block in memory at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.models.family import Block, bind, blocks_of, decoder_of, family_of
+from slimgpt.models.blocks import Block, bind, blocks_of, decoder_of
+from slimgpt.models.device import autocast
+from slimgpt.models.family import family_of
 from slimgpt.models.loading import build_skeleton
 from slimgpt.models.weights import Weights, saved_tensors
 from slimgpt.runtime.environment import trim_heap
+
+
+class _LastBlock(nn.Module):
+    """Takes the place of all blocks: returns given hidden states."""
+
+    hidden: Tensor
+
+    def __init__(self, returns_tuple: bool) -> None:
+        super().__init__()
+        self._returns_tuple = returns_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Return the given hidden states."""
+        return (self.hidden,) if self._returns_tuple else self.hidden
 
 
 class StreamedModel:
@@ -45,16 +62,31 @@ class StreamedModel:
             self.skeleton.tie_weights()
 
     @contextmanager
-    def without_blocks(self) -> Iterator[PreTrainedModel]:
-        """Load the model without its blocks: the head directly follows the embedding."""
+    def after_blocks(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Load the model without its blocks.
+
+        Yields
+        ------
+        callable
+            Computes the logits (tokens, vocabulary) of a sample from its hidden states after the
+            last block (tokens, hidden size).
+        """
         decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
-        name = family_of(self.skeleton.config.model_type).blocks
-        decoder.set_submodule(name, nn.ModuleList())
+        family = family_of(self.skeleton.config.model_type)
+        last = _LastBlock(family.returns_tuple)
+        decoder.set_submodule(family.blocks, nn.ModuleList([last]))
+
+        def logits(hidden_TC: Tensor) -> Tensor:
+            last.hidden = hidden_TC[None].to(self.device)
+            tokens = torch.zeros(1, len(hidden_TC), dtype=torch.int64, device=self.device)
+            with autocast(next(model.parameters())):
+                return model(tokens, use_cache=False).logits[0]
+
         try:
             with self.whole() as model:
-                yield model
+                yield logits
         finally:
-            decoder.set_submodule(name, blocks)
+            decoder.set_submodule(family.blocks, blocks)
 
     def anew(self) -> "StreamedModel":
         """Create a copy with a skeleton of its own."""
@@ -64,16 +96,14 @@ class StreamedModel:
     @contextmanager
     def around_blocks(self) -> Iterator[PreTrainedModel]:
         """Load the weights of the decoder except those of the blocks."""
-        decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
-        prefix = family_of(self.skeleton.config.model_type).decoder
-        parts = {n: part for n, part in decoder.named_children() if part is not blocks}
-        for name, part in parts.items():
-            self._fill(part, self._read(f"{prefix}.{name}", part))
+        decoder, family = decoder_of(self.skeleton), family_of(self.skeleton.config.model_type)
+        names = [name for name, _ in decoder.named_parameters()]
+        others = [name for name in names if not name.startswith(f"{family.blocks}.")]
+        self._fill(decoder, self._read(family.decoder, others))
         try:
             yield self.skeleton
         finally:
-            for part in parts.values():
-                self._release(part)
+            self._release(decoder)
 
     def blocks(self, backward: bool = False) -> Iterator[Block]:
         """Yield the blocks in order (or `backward`), each with its weights until the next one.
@@ -85,18 +115,20 @@ class StreamedModel:
         with ThreadPoolExecutor(1) as reader:
             ahead = None
             for block, following in zip_longest(blocks, blocks[1:]):
-                ahead = ahead or reader.submit(self._read, block.name, block.module)
+                ahead = ahead or reader.submit(self._read_block, block)
                 tensors, ahead = ahead.result(), None
                 if reads_ahead and following:
-                    ahead = reader.submit(self._read, following.name, following.module)
+                    ahead = reader.submit(self._read_block, following)
                 self._fill(block.module, tensors)
                 del tensors
                 yield block
                 self._release(block.module)
                 trim_heap()
 
-    def _read(self, prefix: str, module: nn.Module) -> dict[str, Tensor]:
-        names = [name for name, _ in module.named_parameters()]
+    def _read_block(self, block: Block) -> dict[str, Tensor]:
+        return self._read(block.name, [name for name, _ in block.module.named_parameters()])
+
+    def _read(self, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = {name: self.weights.read(f"{prefix}.{name}") for name in names}
         if self.device.type == "cuda":
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}

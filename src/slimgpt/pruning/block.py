@@ -15,8 +15,7 @@ from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import Stream, collect, pass_through, propagate
 from slimgpt.errors import NumericalError
 from slimgpt.methods.base import Method
-from slimgpt.models.family import Block, Sublayer
-from slimgpt.models.unit_slices import unit_columns
+from slimgpt.models.blocks import Block, Projection, Sublayer
 from slimgpt.pruning.decisions import BlockPlan, SavedBlock, SublayerPlan
 from slimgpt.pruning.refit import refit
 from slimgpt.pruning.slicing import slice_sublayer
@@ -46,6 +45,7 @@ def prune_block(
     NumericalError
         If a Hessian cannot be factorised. The message names the block and the sublayer.
     """
+    stream.enter(block)
     plans = (
         _prune_sublayer(sublayer, num_keep, stream, method, activation_memory)
         for sublayer, num_keep in zip(block.sublayers, widths, strict=True)
@@ -65,31 +65,33 @@ def replay_block(block: Block, saved: SavedBlock, stream: Stream) -> None:
     stream : Stream
         Residual stream before the block. On return, the stream after the pruned block.
     """
+    stream.enter(block)
     for sublayer, decided in zip(block.sublayers, saved.plan.sublayers, strict=True):
-        pass_through(sublayer, stream, stream.dense_batches())
+        pass_through(sublayer, stream.dense())
         if len(decided.keep) == sublayer.num_units:
-            pass_through(sublayer, stream, stream.batches())
+            pass_through(sublayer, stream)
             continue
         output, name = sublayer.output, sublayer.output_name
         kept_units = torch.tensor(decided.keep, device=output.weight.device)
         if output.bias is not None:
             _set_bias(output, saved.read(f"{name}.bias"))
-        new_weight = saved.read(f"{name}.weight").to(output.weight.device)
+        new_weight = output.oriented(saved.read(f"{name}.weight")).to(output.weight.device)
         if decided.refit is None:
             _apply(sublayer, stream, kept_units, new_weight)
         else:
             slice_sublayer(sublayer, kept_units, new_weight)
             for input_name, linear in sublayer.inputs.items():
-                linear.weight.copy_(saved.read(f"{sublayer.name}.{input_name}.weight"))
-            pass_through(sublayer, stream, stream.batches())
+                weight = saved.read(f"{sublayer.name}.{input_name}.weight")
+                linear.weight.copy_(linear.oriented(weight))
+            pass_through(sublayer, stream)
 
 
 def _prune_sublayer(
     sublayer: Sublayer, num_keep: int, stream: Stream, method: Method, activation_memory: int
 ) -> SublayerPlan:
-    pass_through(sublayer, stream, stream.dense_batches())
     if num_keep == sublayer.num_units:
-        pass_through(sublayer, stream, stream.batches())
+        pass_through(sublayer, stream.dense())
+        pass_through(sublayer, stream)
         return SublayerPlan(sublayer.kind, tuple(range(num_keep)))
     is_refit = method.refit_epochs > 0 and sublayer.kind == "ffn"
     # A refit changes the input projections, so kept activations would be stale.
@@ -126,13 +128,13 @@ def _prune_sublayer(
     dense = replace(sublayer, module=copy.deepcopy(sublayer.module))
     slice_sublayer(sublayer, kept_units, new_weight)
     error_ratio = refit(sublayer, dense, stream, method.config)
-    pass_through(sublayer, stream, stream.batches())
+    pass_through(sublayer, stream)
     return replace(plan, refit=error_ratio)
 
 
-def _set_bias(linear: nn.Linear, bias_O: Tensor) -> None:
-    bias_O = bias_O.to(linear.weight.dtype).to(linear.weight.device)
-    linear.bias = nn.Parameter(bias_O, requires_grad=False)
+def _set_bias(output: Projection, bias_O: Tensor) -> None:
+    bias_O = bias_O.to(output.weight.dtype).to(output.weight.device)
+    output.module.bias = nn.Parameter(bias_O, requires_grad=False)
 
 
 def _apply(
@@ -142,6 +144,9 @@ def _apply(
     new_weight: Tensor,
     kept: Sequence[Tensor] = (),
 ) -> None:
-    columns = unit_columns(kept_units, sublayer.unit_size)
-    propagate(sublayer, stream, columns, new_weight, kept)
+    if sublayer.couples_units:  # without the others, the kept units have other activations
+        slice_sublayer(sublayer, kept_units, new_weight)
+        pass_through(sublayer, stream)
+        return
+    propagate(sublayer, stream, sublayer.columns(kept_units), new_weight, kept)
     slice_sublayer(sublayer, kept_units, new_weight)

@@ -19,8 +19,8 @@ from slimgpt.data.samples import READING_BYTES, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
 from slimgpt.errors import MissingDependencyError
 from slimgpt.methods.registry import METHODS, make_method
+from slimgpt.models.blocks import bind
 from slimgpt.models.device import fast_dtype
-from slimgpt.models.family import bind
 from slimgpt.models.loading import (
     build_skeleton,
     load_config,
@@ -33,6 +33,7 @@ from slimgpt.models.stored import read_tensor
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
 from slimgpt.models.weights import open_weights, tensor_names
+from slimgpt.pruning.family_check import check_family
 from slimgpt.pruning.job import Inputs, Job
 from slimgpt.pruning.memory import (
     FLOAT32,
@@ -77,6 +78,8 @@ def open_inputs(
     base_config = load_config(source)
     shapes = tuple(shapes_of(base_config))
     initial_widths(shapes, base_config, config)  # raises if the ratio is not feasible
+    if is_main():
+        check_family(base_config)
     model_config = method.extend_config(base_config)
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source, model_config)
@@ -181,6 +184,8 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         whole = 2 * num_params * FLOAT32
     activation = num_own * inputs.seqlen * size
     stream = activation * skeleton.config.hidden_size * (2 if method.needs_dense else 1)
+    if blocks[0].is_parallel:
+        stream *= 2
     widest = activation * max(sublayer.output.in_features for sublayer, _ in sublayers)
     is_mapped, kept = divide_memory(stream, widest, config.activation_memory)
     return MemoryEstimate(

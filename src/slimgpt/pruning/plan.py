@@ -12,7 +12,8 @@ from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 from slimgpt.checkpoint.writer import pruned_config, uniform_group_counts
 from slimgpt.config import PruneConfig
 from slimgpt.methods.registry import make_method
-from slimgpt.models.family import bind, family_of
+from slimgpt.models.blocks import bind
+from slimgpt.models.family import family_of
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
 
@@ -151,6 +152,8 @@ def attention_share(config: Any) -> float:
     the sum of the errors is smallest when attention's ratio is proportional to the parameters that
     a head frees: (2 + 2/g)/4 of its ratio in MHA, which is 1.
     """
-    config = config.per_layer_config[0]
-    kv_heads, heads = family_of(config.model_type).sublayer("attention").widths
-    return (1 + getattr(config, kv_heads) / getattr(config, heads)) / 2
+    keys = family_of(config.model_type).widths("attention")
+    if not keys:
+        return 1.0
+    groups, heads = (getattr(config.per_layer_config[0], key) for key in keys)
+    return (1 + groups / heads) / 2

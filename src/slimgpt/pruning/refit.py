@@ -9,6 +9,7 @@ Shape suffixes: ``N`` samples, ``T`` tokens, ``C`` hidden size.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from slimgpt.calibration.activations import Stream
 from slimgpt.config import PruneConfig
+from slimgpt.models.blocks import Sublayer
 from slimgpt.models.device import autocast, fast_dtype
-from slimgpt.models.family import Sublayer
 from slimgpt.runtime.distributed import all_reduce, shard_batches
 
 STEP_TOKENS, CHUNK_TOKENS = 512, 4096
@@ -33,28 +34,11 @@ BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients is arbitrary
 def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -> float:
     """Fine-tune all weights of a pruned FFN toward its target output, with Adam.
 
-    The target is (1 − α) y + α (h* − h), as in `slimgpt.solver.hessian.prepare`: y is the output
-    of the dense FFN, h the residual stream before it, h* the dense model's stream after it. Each
-    step draws its tokens from the samples of all processes. If the error on a sample of up to
-    4,096 calibration tokens does not fall, the solver's weights are kept.
-
-    Parameters
-    ----------
-    ffn : Sublayer
-        The pruned FFN. Its weights are updated in place, in float32 during the refit.
-    dense : Sublayer
-        The dense FFN.
-    stream : Stream
-        The residual stream before the FFN, and the dense model's stream after the FFN.
-    config : PruneConfig
-        Uses ``refit_epochs``; ``correction`` (α; no effect if the stream has no dense model); and
-        ``seed``, which with the block's index fixes the order of the tokens.
-
-    Returns
-    -------
-    float
-        Error ratio: squared error on the sample after the refit over that before; 1 if the
-        solver's weights are kept.
+    The target is (1 − α) y + α (h* − h), as in `slimgpt.solver.hessian.prepare`: y is what the
+    dense FFN adds to the residual stream, h the stream before it, h* the dense model's stream after
+    it. A norm after the FFN is part of what is fitted. Each step draws its tokens from the samples
+    of all processes. If the error on a sample of up to 4,096 calibration tokens does not fall, the
+    solver's weights are kept.
     """
     correction, epochs = config.correction, config.refit_epochs
     # The same split over the processes as in `shard`.
@@ -77,7 +61,8 @@ def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -
 
     dtype = ffn.output.weight.dtype
     ffn.module.float()
-    weights = [linear.weight.requires_grad_() for linear in (*ffn.inputs.values(), ffn.output)]
+    layers: list[Any] = [linear.module for linear in (*ffn.inputs.values(), ffn.output)]
+    weights = [layer.weight.requires_grad_() for layer in layers]
     before = [weight.detach().clone() for weight in weights]
     rates = [RATE * float(weight.square().mean().sqrt()) for weight in before]
     groups = [{"params": [w], "lr": rate} for w, rate in zip(weights, rates, strict=True)]
@@ -110,7 +95,7 @@ def _squared_error(ffn: Sublayer, input_TC: Tensor, target_TC: Tensor) -> Tensor
     # Gradients underflow in float16.
     products = torch.bfloat16 if dtype.itemsize < 4 else fast_dtype(device, dtype)
     with torch.autocast(device.type, products, enabled=products != torch.float32):
-        output_TC = ffn.module(input_TC)
+        output_TC = ffn.contribution(ffn.forward(input_TC))
     return (output_TC - target_TC).square().sum()
 
 
@@ -121,9 +106,10 @@ def _input_and_target(
     """Input and target of the FFN for some tokens; the target is in float32."""
     weight = dense.output.weight
     hidden_TC = stream.hidden_NTC.flatten(0, 1)[rows_T].to(weight.device)
-    input_TC = dense.norm(hidden_TC)
+    source_NTC = stream.hidden_NTC if stream.input_NTC is None else stream.input_NTC
+    input_TC = dense.normed(source_NTC.flatten(0, 1)[rows_T].to(weight.device))
     with autocast(weight):
-        target_TC = dense.module(input_TC).float()
+        target_TC = dense.contribution(dense.forward(input_TC)).float()
     if stream.dense_NTC is not None:
         dense_TC = stream.dense_NTC.flatten(0, 1)[rows_T]
         target_TC.lerp_(dense_TC.to(target_TC) - hidden_TC, correction)

@@ -20,7 +20,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, linear, log_softmax
-from transformers import PreTrainedModel
 
 from slimgpt.allocation.reallocation import (
     PROBE_TOKENS,
@@ -34,10 +33,9 @@ from slimgpt.calibration.activations import TOKENS_PER_BATCH, Stream, embed, run
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.methods.slimgpt import SlimGPT
+from slimgpt.models.blocks import Block, Sublayer
 from slimgpt.models.device import autocast
-from slimgpt.models.family import Block, Sublayer
 from slimgpt.models.streaming import StreamedModel
-from slimgpt.models.unit_slices import unit_columns
 from slimgpt.pruning.block import replay_block
 from slimgpt.pruning.decisions import SavedBlock
 from slimgpt.pruning.job import Job
@@ -189,23 +187,17 @@ def sensitivities(
 def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
     """Gradient of KL(dense ‖ pruned) for the pruned model's stream after the last block."""
     gradient_NTC = torch.empty_like(stream.hidden_NTC)
-    with streamed.without_blocks() as model:
-        dense_NTC = chain.from_iterable(stream.dense_batches())
-        samples = zip(stream.hidden_NTC, dense_NTC, gradient_NTC, strict=True)
+    with streamed.after_blocks() as head:
+        assert stream.dense_NTC is not None
+        samples = zip(stream.hidden_NTC, stream.dense_NTC, gradient_NTC, strict=True)
         for hidden_TC, dense_TC, gradient_TC in samples:  # one at a time: logits are large
-            dense_TV = _log_probabilities(model, dense_TC.to(model.device))
+            dense_TV = log_softmax(head(dense_TC).float(), dim=-1)
             with torch.enable_grad():
-                last_TC = hidden_TC.to(model.device).detach().requires_grad_()
-                pruned_TV = _log_probabilities(model, last_TC)
+                last_TC = hidden_TC.detach().requires_grad_()
+                pruned_TV = log_softmax(head(last_TC).float(), dim=-1)
                 divergence = kl_div(pruned_TV, dense_TV, reduction="sum", log_target=True)
             gradient_TC.copy_(torch.autograd.grad(divergence, last_TC)[0])
     return gradient_NTC
-
-
-def _log_probabilities(model: PreTrainedModel, hidden_TC: Tensor) -> Tensor:
-    with autocast(next(model.parameters())):
-        logits_TV = model(inputs_embeds=hidden_TC[None], use_cache=False).logits[0]
-    return log_softmax(logits_TV.float(), dim=-1)
 
 
 def _pull_back(
@@ -224,18 +216,20 @@ def _pull_back(
         stream.batches(), gradient_NTC.split(stream.batch_size), strict=True
     ):
         device = new_weights[0].device
-        states, changes = [input_NTC.to(device).detach().requires_grad_()], []
+        first = state = input_NTC.to(device).detach().requires_grad_()
+        outputs, changes = [], []
         for sublayer, new_OI in zip(block.sublayers, new_weights, strict=True):
+            source = first if block.is_parallel else state
             with torch.enable_grad():
-                batch_NTI = run_sublayer(sublayer, stream, states[-1])
+                batch_NTI = run_sublayer(sublayer, stream, source)
                 with autocast(new_OI):
-                    output = linear(batch_NTI, new_OI, sublayer.output.bias)
-                states.append(states[-1] + output)
+                    output = linear(batch_NTI, new_OI, sublayer.output.bias).to(state.dtype)
+                    state = state + sublayer.contribution(output)
+                outputs.append(output)
             with autocast(new_OI):
                 changes.append(linear(batch_NTI, new_OI - sublayer.output.weight))
-        after = given_NTC.to(device)
-        before, *between = torch.autograd.grad(states[-1], states[:-1], after)
-        for index, (g, change) in enumerate(zip((*between, after), changes, strict=True)):
+        before, *gradients = torch.autograd.grad(state, [first, *outputs], given_NTC.to(device))
+        for index, (g, change) in enumerate(zip(gradients, changes, strict=True)):
             costs[index] += float((g.float() * change.float()).sum())
         given_NTC.copy_(before)
     return costs
@@ -246,6 +240,7 @@ def _new_weight(sublayer: Sublayer, saved: SavedBlock, keep: Sequence[int]) -> T
     old_OI = sublayer.output.weight
     if len(keep) == sublayer.num_units:
         return old_OI
-    weight_OK = saved.read(f"{sublayer.output_name}.weight").to(old_OI.device)
-    columns_K = unit_columns(torch.tensor(keep, device=old_OI.device), sublayer.unit_size)
+    weight_OK = sublayer.output.oriented(saved.read(f"{sublayer.output_name}.weight"))
+    weight_OK = weight_OK.to(old_OI.device)
+    columns_K = sublayer.columns(torch.tensor(keep, device=old_OI.device))
     return torch.zeros_like(old_OI).index_copy_(1, columns_K, weight_OK)

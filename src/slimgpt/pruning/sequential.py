@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import embed
-from slimgpt.models.family import Block
+from slimgpt.models.blocks import Block
 from slimgpt.models.weights import write_file
 from slimgpt.pruning.block import prune_block, replay_block
 from slimgpt.pruning.decisions import BlockPlan, SavedBlock

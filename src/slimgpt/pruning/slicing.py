@@ -2,8 +2,7 @@
 
 from torch import Tensor, nn
 
-from slimgpt.models.family import Sublayer
-from slimgpt.models.unit_slices import unit_columns
+from slimgpt.models.blocks import Sublayer
 
 
 def slice_sublayer(sublayer: Sublayer, kept_units: Tensor, output_weight: Tensor) -> None:
@@ -18,17 +17,15 @@ def slice_sublayer(sublayer: Sublayer, kept_units: Tensor, output_weight: Tensor
     output_weight : Tensor
         (out features, kept columns), the compensated weight of the output projection.
     """
-    for name, linear in sublayer.inputs.items():
-        rows = unit_columns(kept_units, linear.out_features // sublayer.num_units)
-        bias = None if linear.bias is None else linear.bias[rows]
-        sublayer.module.set_submodule(name, _linear(linear.weight[rows], bias))
-    output = _linear(output_weight, sublayer.output.bias)
-    sublayer.module.set_submodule(sublayer.spec.output, output)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
+    output = f"{sublayer.spec.output}.weight"
+    for name, (axis, kept) in sublayer.slices(kept_units).items():
+        path, _, attribute = name.rpartition(".")
+        owner = sublayer.module.get_submodule(path)
+        parameter = getattr(owner, attribute)
+        if name == output:
+            sliced = sublayer.output.oriented(output_weight)
+        else:
+            sliced = parameter.index_select(axis, kept.to(parameter.device))
+        setattr(owner, attribute, nn.Parameter(sliced.contiguous(), requires_grad=False))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape

@@ -82,7 +82,7 @@ class Engine(ABC):
         """Prepare a model; a converted file may be written to `scratch`."""
         import torch
 
-        from slimgpt.models.family import blocks_of
+        from slimgpt.models.blocks import blocks_of
         from slimgpt.models.loading import build_skeleton, load_config
         from slimgpt.models.weights import weight_files
 

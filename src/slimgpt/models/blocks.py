@@ -1,0 +1,322 @@
+"""The blocks of a live model, bound to the description of its family."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from slimgpt.allocation.shapes import BlockShape, SublayerShape
+from slimgpt.errors import UnsupportedModelError
+from slimgpt.models.family import SublayerSpec, family_of
+from slimgpt.models.units import unit_columns, unit_rows
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of a sublayer: ``nn.Linear``, or ``Conv1D``, whose weight is transposed.
+
+    Attributes
+    ----------
+    module : nn.Module
+        The layer itself.
+    """
+
+    module: nn.Module
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the layer stores its weight as (in features, out features)."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out features, in features); changes to it change the layer."""
+        return self.oriented(cast(Tensor, self.module.weight))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out features,), if the layer has one."""
+        return cast(Tensor | None, self.module.bias)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.weight.shape[1]
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """Convert a weight from its form in the layer to (out, in features), or back."""
+        return weight.T if self.is_transposed else weight
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A sublayer of a live model.
+
+    Attributes
+    ----------
+    block : int
+        Index of the block.
+    name : str
+        Name of the sublayer's module in the model.
+    spec : SublayerSpec
+        Names of its modules and config keys.
+    norm, post_norm : nn.Module or None
+        The norms before and after it.
+    module : nn.Module
+        The sublayer itself.
+    counts : mapping of str to int
+        Number of units (groups or channels), then of query heads; one unit if it is fixed.
+    multiplier : float
+        Factor of the output.
+    """
+
+    block: int
+    name: str
+    spec: SublayerSpec
+    norm: nn.Module | None
+    post_norm: nn.Module | None
+    module: nn.Module
+    counts: Mapping[str, int]
+    multiplier: float
+
+    @property
+    def kind(self) -> str:
+        """``attention`` or ``ffn``."""
+        return self.spec.kind
+
+    @property
+    def num_units(self) -> int:
+        """Key/value groups or channels; 1 if the sublayer cannot be pruned."""
+        return next(iter(self.counts.values()))
+
+    @property
+    def output(self) -> Projection:
+        """The output projection, which loses columns and is compensated by the solver."""
+        return _projection(self.module, self.spec.output)
+
+    @property
+    def output_name(self) -> str:
+        """Name of the output projection in the model."""
+        return f"{self.name}.{self.spec.output}"
+
+    @property
+    def inputs(self) -> dict[str, Projection]:
+        """The input projections, which lose the matching rows, by name."""
+        return {name: _projection(self.module, name) for name in self.spec.inputs}
+
+    @property
+    def unit_size(self) -> int:
+        """Number of columns of the output projection per unit."""
+        return self.output.in_features // self.num_units
+
+    @property
+    def couples_units(self) -> bool:
+        """Whether a norm over all heads makes the units depend on each other."""
+        return any(p.dim() == 1 for name, p in self._parameters(self.spec.vectors))
+
+    @property
+    def shape(self) -> SublayerShape:
+        """The prunable units."""
+        params = sum(self.module.get_parameter(name).numel() for name in self.units())
+        return SublayerShape(
+            self.kind, self.num_units, params // self.num_units, not self.spec.widths
+        )
+
+    def units(self) -> dict[str, tuple[int, list[Tensor]]]:
+        """Find the rows and columns of every unit.
+
+        Returns
+        -------
+        dict
+            For each parameter on a pruned axis, by its name in the module: the axis, and for each
+            segment of it the int64 indices (units, rows or columns of a unit).
+        """
+        output = self.output
+        axis, size = 0 if output.is_transposed else 1, output.in_features
+        found = {f"{self.spec.output}.weight": (axis, unit_rows(size, (), self.counts))}
+        segments = {**self.spec.inputs, **self.spec.vectors}
+        for name, parameter in self._parameters(segments):
+            owner = name.rpartition(".")[0]
+            axis = int(isinstance(self.module.get_submodule(owner), Conv1D) and parameter.dim() > 1)
+            found[name] = axis, unit_rows(parameter.shape[axis], segments[owner], self.counts)
+        return found
+
+    def slices(self, kept_units: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Find what the kept units own of each parameter: the axis, and the int64 indices."""
+        kept = kept_units.cpu()
+        return {
+            name: (axis, torch.cat([rows[kept].flatten() for rows in segments]))
+            for name, (axis, segments) in self.units().items()
+        }
+
+    def columns(self, kept_units: Tensor) -> Tensor:
+        """Columns of the output projection that belong to the kept units, sorted."""
+        return unit_columns(kept_units, self.unit_size)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Apply the norm before the sublayer."""
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def forward(self, normed: Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
+        """Run the sublayer, without the norms before and after it.
+
+        Parameters
+        ----------
+        normed : Tensor
+            Its input, after the norm.
+        kwargs : mapping, optional
+            The block's arguments; attention gets those that it takes.
+        """
+        if self.spec.chain:
+            for name in self.spec.chain:
+                normed = self.module.get_submodule(name)(normed)
+            return normed
+        wanted = {}
+        if self.kind == "attention" and kwargs:
+            names = _parameters_of(type(self.module).forward)
+            wanted = {k: v for k, v in kwargs.items() if names is None or k in names}
+        result = self.module(normed, **wanted)
+        return result[0] if isinstance(result, tuple) else result
+
+    def contribution(self, output: Tensor) -> Tensor:
+        """What is added to the residual stream: the output after its norm and multiplier."""
+        if self.post_norm is not None:
+            output = self.post_norm(output)
+        return output if self.multiplier == 1 else output * self.multiplier
+
+    def _parameters(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of the parameters of those modules that exist."""
+        for name in modules:
+            module = _find(self.module, [name])
+            if module is not None:
+                for key, parameter in module.named_parameters(recurse=False):
+                    yield f"{name}.{key}", parameter
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer of a live model, bound to its family.
+
+    Attributes
+    ----------
+    index, name : int, str
+        Position of the layer, and its name in the model.
+    module : nn.Module
+        The decoder layer.
+    sublayers : tuple of Sublayer
+        The sublayers, in the order of computation.
+    is_parallel : bool
+        Whether all sublayers read the input of the block.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    sublayers: tuple[Sublayer, ...]
+    is_parallel: bool
+
+    @property
+    def shape(self) -> BlockShape:
+        """The prunable units of all sublayers."""
+        return BlockShape(tuple(sublayer.shape for sublayer in self.sublayers))
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Find the decoder of a causal language model, which contains all but the head."""
+    return model.get_submodule(family_of(model.config.model_type).decoder)
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """List the blocks of a causal language model."""
+    blocks = decoder_of(model).get_submodule(family_of(model.config.model_type).blocks)
+    return cast(nn.ModuleList, blocks)
+
+
+def bind(model: Any) -> Iterator[Block]:
+    """Bind each block of a causal language model to its family, first to last.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model with its ``config``, dense or pruned.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's type belongs to no family, or a block lacks a module that it should have.
+    """
+    config = model.config
+    family = family_of(config.model_type)
+    multiplier = float(getattr(config, family.multiplier)) if family.multiplier else 1.0
+    layers = zip(blocks_of(model), config.per_layer_config, strict=True)
+    for index, (module, layer) in enumerate(layers):
+        name = f"{family.decoder}.{family.blocks}.{index}"
+        sublayers = tuple(
+            Sublayer(
+                block=index,
+                name=f"{name}.{spec.module}".removesuffix("."),
+                spec=spec,
+                norm=_find(module, spec.norm),
+                post_norm=_find(module, spec.post_norm),
+                module=_required(module, spec.module),
+                counts=_counts(spec, layer, module),
+                multiplier=multiplier,
+            )
+            for spec in family.layer(config, index)
+        )
+        yield Block(index, name, module, sublayers, family.is_parallel(config))
+
+
+def _counts(spec: SublayerSpec, config: Any, module: nn.Module) -> dict[str, int]:
+    """Number of units of a sublayer, and of what scales with them."""
+    if "channel" in spec.widths:  # some configs leave the width to the class
+        return {"channel": _projection(_required(module, spec.module), spec.output).in_features}
+    return {kind: getattr(config, key) for kind, key in spec.widths.items()} or {"sublayer": 1}
+
+
+def _find(module: nn.Module, names: Iterable[str]) -> nn.Module | None:
+    """The first of these submodules that exists."""
+    for name in names:
+        with suppress(AttributeError):
+            return module.get_submodule(name)
+    return None
+
+
+def _required(module: nn.Module, name: str) -> nn.Module:
+    found = _find(module, [name])
+    if found is None:
+        raise UnsupportedModelError(
+            f"a block of this model has no {name}, which its family has",
+            hint="the config asks for a form of this family that cannot be pruned",
+        )
+    return found
+
+
+def _projection(module: nn.Module, name: str) -> Projection:
+    found = _required(module, name)
+    if not isinstance(found, nn.Linear | Conv1D):
+        raise UnsupportedModelError(
+            f"{name} is a {type(found).__name__}, but only plain linear layers can be pruned",
+            hint="prune first, quantise or add adapters afterwards",
+        )
+    return Projection(found)
+
+
+@cache
+def _parameters_of(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Names of a function's parameters; None if it takes any name."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return frozenset(parameters)

@@ -1,0 +1,262 @@
+"""Check the description of a family on the model itself, with random weights.
+
+A block must compute the same as the pipeline, which runs it one sublayer at a time. Fewer units
+must change exactly the tensors that the description names. The block of the smaller model, with
+the rows and columns that the units keep, must compute the same as the dense block without the
+others. Only the config is read; one block at a time is in memory.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.calibration.activations import Stream, embed, pass_through
+from slimgpt.checkpoint.writer import pruned_config
+from slimgpt.errors import UnsupportedModelError
+from slimgpt.models.blocks import Block, Sublayer, bind, decoder_of
+from slimgpt.models.family import family_of
+from slimgpt.models.loading import build_skeleton
+from slimgpt.pruning.slicing import slice_sublayer
+
+NUM_SAMPLES, NUM_TOKENS, VOCABULARY = 2, 8, 16
+
+TOLERANCE = 1e-4  # relative; norms and positions are in float32
+
+
+@dataclass(frozen=True)
+class SublayerCheck:
+    """What was found on a sublayer of a block.
+
+    Attributes
+    ----------
+    block, kind : int, str
+        Index of the block, and kind of the sublayer.
+    tensors : tuple of str
+        Tensors that shrink with the units.
+    difference : float or None
+        Relative difference between the smaller block and the dense block without the removed
+        units; None if nothing can be removed.
+    """
+
+    block: int
+    kind: str
+    tensors: tuple[str, ...]
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class FamilyCheck:
+    """The result of a check that passed.
+
+    Attributes
+    ----------
+    model_type : str
+        The family.
+    differences : dict of int to float
+        For one block of each kind, the relative difference between its own forward and the form in
+        which the pipeline runs it.
+    sublayers : tuple of SublayerCheck
+        The sublayers of these blocks.
+    """
+
+    model_type: str
+    differences: dict[int, float]
+    sublayers: tuple[SublayerCheck, ...]
+
+
+def check_family(config: PreTrainedConfig) -> FamilyCheck:
+    """Check that the description of a family holds for a model with this config.
+
+    A process checks a config once.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a block computes something else, or another tensor shrinks with the units. The message
+        names the block and the tensor, or the difference.
+    """
+    key = config.to_json_string()
+    if key not in _checked:
+        _checked[key] = _check(config)
+    return _checked[key]
+
+
+_checked: dict[str, FamilyCheck] = {}
+
+
+@torch.no_grad()
+def _check(config: PreTrainedConfig) -> FamilyCheck:
+    dense = build_skeleton(config, torch.float64)  # its products are never in bfloat16
+    blocks = list(bind(dense))
+    smaller = {kind: _smaller(config, _halved(blocks, kind)) for kind in ("attention", "ffn")}
+    stream = _random_stream(dense)
+    returns_tuple = family_of(config.model_type).returns_tuple
+    differences: dict[int, float] = {}
+    checks = []
+    for block in _distinct(blocks):
+        _randomize(block.module, block.index)
+        differences[block.index] = _check_form(block, stream, returns_tuple)
+        for sublayer in block.sublayers:
+            small = smaller[sublayer.kind][block.index]
+            checks.append(_check_units(block, sublayer, small, stream))
+            small.module.to("meta")
+        block.module.to("meta")
+    return FamilyCheck(config.model_type, differences, tuple(checks))
+
+
+def _smaller(config: PreTrainedConfig, widths: Sequence[BlockWidths]) -> list[Block]:
+    model = build_skeleton(pruned_config(config, widths, uniform=False), torch.float64)
+    return list(bind(model))
+
+
+def _halved(blocks: Sequence[Block], kind: str) -> list[BlockWidths]:
+    """Widths of a model that keeps every second unit of one kind of sublayer."""
+    return [
+        tuple(len(_kept(s)) if s.kind == kind else s.num_units for s in block.sublayers)
+        for block in blocks
+    ]
+
+
+def _kept(sublayer: Sublayer) -> Tensor:
+    """Every second unit, or all if none can be removed."""
+    return torch.arange(0, sublayer.num_units, 2 if sublayer.spec.widths else 1)
+
+
+def _distinct(blocks: Sequence[Block]) -> Iterator[Block]:
+    """One block of each kind: they differ in modules, switches or settings, not only in widths."""
+    seen = set()
+    for block in blocks:
+        kind = tuple(
+            (name, type(module), key, value)
+            for name, module in block.module.named_modules()
+            for key, value in vars(module).items()
+            if _is_setting(key, value)
+        )
+        if kind not in seen:
+            seen.add(kind)
+            yield block
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an attribute switches something, rather than being a width or an index."""
+    is_switch = isinstance(value, int) and value in (0, 1) and name != "layer_idx"
+    return value is None or is_switch or isinstance(value, str)
+
+
+def _random_stream(model: Any) -> Stream:
+    """The input of the first block and the blocks' other arguments, for random tokens."""
+    embedding = model.get_input_embeddings()
+    small = nn.Embedding(VOCABULARY, embedding.weight.shape[1], device="meta", dtype=model.dtype)
+    model.set_input_embeddings(small)
+    blocks = f"{family_of(model.config.model_type).blocks}."
+    decoder = decoder_of(model)
+    names = [name for name, _ in decoder.named_parameters() if not name.startswith(blocks)]
+    _randomize(decoder, 0, names)
+    generator = torch.Generator().manual_seed(0)
+    tokens_NT = torch.randint(VOCABULARY, (NUM_SAMPLES, NUM_TOKENS), generator=generator)
+    stream = embed(model, tokens_NT, NUM_SAMPLES)
+    stream.hidden_NTC.normal_(generator=generator)
+    return stream
+
+
+def _randomize(module: nn.Module, seed: int, names: Sequence[str] | None = None) -> None:
+    """Give the parameters of a module on the meta device random values."""
+    generator, values = torch.Generator().manual_seed(seed), {}
+    for name, parameter in module.named_parameters():
+        if names is None or name in names:
+            value = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if value.dim() > 1:
+                value /= value.shape[-1] ** 0.5
+            else:
+                value = 0.2 * value + (not name.endswith("bias"))
+            values[name] = value
+    module.load_state_dict(values, strict=False, assign=True)
+
+
+def _check_form(block: Block, stream: Stream, returns_tuple: bool) -> float:
+    """Compare the block's own forward with the form in which the pipeline runs it."""
+    result = block.module(stream.hidden_NTC, **stream.kwargs[block.index])
+    if isinstance(result, tuple) != returns_tuple:
+        raise UnsupportedModelError(
+            f"block {block.index} returns a {type(result).__name__}, which contradicts the "
+            "description of its family",
+            hint="set returns_tuple in the family's file",
+        )
+    difference = _difference(_passed(block, stream), _first(result))
+    if not difference < TOLERANCE:
+        raise UnsupportedModelError(
+            f"block {block.index} computes something else than the description of its family "
+            f"says: the outputs differ by {difference:.1%}",
+            hint="this model cannot be pruned: its norms, multipliers or residual connections "
+            "are not those of its family's file",
+        )
+    return difference
+
+
+def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream) -> SublayerCheck:
+    """Compare a block that was built with half of a sublayer's units with one that was sliced."""
+    place = f"block {block.index}, {sublayer.kind}"
+    kept_units, module = _kept(sublayer), copy.deepcopy(sublayer.module)
+    sliced = replace(sublayer, module=module)
+    weight_OK = sublayer.output.weight[:, sublayer.columns(kept_units)]
+    slice_sublayer(sliced, kept_units, weight_OK)
+    prefix = sublayer.name.removeprefix(block.name).removeprefix(".")
+    state = block.module.state_dict()
+    state |= {f"{prefix}.{k}".removeprefix("."): v for k, v in module.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in small.module.state_dict().items()}
+    for name in sorted(wanted.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else None
+        if found != wanted.get(name):
+            raise UnsupportedModelError(
+                f"{place}: with half of the units the model has {name} in the shape "
+                f"{wanted.get(name)}, but the description of its family gives {found}",
+                hint="name the tensor and its segments in the family's file",
+            )
+    tensors = tuple(sublayer.slices(kept_units))
+    if len(kept_units) == sublayer.num_units:
+        return SublayerCheck(block.index, sublayer.kind, tensors, None)
+    if not sublayer.couples_units:  # then the removed units can be masked
+        sliced = replace(sublayer, module=copy.deepcopy(sublayer.module))
+        masked_OI = torch.zeros_like(sublayer.output.weight)
+        masked_OI[:, sublayer.columns(kept_units)] = weight_OK
+        sliced.output.weight.copy_(masked_OI)
+    small.module.load_state_dict(state, assign=True)
+    try:
+        own_NTC = _first(small.module(stream.hidden_NTC, **stream.kwargs[block.index]))
+    except RuntimeError as err:
+        raise UnsupportedModelError(
+            f"{place}: the stock class does not run with half of the units: {err}",
+            hint="in the family's file, give the sublayer no widths, and the reason",
+        ) from err
+    sublayers = tuple(sliced if s is sublayer else s for s in block.sublayers)
+    difference = _difference(_passed(replace(block, sublayers=sublayers), stream), own_NTC)
+    if not difference < TOLERANCE:
+        raise UnsupportedModelError(
+            f"{place}: a model with half of the units computes something else than the dense "
+            f"model without the others: the outputs differ by {difference:.1%}",
+            hint="correct the segments of the tensors in the family's file",
+        )
+    return SublayerCheck(block.index, sublayer.kind, tensors, difference)
+
+
+def _passed(block: Block, stream: Stream) -> Tensor:
+    """The stream after a block, one sublayer at a time."""
+    passed = replace(stream, hidden_NTC=stream.hidden_NTC.clone())
+    passed.enter(block)
+    for sublayer in block.sublayers:
+        pass_through(sublayer, passed)
+    return passed.hidden_NTC
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
