@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slimgpt.errors import NumericalError
 from slimgpt.solver import elimination
-from slimgpt.solver.hessian import MAX_DAMPING, Problem, prepare
+from slimgpt.solver.hessian import MAX_DAMPING, Damping, Problem, Target, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,7 +167,7 @@ def test_compensation_is_least_squares_on_data(seed, num_in, data, damping):
     hessian = second_moment(tokens)
     damping_rows = torch.diag((damping * hessian.diagonal()).sqrt())
     rows = torch.cat([tokens / len(tokens) ** 0.5, damping_rows])
-    for left in eliminations(prepare(weight, hessian, damping), data):
+    for left in eliminations(prepare(weight, hessian, Damping(damping)), data):
         expected = torch.linalg.lstsq(rows[:, left.kept_K], rows @ weight.T).solution.T
         close(left.weight_OK, expected)
 
@@ -211,7 +211,7 @@ def test_correction_goes_toward_least_squares_for_the_target(
     expected = torch.linalg.lstsq(rows, goal).solution.T
 
     cross = target.T @ tokens / len(tokens)
-    solved = prepare(weight, hessian, damping, cross_OI=cross, correction=correction)
+    solved = prepare(weight, hessian, Damping(damping), Target(cross, correction))
     close(solved.weight_OI, expected)
     power = (tokens @ expected.T).square().sum(dim=1).mean()
     assert solved.power == pytest.approx(float(power), rel=1e-5)
@@ -234,7 +234,7 @@ def test_error_after_compensation_is_the_obs_error(seed, num_in, data):
 def test_error_is_measured_on_tokens(seed, num_in, data, damping):
     """Without what the damping adds, and next to the mean square of the output."""
     weight, tokens = layer(seed, num_in)
-    solved = prepare(weight, second_moment(tokens), damping)
+    solved = prepare(weight, second_moment(tokens), Damping(damping))
     dense = tokens @ weight.T
     power = dense.square().sum(dim=1).mean()
     assert solved.power == pytest.approx(float(power), rel=1e-5)
@@ -432,7 +432,7 @@ def test_damping(mode, seed, num_in, damping):
     added = diagonal if mode == "relative" else diagonal.mean().expand(num_in)
     expected = hessian + damping * torch.diag(added)
 
-    solved = prepare(weight, hessian, damping, mode)
+    solved = prepare(weight, hessian, Damping(damping, mode))
     assert solved.damping == damping
     assert torch.equal(solved.weight_OI, weight)
     close(damped(hessian, solved), expected, 1e-14)
@@ -442,7 +442,7 @@ def test_damping(mode, seed, num_in, damping):
 def test_no_damping():
     weight, tokens = layer(0, 8)
     hessian = second_moment(tokens)
-    solved = prepare(weight, hessian, damping=0)
+    solved = prepare(weight, hessian, Damping(0))
     assert solved.damping == 0
     assert (solved.added_I == 0).all()
     close(solved.inverse_II, torch.linalg.inv(hessian))
@@ -456,7 +456,7 @@ def test_dead_channels_go_first_and_cost_nothing(mode, seed, num_in, data):
     dead = split(seed, num_in, data.draw(st.integers(1, num_in - 1)))[0]
     tokens[:, dead] = 0
     hessian = second_moment(tokens)
-    solved = prepare(weight, hessian, mode=mode)
+    solved = prepare(weight, hessian, Damping(mode=mode))
     for removed in (
         elimination.eliminate_channels(solved, num_in),
         elimination.eliminate_channels(solved, num_in, panel_size=2),
@@ -501,7 +501,7 @@ def test_nothing_but_dead_channels():
 def test_fewer_tokens_than_channels(seed, num_in, num_tokens, damping):
     weight, tokens = layer(seed, num_in, num_tokens=num_tokens)
     hessian = second_moment(tokens)
-    solved = prepare(weight, hessian, damping)
+    solved = prepare(weight, hessian, Damping(damping))
     assert solved.damping == damping
     order, errors, *_ = elimination.eliminate_channels(solved, num_in, 3)
     exact = torch.linalg.inv(damped(hessian, solved))
@@ -516,7 +516,7 @@ def test_duplicated_channels_stand_in_for_each_other(seed, num_pairs, damping):
     copies, _ = layer(seed + 1, num_pairs)
     weight, tokens = torch.cat([weight, copies], dim=1), tokens.repeat(1, 2)
     hessian = second_moment(tokens)
-    solved = prepare(weight, hessian, damping)
+    solved = prepare(weight, hessian, Damping(damping))
     assert solved.damping == damping
 
     order, errors, *_ = elimination.eliminate_channels(solved, 2 * num_pairs)
@@ -543,7 +543,7 @@ def test_damping_grows_until_the_hessian_is_positive_definite(shift, expected):
     needed = next(d for d in ladder if smallest_eigenvalue(d) > 0)
     assert needed == pytest.approx(expected)
 
-    solved = prepare(weight, hessian, asked)
+    solved = prepare(weight, hessian, Damping(asked))
     assert solved.damping == pytest.approx(needed)
     expected_hessian = hessian + solved.damping * torch.diag(hessian.diagonal())
     close(damped(hessian, solved), expected_hessian, 1e-14)
@@ -556,7 +556,7 @@ def test_every_damping_up_to_the_largest_is_tried():
     hessian = second_moment(tokens) - 0.05 * torch.eye(12)
     assert torch.linalg.eigvalsh(hessian + 0.03 * torch.diag(hessian.diagonal()))[0] < 0
     assert torch.linalg.eigvalsh(hessian + 0.1 * torch.diag(hessian.diagonal()))[0] > 0
-    assert 0.03 < prepare(weight, hessian, 0.03).damping <= MAX_DAMPING
+    assert 0.03 < prepare(weight, hessian, Damping(0.03)).damping <= MAX_DAMPING
 
 
 @pytest.mark.parametrize("mode", ["relative", "mean"])
@@ -573,7 +573,7 @@ def test_every_damping_up_to_the_largest_is_tried():
 def test_strongly_indefinite_hessian(hessian, mode):
     weight, _ = layer(0, len(hessian))
     with pytest.raises(NumericalError, match=r"positive definite.*\d") as caught:
-        prepare(weight, hessian, 0.001, mode)
+        prepare(weight, hessian, Damping(0.001, mode))
     assert caught.value.hint
 
 
@@ -592,7 +592,7 @@ def test_hessian_that_is_not_finite(value, position):
 def test_no_damping_of_an_indefinite_hessian_ends():
     weight, _ = layer(0, 2)
     with pytest.raises(NumericalError):
-        prepare(weight, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), damping=0)
+        prepare(weight, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), Damping(0))
 
 
 # Stress
@@ -611,7 +611,7 @@ def test_compensation_never_loses_to_slicing(mode, dtype, massive, seed, num_in,
     hessian = second_moment(tokens.double())
     num_remove = data.draw(st.integers(1, num_in - 1))
 
-    solved = prepare(weight, hessian, 0.01, mode)
+    solved = prepare(weight, hessian, Damping(0.01, mode))
     _, each, kept, new_weight, error = elimination.eliminate_channels(solved, num_remove, 4)
     assert 0 <= error < torch.inf
     assert each.isfinite().all()
@@ -642,7 +642,7 @@ def test_undamped_compensation_never_loses_to_slicing(massive, seed, num_in, dat
     weight, tokens = layer(seed, num_in, num_tokens=64)
     tokens[:, 0] *= massive
     hessian = second_moment(tokens)
-    solved = prepare(weight, hessian, damping=0)
+    solved = prepare(weight, hessian, Damping(0))
     for left in eliminations(solved, data):
         compensated = output_error(weight, hessian, left.kept_K, left.weight_OK)
         sliced = output_error(weight, hessian, left.kept_K, weight[:, left.kept_K])
@@ -673,7 +673,7 @@ def test_weights_in_float32_are_solved_as_in_float64(massive, seed, data):
     other, _ = layer(seed + 1, 24)
     cross = other @ hessian.double()
     solved, exact = (
-        prepare(w, hessian, cross_OI=cross, correction=0.5) for w in (weight, weight.double())
+        prepare(w, hessian, target=Target(cross, 0.5)) for w in (weight, weight.double())
     )
     assert solved.weight_OI.dtype == hessian.dtype == torch.float32
     assert solved.inverse_II.dtype == exact.weight_OI.dtype == torch.float64

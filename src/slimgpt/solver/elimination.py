@@ -137,6 +137,30 @@ def unit_errors(
     return _unit_errors(grams_USS, _unit_blocks(inverse_II, unit_size), method)
 
 
+def compensated_bias(problem: Problem, left: Elimination, bias_O: Tensor) -> Tensor:
+    """Compute the bias that keeps the mean output: b + (1 − α) W m + α E[t] − W′ m_K.
+
+    Parameters
+    ----------
+    problem : Problem
+        Prepared with the mean of the input; without it, the bias stays as it is.
+    left : Elimination
+        The remaining columns and their weight W′. If W′ is rounded, the bias can compensate for
+        that too: use ``left._replace(weight_OK=rounded)``.
+    bias_O : Tensor
+        b, the dense layer's bias.
+
+    Returns
+    -------
+    Tensor
+        bias_O, float64 if it has changed.
+    """
+    if problem.means is None:
+        return bias_O
+    mean_I, mean_O = problem.means
+    return bias_O.to(mean_O) + mean_O - left.weight_OK.to(mean_I) @ mean_I[left.kept_K]
+
+
 def eliminate_units(
     problem: Problem,
     num_remove: int,
@@ -554,7 +578,7 @@ class _HeadElimination(_UnitElimination):
 
     def remove_group(self) -> Self:
         """Remove the group of least error, with all its query heads."""
-        units_GU = self._heads_U().argsort().view(self.heads)
+        units_GU = self._remaining().argsort().view(self.heads)
         columns_GS = self.columns(units_GU).flatten(1)
         inverse_GSS = torch.stack([self.state.inverse(c, c) for c in columns_GS])
         weight_GSO = self.state.weight_KO[columns_GS]
@@ -567,7 +591,7 @@ class _HeadElimination(_UnitElimination):
         """Remove one query head of each group, each time the one of least error."""
         served_G = torch.zeros(self._dense.groups, dtype=torch.bool, device=self._grams_USS.device)
         for _ in range(self.heads.groups):
-            groups_U = self._heads_U() // self._dense.per_group
+            groups_U = self._remaining() // self._dense.per_group
             errors_U = self.unit_errors(self._method).masked_fill(served_G[groups_U], torch.inf)
             least = errors_U.argmin()
             served_G[groups_U[least]] = True
@@ -576,7 +600,7 @@ class _HeadElimination(_UnitElimination):
         return self
 
     def _heads_U(self) -> Tensor:
-        """Query head at each position."""
+        """The query head at each position."""
         return self.state.columns_K[:: self._unit_size] // self._unit_size
 
 
