@@ -599,7 +599,7 @@ class _HeadElimination(_UnitElimination):
         self.heads = self.heads._replace(per_group=self.heads.per_group - 1)
         return self
 
-    def _heads_U(self) -> Tensor:
+    def _remaining(self) -> Tensor:
         """The query head at each position."""
         return self.state.columns_K[:: self._unit_size] // self._unit_size
 
