@@ -1,11 +1,12 @@
 """Optimal Brain Surgeon for one linear layer y = W x: select columns, remove them and compensate.
 
 Pure functions on tensors. Columns of W are removed in units: a key/value group of attention is a
-unit of many columns of ``o_proj``, an FFN channel is a unit of one column of ``down_proj``.
+unit of many columns of ``o_proj``, an FFN channel is a unit of one column of ``down_proj``. The
+query heads of a group can also be removed singly, as many in each remaining group.
 
 Shape suffixes: ``O`` out features, ``I`` in features (columns), ``K`` kept columns, ``R`` removed
-columns, ``U`` units, ``S`` columns of a unit, ``P`` pivots (columns removed together), ``C``
-candidates for removal.
+columns, ``U`` units, ``G`` key/value groups, ``S`` columns of a unit or group, ``P`` pivots
+(columns removed together), ``C`` candidates for removal.
 
 References
 ----------
@@ -51,7 +52,7 @@ class Elimination(NamedTuple):
 
 
 class HeadCounts(NamedTuple):
-    """Query heads of an attention layer, of which each key/value group has equally many.
+    """Number of query heads of an attention layer; each key/value group has equally many.
 
     Attributes
     ----------
@@ -90,7 +91,7 @@ class HeadParams(NamedTuple):
 
 
 class HeadState(NamedTuple):
-    """A state on the way from the dense layer to a single query head.
+    """A state on the path of `trace_heads`.
 
     Attributes
     ----------
@@ -201,9 +202,11 @@ def eliminate_heads(
 ) -> Elimination:
     """Remove query heads of attention, so that all remaining groups have equally many.
 
-    A step removes a whole key/value group, or one query head of each remaining group. All steps of
-    one kind come first, then those of the other; of these two orders, the one of lower error is
-    the result.
+    A step removes a whole key/value group, or one query head of each remaining group; those are
+    chosen one at a time, each with the least error given the ones before. All steps of one kind
+    come first, then those of the other; of these two orders, the result is the one of lower error.
+    For 3 groups of 3 in SmolLM2, its error was 0.3 % above that of the best possible set on
+    average, and 5 % at most.
 
     Parameters
     ----------
@@ -243,8 +246,10 @@ def trace_heads(
     """Follow the steps of least error per removed parameter, for a sensitivity pass.
 
     The steps are those of `eliminate_heads`. Where both kinds are possible, one is tried on a copy
-    of the state. A trial costs as much as the step itself, so the path costs up to twice as much as
-    its steps alone, and needs the memory of two eliminations.
+    of the state, so the whole path costs up to twice as much as its steps alone, and the memory of
+    two eliminations. A step that removes P of K columns after R others takes O(P K (O + R))
+    operations. With 8 groups of 4, the path to one query head takes about three times as long as
+    `slimgpt.solver.hessian.prepare`, and the first third of it about as long.
 
     Parameters
     ----------
