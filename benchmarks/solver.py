@@ -153,7 +153,7 @@ def columns(units_U: Tensor, unit_size: int) -> Tensor:
 def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
     """Run SlimGPT's solver, as a pruning run does for each sublayer."""
     lap = Stopwatch()
-    problem = hessian.prepare(weight_OI, hessian_II, DAMPING)
+    problem = hessian.prepare(weight_OI, hessian_II, hessian.Damping(DAMPING))
     parts = {"prepare": lap()}
     if unit_size == 1:
         removed_U = elimination.eliminate_channels(problem, num_remove).order
@@ -221,7 +221,7 @@ def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_siz
         j = next(j for j in range(1, BATCHES_TIMED) if i <= timed[j])
         low, high, cube = widths[timed[j]] ** 3, widths[timed[j - 1]] ** 3, widths[i] ** 3
         total += times[j] + (times[j - 1] - times[j]) * (cube - low) / (high - low)
-    problem = hessian.prepare(weight_OI, hessian_II, 0)
+    problem = hessian.prepare(weight_OI, hessian_II, hessian.Damping(0))
     removed_R = elimination.eliminate_channel_groups(problem, num_remove).order
     note = f"time from {BATCHES_TIMED} of {len(sizes)} batches"
     return Run({"all": total}, removed_R, note)
@@ -276,7 +276,7 @@ def measure(name: str, ratios: list[float], repeats: int, seed: int) -> list[Mea
     """Run all contestants in turn, `repeats` times; extrapolated ones only once."""
     shape = SHAPES[name]
     weight_OI, hessian_II = synthetic_layer(shape, seed)
-    problem = hessian.prepare(weight_OI.double(), hessian_II, DAMPING)
+    problem = hessian.prepare(weight_OI.double(), hessian_II, hessian.Damping(DAMPING))
     damped_II = hessian_II + torch.diag(problem.added_I)
     power = float(((problem.weight_OI @ damped_II) * problem.weight_OI).sum())
     results = []

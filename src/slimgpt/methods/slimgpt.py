@@ -6,7 +6,6 @@ Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 
 """
 
 import logging
-from typing import Any
 
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import PruneConfig
@@ -18,7 +17,7 @@ from slimgpt.solver.elimination import (
     eliminate_channels,
     eliminate_units,
 )
-from slimgpt.solver.hessian import Problem, prepare
+from slimgpt.solver.hessian import Damping, Problem, Target, prepare
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +62,9 @@ class SlimGPT(Method):
         # Take the sums so that they are freed early: H is as large as the solver's other matrices.
         hessian_II, cross_OI = activations.take_sums()
         weight_OI = sublayer.output.weight.to(hessian_II.device)
-        settings: Any = config.damping, config.damping_mode, cross_OI, config.correction
-        problem = prepare(weight_OI, hessian_II, *settings)
+        damping = Damping(config.damping, config.damping_mode)
+        target = None if cross_OI is None else Target(cross_OI, config.correction)
+        problem = prepare(weight_OI, hessian_II, damping, target)
         if problem.damping > config.damping:
             log.warning(
                 "block %d, %s: the Hessian is singular to rounding, so its damping was raised "

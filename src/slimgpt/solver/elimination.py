@@ -1,11 +1,12 @@
 """Optimal Brain Surgeon for one linear layer y = W x: select columns, remove them and compensate.
 
 Pure functions on tensors. Columns of W are removed in units: a key/value group of attention is a
-unit of many columns of ``o_proj``, an FFN channel is a unit of one column of ``down_proj``.
+unit of many columns of ``o_proj``, an FFN channel is a unit of one column of ``down_proj``. The
+query heads of a group can also be removed singly, as many in each remaining group.
 
 Shape suffixes: ``O`` out features, ``I`` in features (columns), ``K`` kept columns, ``R`` removed
-columns, ``U`` units, ``S`` columns of a unit, ``P`` pivots (columns removed together), ``C``
-candidates for removal.
+columns, ``U`` units, ``G`` key/value groups, ``S`` columns of a unit or group, ``P`` pivots
+(columns removed together), ``C`` candidates for removal.
 
 References
 ----------
@@ -13,7 +14,9 @@ Hassibi & Stork 1992, "Second order derivatives for network pruning: Optimal Bra
 Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110.
 """
 
-from typing import Literal, NamedTuple
+import copy
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -48,6 +51,63 @@ class Elimination(NamedTuple):
     error: float
 
 
+class HeadCounts(NamedTuple):
+    """Number of query heads of an attention layer; each key/value group has equally many.
+
+    Attributes
+    ----------
+    groups : int
+        Key/value groups.
+    per_group : int
+        Query heads of a group.
+    """
+
+    groups: int
+    per_group: int
+
+    @property
+    def total(self) -> int:
+        """Number of query heads."""
+        return self.groups * self.per_group
+
+
+class HeadParams(NamedTuple):
+    """Parameters of one head.
+
+    Attributes
+    ----------
+    query : int
+        Of a query head, with its columns of the output projection.
+    key_value : int
+        Of a group's key and value heads together.
+    """
+
+    query: int
+    key_value: int
+
+    def count(self, heads: HeadCounts) -> int:
+        """Parameters of so many heads."""
+        return heads.total * self.query + heads.groups * self.key_value
+
+
+class HeadState(NamedTuple):
+    """A state on the path of `trace_heads`.
+
+    Attributes
+    ----------
+    heads : HeadCounts
+        Query heads left.
+    removed_params : int
+        Parameters removed so far.
+    error : float
+        tr(ΔW (H + D) ΔWᵀ) of all removals so far.
+    """
+
+    heads: HeadCounts
+    removed_params: int
+    error: float
+
+
 def unit_errors(
     weight_OI: Tensor,
     inverse_II: Tensor,
@@ -78,6 +138,30 @@ def unit_errors(
     return _unit_errors(grams_USS, _unit_blocks(inverse_II, unit_size), method)
 
 
+def compensated_bias(problem: Problem, left: Elimination, bias_O: Tensor) -> Tensor:
+    """Compute the bias that keeps the mean output: b + (1 − α) W m + α E[t] − W′ m_K.
+
+    Parameters
+    ----------
+    problem : Problem
+        Prepared with the mean of the input; without it, the bias stays as it is.
+    left : Elimination
+        The remaining columns and their weight W′. If W′ is rounded, the bias can compensate for
+        that too: use ``left._replace(weight_OK=rounded)``.
+    bias_O : Tensor
+        b, the dense layer's bias.
+
+    Returns
+    -------
+    Tensor
+        bias_O, float64 if it has changed.
+    """
+    if problem.means is None:
+        return bias_O
+    mean_I, mean_O = problem.means
+    return bias_O.to(mean_O) + mean_O - left.weight_OK.to(mean_I) @ mean_I[left.kept_K]
+
+
 def eliminate_units(
     problem: Problem,
     num_remove: int,
@@ -101,30 +185,108 @@ def eliminate_units(
         Number of further units whose errors are computed; `order` and the weight exclude them.
     """
     stops = sorted({num_remove, num_remove + num_further})
-    state = _EliminationState(problem, stops[-1] * unit_size)
-    inverse_USS = _unit_blocks(problem.inverse_II, unit_size)
-    grams_USS = _unit_grams(state.weight_KO, unit_size).to(inverse_USS)
-    columns_S = torch.arange(unit_size, device=inverse_USS.device)
-    order, errors, left = [], [], []
+    units = _UnitElimination(problem, unit_size, stops[-1])
+    left = []
     for stop in stops:
-        while len(order) < stop:
-            errors_U = _unit_errors(grams_USS, inverse_USS, method)
-            least = int(errors_U.argmin())
-            pivots_P = least * unit_size + columns_S
-            order.append(int(state.columns_K[pivots_P[0]]) // unit_size)
-            root_PK, half_PO = state.factorize(pivots_P)
-            errors.append(half_PO.square().sum())  # exact even if `errors_U` is approximate
-            root_UPS, cross_UPS = (
-                rows_PK.view(unit_size, -1, unit_size).transpose(0, 1)
-                for rows_PK in (root_PK, state.cross(root_PK, half_PO))
+        while len(units.order) < stop:
+            units.remove(units.unit_errors(method).argmin()[None])
+        left = left or [units.elimination()]
+    return left[0]._replace(errors=torch.stack(units.errors)) if units.errors else left[0]
+
+
+def eliminate_heads(
+    problem: Problem,
+    heads: HeadCounts,
+    target: HeadCounts,
+    method: Literal["exact", "diagonal"] = "exact",
+) -> Elimination:
+    """Remove query heads of attention, so that all remaining groups have equally many.
+
+    A step removes a whole key/value group, or one query head of each remaining group; those are
+    chosen one at a time, each with the least error given the ones before. All steps of one kind
+    come first, then those of the other; of these two orders, the result is the one of lower error.
+    For 3 groups of 3 in SmolLM2, its error was 0.3 % above that of the best possible set on
+    average, and 5 % at most.
+
+    Parameters
+    ----------
+    problem : Problem
+        The layer. Its columns are sorted by group, query head, and entry of the head's output.
+    heads : HeadCounts
+        Query heads of the layer.
+    target : HeadCounts
+        Query heads to keep, at least one.
+    method : {"exact", "diagonal"}
+        See `unit_errors`.
+
+    Returns
+    -------
+    Elimination
+        Its units are query heads. Heads that were removed together share their joint error, so the
+        sum of `errors` is exact.
+    """
+    steps = [_HeadElimination.remove_group] * (heads.groups - target.groups)
+    steps += [_HeadElimination.remove_heads] * (heads.per_group - target.per_group)
+    results = []
+    for order in {tuple(steps): None, tuple(reversed(steps)): None}:
+        state = _HeadElimination(problem, heads, heads.total - target.total, method)
+        for step in order:
+            step(state)
+        results.append(state.elimination())
+    return min(results, key=lambda left: float(left.errors.sum()))
+
+
+def trace_heads(
+    problem: Problem,
+    heads: HeadCounts,
+    params: HeadParams,
+    num_params: int,
+    method: Literal["exact", "diagonal"] = "exact",
+) -> list[HeadState]:
+    """Follow the steps of least error per removed parameter, for a sensitivity pass.
+
+    The steps are those of `eliminate_heads`. Where both kinds are possible, one is tried on a copy
+    of the state, so the whole path costs up to twice as much as its steps alone, and the memory of
+    two eliminations. A step that removes P of K columns after R others takes O(P K (O + R))
+    operations. With 8 groups of 4, the path to one query head takes about three times as long as
+    `slimgpt.solver.hessian.prepare`, and the first third of it about as long.
+
+    Parameters
+    ----------
+    problem, heads, method
+        As in `eliminate_heads`.
+    params : HeadParams
+        Parameters of a query head and of a key/value head.
+    num_params : int
+        Parameters to remove. The path ends at the first state with as many removed, or with one
+        query head left.
+
+    Returns
+    -------
+    list of HeadState
+        From the dense layer to the last state.
+    """
+    state = _HeadElimination(problem, heads, heads.total - 1, method)
+    path = [HeadState(heads, 0, 0.0)]
+    while path[-1].removed_params < num_params and state.heads.total > 1:
+        *others, last = state.steps()
+        trials = [step(state.clone()) for step in others] + [last(state)]
+        ends = [
+            HeadState(
+                trial.heads,
+                params.count(heads) - params.count(trial.heads),
+                float(torch.stack(trial.errors).sum()),
             )
-            inverse_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
-            lost_USS = cross_UPS.mT @ root_UPS
-            grams_USS -= lost_USS + lost_USS.mT
-            left_U = state.remove(pivots_P, root_PK, half_PO)[::unit_size] // unit_size
-            inverse_USS, grams_USS = inverse_USS[left_U], grams_USS[left_U]
-        left = left or [state.elimination(order, errors)]
-    return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
+            for trial in trials
+        ]
+        prices = [
+            (end.error - path[-1].error) / (end.removed_params - path[-1].removed_params)
+            for end in ends
+        ]
+        best = prices.index(min(prices))
+        state = trials[best]
+        path.append(ends[best])
+    return path
 
 
 def eliminate_channels(
@@ -274,6 +436,15 @@ class _EliminationState:
         self._error = 0.0
         self._problem = problem
 
+    def clone(self) -> Self:
+        """Copy the state; a removal from the copy leaves this one as it is."""
+        other = copy.copy(self)
+        other.columns_K, other.weight_KO = self.columns_K.clone(), self.weight_KO.clone()
+        other._root_KR = torch.empty_like(self._root_KR)
+        used = len(self.columns_K), self._num_removed
+        other._root_KR[: used[0], : used[1]] = self._root_KR[: used[0], : used[1]]
+        return other
+
     def inverse(self, rows: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
         """M at the rows and columns."""
         inverse_II, root_KR = self._problem.inverse_II, self._root_KR[:, : self._num_removed]
@@ -341,6 +512,101 @@ class _EliminationState:
             weight_KO.T,
             max(error, 0.0),
         )
+
+
+class _UnitElimination:
+    """Elimination of units of several columns.
+
+    Keeps the blocks of M and of A = WᵀW on the diagonal of each remaining unit up to date.
+    """
+
+    def __init__(self, problem: Problem, unit_size: int, capacity: int) -> None:
+        self.state = _EliminationState(problem, capacity * unit_size)
+        self.order: list[int] = []
+        self.errors: list[Tensor] = []
+        self._unit_size = unit_size
+        self._inverse_USS = _unit_blocks(problem.inverse_II, unit_size)
+        self._grams_USS = _unit_grams(self.state.weight_KO, unit_size).to(self._inverse_USS)
+
+    def unit_errors(self, method: str) -> Tensor:
+        """Error of removing each unit alone, by position."""
+        return _unit_errors(self._grams_USS, self._inverse_USS, method)
+
+    def remove(self, units: Tensor) -> None:
+        """Remove the units at some positions together; `errors` is exact, each unit's share."""
+        size = self._unit_size
+        pivots_P = self.columns(units).flatten()
+        self.order += (self.state.columns_K[pivots_P[::size]] // size).tolist()
+        root_PK, half_PO = self.state.factorize(pivots_P)
+        self.errors += [half_SO.square().sum() for half_SO in half_PO.split(size)]
+        root_UPS, cross_UPS = (
+            rows_PK.view(len(pivots_P), -1, size).transpose(0, 1)
+            for rows_PK in (root_PK, self.state.cross(root_PK, half_PO))
+        )
+        self._inverse_USS.baddbmm_(root_UPS.mT, root_UPS, alpha=-1)
+        lost_USS = cross_UPS.mT @ root_UPS
+        self._grams_USS -= lost_USS + lost_USS.mT
+        left_U = self.state.remove(pivots_P, root_PK, half_PO)[::size] // size
+        self._inverse_USS, self._grams_USS = self._inverse_USS[left_U], self._grams_USS[left_U]
+
+    def columns(self, units: Tensor) -> Tensor:
+        """Positions of the columns of units; one more dimension."""
+        size = self._unit_size
+        return units[..., None] * size + torch.arange(size, device=units.device)
+
+    def elimination(self) -> Elimination:
+        """The result so far."""
+        return self.state.elimination(self.order, self.errors)
+
+
+class _HeadElimination(_UnitElimination):
+    """Elimination of query heads that leaves equally many in each remaining group."""
+
+    def __init__(self, problem: Problem, heads: HeadCounts, capacity: int, method: str) -> None:
+        super().__init__(problem, len(problem.added_I) // heads.total, capacity)
+        self.heads = heads
+        self._dense, self._method = heads, method
+
+    def clone(self) -> Self:
+        """Copy; a removal from the copy leaves this one as it is."""
+        other = copy.copy(self)
+        other.state = self.state.clone()
+        other.order, other.errors = self.order.copy(), self.errors.copy()
+        # `remove` updates these in place.
+        other._inverse_USS, other._grams_USS = self._inverse_USS.clone(), self._grams_USS.clone()
+        return other
+
+    def steps(self) -> list[Callable[[Self], Self]]:
+        """The kinds of removal that leave a query head."""
+        groups = [type(self).remove_group] if self.heads.groups > 1 else []
+        return groups + ([type(self).remove_heads] if self.heads.per_group > 1 else [])
+
+    def remove_group(self) -> Self:
+        """Remove the group of least error, with all its query heads."""
+        units_GU = self._remaining().argsort().view(self.heads)
+        columns_GS = self.columns(units_GU).flatten(1)
+        inverse_GSS = torch.stack([self.state.inverse(c, c) for c in columns_GS])
+        weight_GSO = self.state.weight_KO[columns_GS]
+        grams_GSS = (weight_GSO @ weight_GSO.mT).to(inverse_GSS)
+        self.remove(units_GU[_unit_errors(grams_GSS, inverse_GSS, self._method).argmin()])
+        self.heads = self.heads._replace(groups=self.heads.groups - 1)
+        return self
+
+    def remove_heads(self) -> Self:
+        """Remove one query head of each group, each time the one of least error."""
+        served_G = torch.zeros(self._dense.groups, dtype=torch.bool, device=self._grams_USS.device)
+        for _ in range(self.heads.groups):
+            groups_U = self._remaining() // self._dense.per_group
+            errors_U = self.unit_errors(self._method).masked_fill(served_G[groups_U], torch.inf)
+            least = errors_U.argmin()
+            served_G[groups_U[least]] = True
+            self.remove(least[None])
+        self.heads = self.heads._replace(per_group=self.heads.per_group - 1)
+        return self
+
+    def _remaining(self) -> Tensor:
+        """The query head at each position."""
+        return self.state.columns_K[:: self._unit_size] // self._unit_size
 
 
 def _eliminate_one_by_one(
