@@ -1,10 +1,8 @@
 """Gemma 3 as a GGUF file: tiny random models, and the one that is embedded."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from conftest import TINY
@@ -22,7 +20,6 @@ from transformers import (
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
 from slimgpt.models.family import load_families
-from slimgpt.models.gguf_reading import open_gguf
 from slimgpt.models.loading import load_config, load_model
 from slimgpt.models.source import Source, find_model
 from slimgpt.models.tokenizer import load_tokenizer
@@ -182,9 +179,8 @@ def test_attention_of_27b_is_scaled_by_the_hidden_size(
     options = {"num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 62}
     model = make_model(**options, query_pre_attn_scalar=48 // 4, intermediate_size=32)
     file = write(tmp_path, tokenizer, model)
-    read = load_model(find_model(str(file)))
-    assert read.config.query_pre_attn_scalar == 12
-    check_agreement(file, read, IDS[0].tolist(), 1, tolerance=3e-2)
+    assert load_config(find_model(str(file))).query_pre_attn_scalar == 12
+    check_agreement(file, model, IDS[0].tolist(), 1, tolerance=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -243,17 +239,6 @@ class TestEmbedded:
             assert saved(text).input_ids == ids
             assert own_tokenizer.decode(ids[1:]) == text
 
-    def test_metadata_is_read_as_gguf_reads_it(self, gemma3: str) -> None:
-        """Also on the arrays, which are read in another way."""
-        source = find_model(gemma3)
-        file = Path(source.location, str(source.gguf_file))
-        ours, theirs = open_gguf(file), gguf.GGUFReader(file)
-        assert ours.data_offset == theirs.data_offset
-        assert [t.name for t in ours.tensors] == [t.name for t in theirs.tensors]
-        for name, field in theirs.fields.items():
-            assert ours.fields[name].types == field.types
-            assert ours.fields[name].contents() == field.contents()
-
     def test_tokenizer_entries_are_copied(
         self, gemma3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -282,4 +267,4 @@ class TestEmbedded:
             assert (ours[top] - log_probs).abs().mean() < 0.2
         prompt = own_tokenizer("The capital of France is", return_tensors="pt")
         generated = model.generate(**prompt, max_new_tokens=7, do_sample=False)
-        assert own_tokenizer.decode(generated[0, -8:]) == " is the capital of the state of France."
+        assert own_tokenizer.decode(generated[0, -7:]) == " the capital of the country of France"

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gguf import GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
 from gguf.constants import Keys
@@ -46,7 +46,7 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
     original = _original_gguf(source)
     fields = open_gguf(original).fields if original else {}
     tokens = fields[Keys.Tokenizer.LIST].contents() if fields else []
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokens))))
+    names = cast(list[str], tokenizer.convert_ids_to_tokens(list(range(len(tokens)))))
     if tokens and _with_spaces(tokens) == _with_spaces(names):
         log.info("the tokenizer is copied from %s", original)
         _copy(writer, fields)
@@ -60,7 +60,7 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
 
 
 def _with_spaces(tokens: list[str]) -> list[str]:
-    """Spell spaces in one way: runs of them are plain in Gemma's files, but not in its tokenizer."""
+    """Spell spaces in one way: Gemma's files have plain ones where its tokenizer has "▁"."""
     return [token.replace("▁", " ") for token in tokens]
 
 

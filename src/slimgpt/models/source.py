@@ -229,7 +229,9 @@ def _join(name: str, parts: Sequence[Path], sha256: str) -> Path:
                     with part.open("rb") as opened:
                         shutil.copyfileobj(opened, joined)
             if not _has_sum(temporary, sha256):
-                raise _broken_parts(name, f"its {len(parts)} parts do not have the SHA-256 {sha256}")
+                raise _broken_parts(
+                    name, f"its {len(parts)} parts do not have the SHA-256 {sha256}"
+                )
     except OSError as err:
         raise ResourceError(
             f"cannot join the {len(parts)} parts of the model {name!r} in {file}: {err}",
