@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import choose_batch_size, embed
 from slimgpt.cli import app
 from slimgpt.config import PruneConfig
+from slimgpt.errors import MissingDependencyError
 from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
-from slimgpt.models.source import SMOLLM2_ALIAS, SMOLLM2_COMMAND, SMOLLM2_PACKAGE
+from slimgpt.models.source import GEMMA3_ALIAS, SMOLLM2_ALIAS, find_model
 from slimgpt.pruning.block import prune_block
 from slimgpt.pruning.decisions import BlockPlan
 
@@ -178,9 +178,20 @@ def slim_checkpoint(
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    if find_spec(SMOLLM2_PACKAGE) is None:
-        pytest.skip(f"the embedded model is not installed ({SMOLLM2_COMMAND})")
-    return SMOLLM2_ALIAS
+    return installed(SMOLLM2_ALIAS)
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> str:
+    return installed(GEMMA3_ALIAS)
+
+
+def installed(alias: str) -> str:
+    try:
+        find_model(alias)
+    except MissingDependencyError as err:
+        pytest.skip(f"{err} ({err.hint})")
+    return alias
 
 
 @pytest.fixture(scope="session")

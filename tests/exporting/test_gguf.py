@@ -366,7 +366,7 @@ def test_tokenizer_entries_are_copied_from_the_embedded_model(
     report = directory / "pruning_report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"base_model": SMOLLM2_ALIAS}))
     embedded = find_model(str(base))
-    monkeypatch.setattr("slimgpt.exporting.gguf_tokenizer.embedded_model", lambda: embedded)
+    monkeypatch.setattr("slimgpt.exporting.gguf_tokenizer.embedded_model", lambda name: embedded)
     monkeypatch.delattr("slimgpt.exporting.gguf_tokenizer._convert")
     entries, wanted = (
         {name: value for name, value in fields(file).items() if name.startswith("tokenizer.")}

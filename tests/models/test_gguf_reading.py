@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import slimgpt
 from slimgpt.errors import ConfigError, SlimGPTError, UnsupportedModelError
+from slimgpt.models.gguf_reading import open_gguf
 from slimgpt.models.loading import load_config, load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import load_tokenizer
@@ -320,6 +321,29 @@ def test_damaged_files_are_errors_about_the_file(base: Path, tmp_path: Path) -> 
                 errors.append(err)
     assert len(errors) > len(damaged)
     assert all(error.hint for error in errors)
+
+
+@pytest.mark.parametrize("order", list(gguf.GGUFEndian), ids=lambda order: order.name)
+def test_arrays_are_those_that_gguf_reads(order: gguf.GGUFEndian, tmp_path: Path) -> None:
+    """They are read in another way, because gguf takes seconds for a vocabulary."""
+    file = tmp_path / "arrays.gguf"
+    writer = gguf.GGUFWriter(file, "llama", endianess=order)
+    arrays = {"text": ["", "a", "äöü 你好"], "count": [1, 2**31 - 1], "share": [0.5, -1e30]}
+    arrays |= {"flags": [True, False], "one": ["x"]}
+    for name, values in arrays.items():
+        writer.add_array(name, values)
+    writer.add_tensor("x.weight", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = open_gguf(file), gguf.GGUFReader(file)
+    assert ours.fields.keys() == theirs.fields.keys()
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].types == field.types
+        assert len(ours.fields[name].data) == len(field.data)
+        assert ours.fields[name].contents() == field.contents()
+    assert [t.data.tolist() for t in ours.tensors] == [t.data.tolist() for t in theirs.tensors]
 
 
 @pytest.mark.parametrize(("values", "size"), [([1] * 4, 4), (["a"] * 4, 8)])

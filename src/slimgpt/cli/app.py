@@ -79,7 +79,9 @@ _UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 Model = Annotated[
     str,
-    typer.Argument(help="Hub id, local directory, .gguf file, or smollm2-135m.", metavar="MODEL"),
+    typer.Argument(
+        help="Hub id, local directory, .gguf file, smollm2-135m or gemma3-270m.", metavar="MODEL"
+    ),
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gguf import GGUFValueType, GGUFWriter, ReaderField, SpecialVocab, TokenType
 from gguf.constants import Keys
@@ -16,7 +16,7 @@ from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
 from slimgpt.errors import ExportError, MissingDependencyError
 from slimgpt.models.gguf_reading import open_gguf
 from slimgpt.models.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer_name
-from slimgpt.models.source import SMOLLM2_ALIAS, Source, embedded_model, find_file
+from slimgpt.models.source import EMBEDDED_MODELS, Source, embedded_model, find_file
 from slimgpt.models.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) -> None:
     """Add the tokenizer of a checkpoint to a GGUF file.
 
-    If the model is a GGUF file, or was pruned from the embedded one, and has the same tokens, the
+    If the model is a GGUF file, or was pruned from an embedded one, and has the same tokens, the
     entries of that file are copied. Otherwise the checkpoint's tokenizer is converted.
 
     Parameters
@@ -46,7 +46,8 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
     original = _original_gguf(source)
     fields = open_gguf(original).fields if original else {}
     tokens = fields[Keys.Tokenizer.LIST].contents() if fields else []
-    if tokens and tokens == tokenizer.convert_ids_to_tokens(list(range(len(tokens)))):
+    names = cast(list[str], tokenizer.convert_ids_to_tokens(list(range(len(tokens)))))
+    if tokens and _with_spaces(tokens) == _with_spaces(names):
         log.info("the tokenizer is copied from %s", original)
         _copy(writer, fields)
     else:
@@ -56,6 +57,11 @@ def add_tokenizer(writer: GGUFWriter, source: Source, config: PreTrainedConfig) 
     adds_bos, adds_eos = _surroundings(tokenizer)
     writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(adds_eos)
+
+
+def _with_spaces(tokens: list[str]) -> list[str]:
+    """Spell spaces in one way: Gemma's files have plain ones where its tokenizer has "▁"."""
+    return [token.replace("▁", " ") for token in tokens]
 
 
 def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
@@ -70,15 +76,16 @@ def _copy(writer: GGUFWriter, fields: Mapping[str, ReaderField]) -> None:
 
 
 def _original_gguf(source: Source) -> Path | None:
-    """The GGUF file of a checkpoint, or the embedded one if the checkpoint was pruned from it."""
+    """The GGUF file of a checkpoint, or the embedded one that it was pruned from."""
     if not source.gguf_file:
         report = find_file(source, REPORT_FILE)
         if report is None:
             return None
-        if read_report(report, PruningReport)["base_model"] != SMOLLM2_ALIAS:
+        base = read_report(report, PruningReport)["base_model"]
+        if base not in EMBEDDED_MODELS:
             return None
         try:
-            source = embedded_model()
+            source = embedded_model(base)
         except MissingDependencyError:
             return None
     return Path(source.location) / str(source.gguf_file)

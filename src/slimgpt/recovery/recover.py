@@ -33,7 +33,7 @@ from slimgpt.data.samples import evaluation_tokens
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
 from slimgpt.models.comparison import check_same_vocabulary
 from slimgpt.models.loading import load_config, load_model, usable_seqlen
-from slimgpt.models.source import SMOLLM2_ALIAS, Source, find_file, find_model
+from slimgpt.models.source import EMBEDDED_MODELS, Source, find_file, find_model
 from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
 from slimgpt.models.weights import open_weights, weight_files
 from slimgpt.recovery.trainer import (
@@ -241,7 +241,7 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     name, report = config.teacher, find_file(source, REPORT_FILE)
     if name is None and report:
         base = read_report(report, PruningReport)["base_model"]
-        if "/" in base or base == SMOLLM2_ALIAS:  # otherwise the name of a local folder
+        if "/" in base or base in EMBEDDED_MODELS:  # otherwise the name of a local folder
             name = base
     if name is None:
         raise ConfigError(
