@@ -146,6 +146,14 @@ def test_every_option_is_a_flag_and_every_preset_an_option(run: Run) -> None:
     assert all(set(values) <= set(PruneConfig.model_fields) for values in PRESETS.values())
 
 
+def test_help_shows_defaults_and_no_empty_ones(run: Run) -> None:
+    _, out, _ = run("prune", "--help")
+    assert "[default: (c4,self)]" in out
+    for verb in ("prune", "eval", "recover", "bench", "report"):
+        _, out, _ = run(verb, "--help")
+        assert "default: ()" not in out
+
+
 def set_nan(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
