@@ -43,7 +43,7 @@ def test_killed_runs_end_with_the_same_files(
     )
     outcomes = json.loads(finished.stdout)
     assert len(outcomes) == KILLS
-    phases = {"prune_block", "_moved", "replay_block", "write_file", "replacing", "product"}
+    phases = {"prune_block", "_moved", "replay_block", "write_file", "replacing", "result"}
     assert {outcome["phase"] for outcome in outcomes} == phases | {"publish", "other"}
     assert sum(outcome["codes"][1] == -9 for outcome in outcomes) > 2  # in a replay
     expected = fingerprint(tmp_path / "whole")
@@ -547,7 +547,7 @@ def test_restart_removes_what_was_published_and_nothing_else(
         run.identify({}, restart=False)
         with run.saving(run.block_file(0)):
             pass
-        with run.product() as directory:
+        with run.result() as directory:
             (directory / "runs").mkdir()
             (directory / "runs" / "events").touch()
             (directory / "config.json").touch()
@@ -653,6 +653,14 @@ def test_flipped_bits_of_the_manifest_are_noticed(place: int, tmp_path: Path) ->
         Manifest.read(file)
 
 
+def test_a_manifest_of_version_0_1_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    checksum = "f5a755100e4d43a6f148acee267fe84051fc1bbad2f64c91e4169a59b0ff2db6"
+    values = {"identity": {"ratio": 0.5}, "product": {"config.json": "2 bytes"}}
+    file.write_text(json.dumps({"slimgpt": checksum} | values))
+    assert Manifest.read(file) == Manifest({"ratio": 0.5}, {"config.json": "2 bytes"})
+
+
 @pytest.mark.parametrize("name", ["../victim", "/etc/victim", "a/../../victim", ""])
 def test_a_manifest_names_no_files_elsewhere(name: str, tmp_path: Path) -> None:
     victim, output = tmp_path / "victim", tmp_path / "out"
@@ -677,15 +685,15 @@ def test_a_link_does_not_lead_the_withdrawal_elsewhere(tmp_path: Path) -> None:
         run.identify({}, restart=False)
         with run.saving(run.block_file(0)):
             pass
-    product = {"runs/events": describe_file(victim)}
-    Manifest({}, product).write(output / STATE_DIR / "manifest.json")
+    result = {"runs/events": describe_file(victim)}
+    Manifest({}, result).write(output / STATE_DIR / "manifest.json")
     (output / "runs").symlink_to(victim.parent)
     with open_run(output) as run:
         run.identify({}, restart=True)
     assert victim.read_text() == "mine"
 
 
-def test_a_foreign_config_is_not_a_product(interrupted: tuple[str, Path]) -> None:
+def test_a_foreign_config_is_not_a_result(interrupted: tuple[str, Path]) -> None:
     model, output = interrupted
     shutil.copy(Path(model) / "config.json", output)
     before = sorted((output / STATE_DIR).iterdir())
@@ -736,10 +744,10 @@ def test_a_lost_manifest_is_noticed(interrupted: tuple[str, Path]) -> None:
     assert (output / STATE_DIR / "block-00001.safetensors").exists()
 
 
-def test_a_damaged_product_is_not_published(tmp_path: Path) -> None:
+def test_a_damaged_result_is_not_published(tmp_path: Path) -> None:
     with open_run(tmp_path / "out") as run:
         run.identify({}, restart=False)
-        with run.product() as directory:
+        with run.result() as directory:
             (directory / "config.json").write_text("{}")
         (run.state / "result" / "config.json").write_text("[]")
         with pytest.raises(RunStateError, match=r"config\.json is not what was written"):
@@ -766,11 +774,11 @@ def test_impossible_names_of_the_output(
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / name, **OPTIONS)
 
 
-def test_a_restart_does_not_take_a_published_product(tmp_path: Path) -> None:
+def test_a_restart_does_not_take_a_published_result(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with open_run(output) as run:
         run.identify({}, restart=False)
-        with run.product() as directory:
+        with run.result() as directory:
             (directory / "config.json").write_text("{}")
         run.publish()
         with pytest.raises(RunStateError, match="exists and is not empty"):
