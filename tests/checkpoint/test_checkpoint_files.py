@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
-from conftest import Run, make_tiny_model
+from conftest import TEXT, Run, make_tiny_model
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,7 +24,7 @@ from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 Checkpoint = Callable[[str], Path]
-PRUNE = {"ratio": 0.3, "calibration": "pydocs", "nsamples": 4, "seqlen": 32, "refit_epochs": 0}
+PRUNE = {"ratio": 0.3, "calibration": TEXT, "nsamples": 4, "seqlen": 32, "refit_epochs": 0}
 TEXTS = ["Hello world", " spaces  and 12345", "<s>naïve 你好</s>"]
 
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}

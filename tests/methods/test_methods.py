@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import WIDTHS, make_tiny_model, prune_blocks, sample_tokens
+from conftest import TEXT, WIDTHS, make_tiny_model, prune_blocks, sample_tokens
 from interruption import InterruptionError, fail_at_block, fingerprint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -26,7 +26,7 @@ from slimgpt.models.source import find_model
 from slimgpt.models.unit_slices import unit_columns
 from slimgpt.pruning import inputs
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32}
 METHODS = [method for method in get_args(Method) if method != "slimgpt"]
 COLUMN_METHODS = ("wanda_sp", "flap")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from conftest import TEXT, Run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -31,7 +31,7 @@ from slimgpt.models.weights import open_weights, weight_files
 
 Tensors = dict[str, Tensor]
 
-PRUNE_OPTIONS = {"ratio": 0.3, "calibration": "pydocs", "nsamples": 4, "seqlen": 16}
+PRUNE_OPTIONS = {"ratio": 0.3, "calibration": TEXT, "nsamples": 4, "seqlen": 16}
 EVAL_OPTIONS = {"data": ("pydocs",), "seqlen": (16,), "max_tokens": 64}
 INDEX = "model.safetensors.index.json"
 
@@ -646,7 +646,7 @@ def test_links_out_of_a_model_are_not_copied(
     secret.write_text("a key")
     (model / name).symlink_to(secret)
     with pytest.raises(UnsupportedModelError, match="outside of the model's directory") as error:
-        slimgpt.prune(str(model), tmp_path / "out", calibration="pydocs", nsamples=2, seqlen=16)
+        slimgpt.prune(str(model), tmp_path / "out", calibration=TEXT, nsamples=2, seqlen=16)
     assert "put a copy" in str(error.value.hint)
     assert not list((tmp_path / "out").rglob(name))
 

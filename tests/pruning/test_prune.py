@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VARIANTS, WIDTHS, assert_greedy, make_tiny_model, prune_blocks, sample_tokens
+from conftest import (
+    TEXT,
+    VARIANTS,
+    WIDTHS,
+    assert_greedy,
+    make_tiny_model,
+    prune_blocks,
+    sample_tokens,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -35,7 +43,7 @@ from slimgpt.pruning.block import prune_block
 from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.solver import elimination, hessian
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32}
 
 
 def pruned(
@@ -269,7 +277,7 @@ def test_checkpoint_loads_with_the_logits_of_the_model_in_memory(
 
     in_memory = load_model(find_model(str(source)))
     tokenizer = AutoTokenizer.from_pretrained(output)
-    samples = slimgpt.data.samples.calibration_tokens("pydocs", tokenizer, 6, 32)
+    samples = slimgpt.data.samples.calibration_tokens(TEXT, tokenizer, 6, 32)
     prune_blocks(in_memory, samples, result.plan.widths, PruneConfig.create())
     tokens = sample_tokens(2, 24)
     expected = in_memory(tokens).logits
