@@ -117,7 +117,7 @@ def test_the_numbers_are_those_of_the_verbs(
 
 def test_shared_work_is_done_once(recipe: Edit, calls: Counter[str], tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    training = {"data": "pydocs", "eval_data": "pydocs", "eval_tokens": 64, "seqlen": 32}
+    training = {"data": TEXT, "eval_data": TEXT, "eval_tokens": 64, "seqlen": 32}
     training |= {"max_steps": 2, "max_examples": 4, "batch_size": 2, "micro_batch_size": 2}
     grid = {"ratio": [0, 0.3], "recovery": {"none": {}, "LoRA": {"recover": training}}}
     columns = ["parameters", "perplexity"]
