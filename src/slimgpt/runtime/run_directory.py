@@ -46,8 +46,6 @@ _PROGRESS = (
 
 _MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
 
-_CHECKSUM_SUFFIX, _TEMPORARY_SUFFIX = ".sha256", ".tmp"
-
 _MARK = '{"slimgpt": '  # start of every manifest
 
 
@@ -343,17 +341,16 @@ class Run:
         if not (state.is_symlink() or state.exists()):
             return
         problem = None
-        entries = [] if state.is_symlink() else _walk(state)
         if state.is_symlink() or not state.is_dir():
             problem = "is a link or a file, not a directory"
-        elif links := [path for path in entries if path.is_symlink()]:
-            problem = f"has a link, {links[0].relative_to(state)}"
+        elif link := next((path for path in _walk(state) if path.is_symlink()), None):
+            problem = f"has a link, {link.relative_to(state)}"
         elif self._has_manifest:
             with self._manifest.open(encoding="utf-8", errors="replace") as opened:
                 if opened.read(len(_MARK)) != _MARK:
                     problem = f"has a {_MANIFEST} that is not from slimgpt"
-        elif strangers := [path for path in entries if not _is_passing(path)]:
-            problem = f"has no {_MANIFEST}, but {strangers[0].relative_to(state)}"
+        elif stranger := next((path for path in _walk(state) if not _is_passing(path)), None):
+            problem = f"has no {_MANIFEST}, but {stranger.relative_to(state)}"
         if problem:
             raise RunStateError(
                 f"{state} {problem}, so it is not the state of an interrupted run",
@@ -450,21 +447,18 @@ def open_run(output: Path) -> Iterator[Run]:
 
 
 def _checksum_file(file: Path) -> Path:
-    return file.with_name(file.name + _CHECKSUM_SUFFIX)
+    return file.with_name(f"{file.name}.sha256")
 
 
-def _walk(directory: Path) -> list[Path]:
+def _walk(directory: Path) -> Iterator[Path]:
     """List everything in a directory tree, without following links."""
-    return [
-        Path(folder, name)
-        for folder, folders, names in os.walk(directory)
-        for name in (*folders, *names)
-    ]
+    for folder, folders, names in os.walk(directory):
+        yield from (Path(folder, name) for name in (*folders, *names))
 
 
 def _is_passing(path: Path) -> bool:
     """Whether a file may exist in a state that has no manifest yet."""
-    return path.name == _LOCK or path.suffix == _TEMPORARY_SUFFIX
+    return path.name == _LOCK or path.suffix == ".tmp"
 
 
 def _remove(path: Path) -> None:
