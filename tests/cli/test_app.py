@@ -63,7 +63,7 @@ def test_recover_and_tasks(
     base, slim, output = tiny_checkpoint("llama"), tmp_path / "slim", tmp_path / "recovered"
     assert run("prune", base, "--output", slim, "--ratio", "0.3", *PRUNE_OPTIONS)[0] == 0
     code, out, err = run(
-        "recover", slim, "--output", output, "--data", "pydocs", "--eval-data", "pydocs",
+        "recover", slim, "--output", output, "--data", TEXT, "--eval-data", TEXT,
         "--max-steps", "2", "--batch-size", "2", "--micro-batch-size", "1", "--seqlen", "32",
         "--method", "distill", "--teacher", base, "--device", "cpu",
     )  # fmt: skip

@@ -294,11 +294,9 @@ def test_checkpoint_loads_with_the_logits_of_the_model_in_memory(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generation_with_cache_padding_and_every_attention(
-    variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    variant: str, slim_checkpoint: Callable[[str], Path]
 ) -> None:
-    output = tmp_path / "slim"
-    slimgpt.prune(str(tiny_checkpoint(variant)), output, ratio=0.45, **OPTIONS)
-    model = AutoModelForCausalLM.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(slim_checkpoint(variant))
     prompt = sample_tokens(1, 12)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
     mask = torch.ones_like(prompt)
