@@ -26,7 +26,7 @@ PHASES = (
     "_moved",
     "write_file",
     "replacing",
-    "product",
+    "result",
     "publish",
 )
 

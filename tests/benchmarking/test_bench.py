@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
-from conftest import Run
+from conftest import TEXT, Run
 
 import slimgpt
 from slimgpt.benchmarking import bench, results, worker
@@ -38,7 +38,7 @@ QUICK = ("--prompt-length", "16", "--new-tokens", "4", "--repeats", "2", "--thre
 def pruned(tiny_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bench") / "slim"
     slimgpt.prune(
-        str(tiny_checkpoint("llama")), output, ratio=0.4, calibration="pydocs", nsamples=4,
+        str(tiny_checkpoint("llama")), output, ratio=0.4, calibration=TEXT, nsamples=4,
         seqlen=32,
     )  # fmt: skip
     return output

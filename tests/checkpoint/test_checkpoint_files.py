@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
-from conftest import Run, make_tiny_model
+from conftest import TEXT, Run, make_tiny_model
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,7 +24,14 @@ from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 Checkpoint = Callable[[str], Path]
-PRUNE = {"ratio": 0.3, "calibration": "pydocs", "nsamples": 4, "seqlen": 32, "refit_epochs": 0}
+PRUNE = {
+    "ratio": 0.3,
+    "widths": "scheduled",
+    "calibration": TEXT,
+    "nsamples": 4,
+    "seqlen": 32,
+    "refit_epochs": 0,
+}
 TEXTS = ["Hello world", " spaces  and 12345", "<s>naïve 你好</s>"]
 
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
@@ -173,7 +180,7 @@ def test_recovered_models_have_both_too(slim_checkpoint: Checkpoint, tmp_path: P
     lines = [json.dumps({"text": text[:400]}) for text in list(topics.values())[:8]]
     texts.write_text("\n".join(lines))
     source, output = slim_checkpoint("llama"), tmp_path / "recovered"
-    held_out = {"eval_data": "pydocs", "eval_tokens": 64}
+    held_out = {"eval_data": TEXT, "eval_tokens": 64}
     slimgpt.recover(str(source), output, data=str(texts), seqlen=32, epochs=1, **held_out)
     values = read(output / "config.json")
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"]
@@ -249,9 +256,7 @@ def test_tokenizer_files_of_another_form_are_errors(
     directory = tmp_path / "broken"
     shutil.copytree(tiny_checkpoint("llama"), directory)
     edit(directory / name, **values)
-    code, _, err = run(
-        "eval", directory, "--data", "pydocs", "--max-tokens", "256", "--seqlen", "64"
-    )
+    code, _, err = run("eval", directory, "--data", TEXT, "--max-tokens", "256", "--seqlen", "64")
     if code == 0:  # transformers makes something of it
         assert name == "tokenizer_config.json"
         return

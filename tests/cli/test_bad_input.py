@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Run
+from conftest import TEXT, Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -390,7 +390,7 @@ def test_standard_streams_that_cannot_be_written(
     source, output = tiny_checkpoint("llama"), tmp_path / "slim"
     command = (
         f"set -o pipefail; {sys.executable} -m slimgpt prune {source} --output {output} "
-        f"--calibration pydocs --nsamples 2 --seqlen 16 {redirection}"
+        f"--calibration {TEXT} --widths scheduled --nsamples 2 --seqlen 16 {redirection}"
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr

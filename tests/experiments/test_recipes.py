@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from conftest import Run
+from conftest import TEXT, Run
 from hypothesis import given
 from hypothesis import strategies as st
 from interruption import is_measuring
@@ -33,7 +33,7 @@ def recipe(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Edit:
     """Write a recipe on a tiny model, with these changes."""
     values = ANY | {
         "model": str(tiny_checkpoint("llama")),
-        "prune": {"calibration": "pydocs", "nsamples": 2, "seqlen": 16},
+        "prune": {"calibration": TEXT, "nsamples": 2, "seqlen": 16},
         "evaluate": {"data": ["pydocs"], "seqlen": [16], "max_tokens": 64},
         "grid": {"ratio": [0, 0.3, 0.45], "schedule": ["log", "uniform"]},
         "table": ["parameters", "pruning", "perplexity"],
@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_the_verbs(
         str(tiny_checkpoint("llama")),
         direct,
         ratio=0.3,
-        calibration="pydocs",
+        calibration=TEXT,
         nsamples=2,
         seqlen=16,
     )
@@ -117,7 +117,7 @@ def test_the_numbers_are_those_of_the_verbs(
 
 def test_shared_work_is_done_once(recipe: Edit, calls: Counter[str], tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    training = {"data": "pydocs", "eval_data": "pydocs", "eval_tokens": 64, "seqlen": 32}
+    training = {"data": TEXT, "eval_data": TEXT, "eval_tokens": 64, "seqlen": 32}
     training |= {"max_steps": 2, "max_examples": 4, "batch_size": 2, "micro_batch_size": 2}
     grid = {"ratio": [0, 0.3], "recovery": {"none": {}, "LoRA": {"recover": training}}}
     columns = ["parameters", "perplexity"]

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import Run, make_tiny_model
+from conftest import TEXT, Run, make_tiny_model
 from llama_cpp import TEXTS, LlamaCpp, check_agreement
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -30,7 +30,7 @@ from slimgpt.models.source import SMOLLM2_ALIAS, find_model
 from slimgpt.models.tokenizer import load_tokenizer
 
 PROMPT = [5, 17, 100]
-PRUNE_OPTIONS = {"calibration": "pydocs", "nsamples": 4, "seqlen": 32}
+PRUNE_OPTIONS = {"calibration": TEXT, "nsamples": 4, "seqlen": 32}
 
 Checkpoint = Callable[[str], Path]
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import WIDTHS, make_tiny_model, prune_blocks, sample_tokens
+from conftest import TEXT, WIDTHS, make_tiny_model, prune_blocks, sample_tokens
 from interruption import InterruptionError, fail_at_block, fingerprint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -26,7 +26,7 @@ from slimgpt.models.source import find_model
 from slimgpt.models.units import unit_columns
 from slimgpt.pruning import inputs
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32}
 METHODS = [method for method in get_args(Method) if method != "slimgpt"]
 COLUMN_METHODS = ("wanda_sp", "flap")
 
@@ -174,7 +174,7 @@ def test_checkpoint_of_each_method_loads(
     source, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     result = slimgpt.prune(source, output, ratio=0.4, min_ratio=0, method=method, **OPTIONS)
     in_memory = load_model(find_model(source))
-    samples = calibration_tokens("pydocs", AutoTokenizer.from_pretrained(output), 6, 32)
+    samples = calibration_tokens(TEXT, AutoTokenizer.from_pretrained(output), 6, 32)
     config = PruneConfig.create(method=method)
     prune_blocks(in_memory, samples, result.plan.widths, config)
     loaded = AutoModelForCausalLM.from_pretrained(output)

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import Run, make_tiny_model
+from conftest import TEXT, Run, make_tiny_model
 from llama_cpp import LlamaCpp
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ from slimgpt.models.tokenizer import load_tokenizer
 Checkpoint = Callable[[str], Path]
 ARGUMENTS = {
     "eval": ("--data", "pydocs"),
-    "prune": ("--ratio", "0.3", "--calibration", "pydocs"),
+    "prune": ("--ratio", "0.3", "--calibration", TEXT),
     "export": (),
 }
 IDS = torch.arange(10, 70)[None]
@@ -182,7 +182,7 @@ def test_gguf_pruned_and_exported_again(
     assert len(read) == len(tokenizer)
     assert max(read.get_vocab().values()) < len(tokenizer)
     output = tmp_path / "slim"
-    prune = {"ratio": 0.3, "calibration": "pydocs", "nsamples": 4, "seqlen": 32, "uniform": True}
+    prune = {"ratio": 0.3, "calibration": TEXT, "nsamples": 4, "seqlen": 32, "uniform": True}
     slimgpt.prune(str(file), output, **prune)
     assert AutoTokenizer.from_pretrained(output).get_vocab() == tokenizer.get_vocab()
     again = slimgpt.export(str(output), tmp_path / "again.gguf", type="f32").output

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VARIANTS, WIDTHS, assert_greedy, make_tiny_model, prune_blocks, sample_tokens
+from conftest import (
+    TEXT,
+    VARIANTS,
+    WIDTHS,
+    assert_greedy,
+    make_tiny_model,
+    prune_blocks,
+    sample_tokens,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -35,7 +43,7 @@ from slimgpt.pruning.block import prune_block
 from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.solver import elimination, hessian
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32}
 
 
 def pruned(
@@ -269,7 +277,7 @@ def test_checkpoint_loads_with_the_logits_of_the_model_in_memory(
 
     in_memory = load_model(find_model(str(source)))
     tokenizer = AutoTokenizer.from_pretrained(output)
-    samples = slimgpt.data.samples.calibration_tokens("pydocs", tokenizer, 6, 32)
+    samples = slimgpt.data.samples.calibration_tokens(TEXT, tokenizer, 6, 32)
     prune_blocks(in_memory, samples, result.plan.widths, PruneConfig.create())
     tokens = sample_tokens(2, 24)
     expected = in_memory(tokens).logits
@@ -286,11 +294,9 @@ def test_checkpoint_loads_with_the_logits_of_the_model_in_memory(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generation_with_cache_padding_and_every_attention(
-    variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    variant: str, slim_checkpoint: Callable[[str], Path]
 ) -> None:
-    output = tmp_path / "slim"
-    slimgpt.prune(str(tiny_checkpoint(variant)), output, ratio=0.45, **OPTIONS)
-    model = AutoModelForCausalLM.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(slim_checkpoint(variant))
     prompt = sample_tokens(1, 12)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
     mask = torch.ones_like(prompt)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VARIANTS, make_tiny_model, prune_blocks
+from conftest import TEXT, VARIANTS, make_tiny_model, prune_blocks
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ from slimgpt.pruning.decisions import SavedBlock
 from slimgpt.pruning.sensitivity import sensitivities
 
 OPTIONS = {
-    "calibration": "pydocs",
+    "calibration": TEXT,
     "nsamples": 12,
     "seqlen": 32,
     "ratio": 0.3,

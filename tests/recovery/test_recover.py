@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from conftest import TEXT, make_tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -44,7 +44,7 @@ OPTIONS: dict[str, Any] = {
 def slim(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pruned") / "slim"
     base = str(tiny_checkpoint("llama"))
-    slimgpt.prune(base, output, ratio=0.4, calibration="pydocs", nsamples=4, seqlen=32)
+    slimgpt.prune(base, output, ratio=0.4, calibration=TEXT, nsamples=4, seqlen=32)
     report = output / "pruning_report.json"  # which names a model of the hub so that it is found
     values = json.loads(report.read_text(encoding="utf-8")) | {"base_model": base}
     report.write_text(json.dumps(values), encoding="utf-8")

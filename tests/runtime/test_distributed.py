@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import TEXT
 from ranks import run_ranks
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ import slimgpt
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as those that `torchrun` starts
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 16, "seqlen": 32, "ratio": 0.4}
+OPTIONS = {"calibration": TEXT, "nsamples": 16, "seqlen": 32, "ratio": 0.4}
 
 
 def torchrun(num_processes: int, *program: str | Path) -> subprocess.CompletedProcess[str]:
@@ -99,7 +100,7 @@ def test_recovery_does_not_depend_on_the_number_of_processes(
     options = {
         "method": "distill",
         "teacher": str(tiny_checkpoint("llama")),
-        "data": "pydocs",
+        "data": TEXT,
         "max_examples": 4,  # one step: the order is not the same
         "eval_data": "pydocs",
         "eval_tokens": 3 * 64,
@@ -175,7 +176,7 @@ def test_a_lost_process_ends_the_training(
         "app.main()\n"
     )
     arguments = ["recover", str(slim_checkpoint("llama")), "--output", str(tmp_path / "out")]
-    arguments += ["--method=full", "--data=pydocs", "--max-examples=8", "--eval-data=pydocs"]
+    arguments += ["--method=full", f"--data={TEXT}", "--max-examples=8", "--eval-data=pydocs"]
     arguments += ["--eval-tokens=128", "--seqlen=64", "--max-steps=3", "--batch-size=2"]
     arguments += ["--micro-batch-size=1", "--device=cpu"]
     died = run_ranks(2, program, *arguments)

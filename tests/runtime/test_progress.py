@@ -9,15 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import TEXT, Run
 from rich.console import Console
 
 import slimgpt
 from slimgpt.runtime.progress import progress_bar
 
-PRUNING = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32}
+PRUNING = {"calibration": TEXT, "nsamples": 6, "seqlen": 32}
 RECOVERY = {
-    "method": "full", "data": "pydocs", "max_examples": 8, "eval_data": "pydocs",
+    "method": "full", "data": TEXT, "max_examples": 8, "eval_data": "pydocs",
     "eval_tokens": 64, "seqlen": 32, "max_steps": 3, "batch_size": 1, "micro_batch_size": 1,
     "device": "cpu",
 }  # fmt: skip

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import TEXT
 from interruption import InterruptionError, fail_at_block, fingerprint, is_measuring
 from safetensors.torch import load_file, save_file
 
@@ -25,48 +25,44 @@ from slimgpt.pruning import inputs, sensitivity, sequential
 from slimgpt.runtime.files import describe_file
 from slimgpt.runtime.run_directory import STATE_DIR, Manifest, Stage, open_run
 
-OPTIONS = {"calibration": "pydocs", "nsamples": 6, "seqlen": 32, "ratio": 0.4}
-KILLS = 20
+OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32, "ratio": 0.4}
 
 
-def test_killed_runs_end_with_the_same_files(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    options = OPTIONS | {"model": str(tiny_checkpoint("llama")), "max_shard_size": 50_000}
-    program = Path(__file__).parents[1] / "killing.py"
-    finished = subprocess.run(
-        [sys.executable, program, tmp_path, str(KILLS), "0", json.dumps(options)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    outcomes = json.loads(finished.stdout)
-    assert len(outcomes) == KILLS
-    phases = {"prune_block", "_moved", "replay_block", "write_file", "replacing", "product"}
-    assert {outcome["phase"] for outcome in outcomes} == phases | {"publish", "other"}
-    assert sum(outcome["codes"][1] == -9 for outcome in outcomes) > 2  # in a replay
-    expected = fingerprint(tmp_path / "whole")
-    assert sum(name.endswith(".safetensors") for name in expected) > 2
-    for index, outcome in enumerate(outcomes):
-        first, second, last = outcome["codes"]
-        assert first == -9, outcome
-        assert second in (-9, 0), outcome
-        assert last == 0, outcome
-        assert fingerprint(tmp_path / str(index)) == expected, outcome
+@pytest.fixture(scope="module")
+def interrupted_once(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("interrupted") / "slim"
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at_block(2, InterruptionError(), patch)
+        with pytest.raises(InterruptionError):
+            slimgpt.prune(str(tiny_checkpoint("llama")), output, **OPTIONS)
+    return output
 
 
 @pytest.fixture
 def interrupted(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interrupted_once: Path, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> tuple[str, Path]:
     """A model, and an output directory with a run that ended in its third block."""
-    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
-    fail_at_block(2, InterruptionError(), monkeypatch)
-    with pytest.raises(InterruptionError):
-        slimgpt.prune(model, output, **OPTIONS)
-    monkeypatch.undo()
-    return model, output
+    return str(tiny_checkpoint("llama")), shutil.copytree(interrupted_once, tmp_path / "slim")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Directory with the result of a run that was not interrupted, written once for its options."""
+    written: dict[str, Path] = {}
+
+    def write(**options: Any) -> Path:
+        name = json.dumps(options)
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp("whole") / "slim"
+            slimgpt.prune(str(tiny_checkpoint("llama")), written[name], **OPTIONS | options)
+        return written[name]
+
+    return write
 
 
 def test_finished_blocks_are_not_solved_again(
@@ -101,10 +97,12 @@ def test_refitted_blocks_are_replayed(
 
 
 def test_an_interrupted_sensitivity_pass_goes_on(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Callable[[str], Path],
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = str(tiny_checkpoint("llama"))
-    slimgpt.prune(model, tmp_path / "whole", **OPTIONS)
     fail_at_block(2, InterruptionError(), monkeypatch, while_measuring=True)
     with pytest.raises(InterruptionError):
         slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
@@ -118,7 +116,7 @@ def test_an_interrupted_sensitivity_pass_goes_on(
     )
     slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
     assert solved == [(2, True), (3, True)] + [(index, False) for index in range(4)]
-    assert fingerprint(tmp_path / "slim") == fingerprint(tmp_path / "whole")
+    assert fingerprint(tmp_path / "slim") == fingerprint(whole())
 
 
 @pytest.mark.parametrize(
@@ -172,6 +170,7 @@ def test_a_cpu_with_other_products_is_named(
 def test_restart_of_a_half_published_run_leaves_nothing_old(
     deleting: bool,
     tiny_checkpoint: Callable[[str], Path],
+    whole: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -205,8 +204,7 @@ def test_restart_of_a_half_published_run_leaves_nothing_old(
     else:
         slimgpt.prune(model, output, restart=True, **OPTIONS | changed, max_shard_size=50_000)
         changed["max_shard_size"] = 50_000
-    slimgpt.prune(model, tmp_path / "whole", **OPTIONS | changed)
-    assert fingerprint(output) == fingerprint(tmp_path / "whole")
+    assert fingerprint(output) == fingerprint(whole(**changed))
 
 
 def test_a_disk_that_was_enough_at_the_start_is_enough_for_the_rest(
@@ -304,12 +302,11 @@ def test_a_changed_model_is_named(interrupted: tuple[str, Path]) -> None:
 
 
 def test_less_activation_memory_may_be_used_after_an_interruption(
-    interrupted: tuple[str, Path], tmp_path: Path
+    interrupted: tuple[str, Path], whole: Callable[..., Path]
 ) -> None:
     model, output = interrupted
     slimgpt.prune(model, output, **OPTIONS, activation_memory=0)
-    slimgpt.prune(model, tmp_path / "whole", **OPTIONS, activation_memory=0)
-    assert fingerprint(output) == fingerprint(tmp_path / "whole")
+    assert fingerprint(output) == fingerprint(whole(activation_memory=0))
 
 
 def test_a_second_process_is_refused(
@@ -339,7 +336,7 @@ def test_ctrl_c_prints_the_command_that_resumes(
     from slimgpt.cli import app
 
     arguments = ["prune", str(tiny_checkpoint("llama")), "--output", str(tmp_path / "a b")]
-    arguments += ["--calibration=pydocs", "--nsamples=4", "--seqlen=32"]
+    arguments += [f"--calibration={TEXT}", "--nsamples=4", "--seqlen=32"]
     monkeypatch.setattr(sys, "argv", ["slimgpt", *arguments])
     fail_at_block(1, KeyboardInterrupt(), monkeypatch)
     with pytest.raises(SystemExit) as exit_:
@@ -357,11 +354,12 @@ def test_ctrl_c_prints_the_command_that_resumes(
 def test_a_full_disk(
     failing: int,
     tiny_checkpoint: Callable[[str], Path],
+    whole: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fail the n-th file of weights: four blocks of the sensitivity pass, four, then shards."""
-    options = OPTIONS | {"max_shard_size": 50_000}
+    options = {"max_shard_size": 50_000}
     model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     written = []
     write_file = weights.write_file
@@ -376,7 +374,7 @@ def test_a_full_disk(
     monkeypatch.setattr("slimgpt.pruning.sequential.write_file", write)
     monkeypatch.setattr("slimgpt.checkpoint.writer.write_file", write)
     with pytest.raises(RunStateError, match="No space left on device") as raised:
-        slimgpt.prune(model, output, **options)
+        slimgpt.prune(model, output, **OPTIONS | options)
     assert "free some space" in str(raised.value.hint)
     measured, pruned = (
         len(list(output.glob(f"{STATE_DIR}/{stage}-*.safetensors"))) for stage in get_args(Stage)
@@ -384,13 +382,12 @@ def test_a_full_disk(
     assert measured == (failing if failing < 4 else 0)
     assert pruned == min(max(failing - 4, 0), 4)
     assert output.exists() == (failing > 0)
-    slimgpt.prune(model, output, **options)
+    slimgpt.prune(model, output, **OPTIONS | options)
     assert len(written) == failing + 1 + len(list(output.glob("*.safetensors"))) + (
         8 - failing if failing < 8 else 0
     )
     monkeypatch.undo()
-    slimgpt.prune(model, tmp_path / "whole", **options)
-    assert fingerprint(output) == fingerprint(tmp_path / "whole")
+    assert fingerprint(output) == fingerprint(whole(**options))
 
 
 def test_a_read_only_output(
@@ -547,7 +544,7 @@ def test_restart_removes_what_was_published_and_nothing_else(
         run.identify({}, restart=False)
         with run.saving(run.block_file(0)):
             pass
-        with run.product() as directory:
+        with run.result() as directory:
             (directory / "runs").mkdir()
             (directory / "runs" / "events").touch()
             (directory / "config.json").touch()
@@ -563,7 +560,9 @@ def test_restart_removes_what_was_published_and_nothing_else(
         assert {path.name for path in output.iterdir()} == {STATE_DIR, "slurm.out", "notes"}
 
 
-def test_files_of_others_are_not_replaced(interrupted: tuple[str, Path], tmp_path: Path) -> None:
+def test_files_of_others_are_not_replaced(
+    interrupted: tuple[str, Path], whole: Callable[..., Path]
+) -> None:
     model, output = interrupted
     (output / "README.md").write_text("mine")
     with pytest.raises(RunStateError, match=r"has other files of these names: README\.md"):
@@ -571,8 +570,7 @@ def test_files_of_others_are_not_replaced(interrupted: tuple[str, Path], tmp_pat
     assert (output / "README.md").read_text() == "mine"
     (output / "README.md").unlink()
     slimgpt.prune(model, output, **OPTIONS)
-    slimgpt.prune(model, tmp_path / "whole", **OPTIONS)
-    assert fingerprint(output) == fingerprint(tmp_path / "whole")
+    assert fingerprint(output) == fingerprint(whole())
 
 
 def test_a_run_that_had_not_begun_gives_way_and_leaves_other_files(
@@ -653,6 +651,14 @@ def test_flipped_bits_of_the_manifest_are_noticed(place: int, tmp_path: Path) ->
         Manifest.read(file)
 
 
+def test_a_manifest_of_version_0_1_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    checksum = "f5a755100e4d43a6f148acee267fe84051fc1bbad2f64c91e4169a59b0ff2db6"
+    values = {"identity": {"ratio": 0.5}, "product": {"config.json": "2 bytes"}}
+    file.write_text(json.dumps({"slimgpt": checksum} | values))
+    assert Manifest.read(file) == Manifest({"ratio": 0.5}, {"config.json": "2 bytes"})
+
+
 @pytest.mark.parametrize("name", ["../victim", "/etc/victim", "a/../../victim", ""])
 def test_a_manifest_names_no_files_elsewhere(name: str, tmp_path: Path) -> None:
     victim, output = tmp_path / "victim", tmp_path / "out"
@@ -677,15 +683,15 @@ def test_a_link_does_not_lead_the_withdrawal_elsewhere(tmp_path: Path) -> None:
         run.identify({}, restart=False)
         with run.saving(run.block_file(0)):
             pass
-    product = {"runs/events": describe_file(victim)}
-    Manifest({}, product).write(output / STATE_DIR / "manifest.json")
+    result = {"runs/events": describe_file(victim)}
+    Manifest({}, result).write(output / STATE_DIR / "manifest.json")
     (output / "runs").symlink_to(victim.parent)
     with open_run(output) as run:
         run.identify({}, restart=True)
     assert victim.read_text() == "mine"
 
 
-def test_a_foreign_config_is_not_a_product(interrupted: tuple[str, Path]) -> None:
+def test_a_foreign_config_is_not_a_result(interrupted: tuple[str, Path]) -> None:
     model, output = interrupted
     shutil.copy(Path(model) / "config.json", output)
     before = sorted((output / STATE_DIR).iterdir())
@@ -736,10 +742,10 @@ def test_a_lost_manifest_is_noticed(interrupted: tuple[str, Path]) -> None:
     assert (output / STATE_DIR / "block-00001.safetensors").exists()
 
 
-def test_a_damaged_product_is_not_published(tmp_path: Path) -> None:
+def test_a_damaged_result_is_not_published(tmp_path: Path) -> None:
     with open_run(tmp_path / "out") as run:
         run.identify({}, restart=False)
-        with run.product() as directory:
+        with run.result() as directory:
             (directory / "config.json").write_text("{}")
         (run.state / "result" / "config.json").write_text("[]")
         with pytest.raises(RunStateError, match=r"config\.json is not what was written"):
@@ -766,11 +772,11 @@ def test_impossible_names_of_the_output(
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / name, **OPTIONS)
 
 
-def test_a_restart_does_not_take_a_published_product(tmp_path: Path) -> None:
+def test_a_restart_does_not_take_a_published_result(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with open_run(output) as run:
         run.identify({}, restart=False)
-        with run.product() as directory:
+        with run.result() as directory:
             (directory / "config.json").write_text("{}")
         run.publish()
         with pytest.raises(RunStateError, match="exists and is not empty"):

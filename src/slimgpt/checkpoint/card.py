@@ -60,15 +60,15 @@ tokenizer = AutoTokenizer.from_pretrained(path{trust})
 {why}{recovery}
 ## Perplexity
 
-{perplexity}
+<!-- perplexity -->
 Not measured. `slimgpt eval` measures it and fills this section.
-{end_of_perplexity}
+<!-- end of perplexity -->
 
 ## Tasks
 
-{tasks}
+<!-- tasks -->
 Not measured. `slimgpt eval --tasks commonsense` measures them and fills this section.
-{end_of_tasks}
+<!-- end of tasks -->
 
 Kept indices, errors and versions: `{report_file}`.
 """
@@ -82,10 +82,6 @@ _METHOD = (
     "damping {0.damping} {0.damping_mode}, correction {0.correction}, "
     "refit epochs {0.refit_epochs}"
 )
-
-_PERPLEXITY = "<!-- perplexity -->", "<!-- end of perplexity -->"
-
-_TASKS = "<!-- tasks -->", "<!-- end of tasks -->"
 
 _WHY = """
 The layers differ in width, so the checkpoint has a small modelling file of its own
@@ -129,10 +125,6 @@ def write_card(directory: Path) -> None:
         trust="" if config.uniform else ", trust_remote_code=True",
         why="" if config.uniform else _WHY,
         recovery=_recovery(directory / RECOVERY_FILE),
-        perplexity=_PERPLEXITY[0],
-        end_of_perplexity=_PERPLEXITY[1],
-        tasks=_TASKS[0],
-        end_of_tasks=_TASKS[1],
         report_file=REPORT_FILE,
     )
     metadata = _metadata(report.base_model).to_yaml()
@@ -204,12 +196,13 @@ def _update_card(directory: Path, name: str, results: list[Any]) -> None:
     """Update the results in ``README.md`` and its metadata, if the card has a section for them."""
     file = directory / CARD_FILE
     sections = {
-        PERPLEXITY_FILE: (*_PERPLEXITY, perplexity_table, _perplexity_metric),
-        TASKS_FILE: (*_TASKS, tasks_table, _task_metric),
+        PERPLEXITY_FILE: ("perplexity", perplexity_table, _perplexity_metric),
+        TASKS_FILE: ("tasks", tasks_table, _task_metric),
     }
     if name not in sections or not file.is_file():
         return
-    start, end, make_table, metric = sections[name]
+    section, make_table, metric = sections[name]
+    start, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
     try:
         card = _read_card(file)
     except ConfigError as err:

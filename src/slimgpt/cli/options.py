@@ -50,7 +50,7 @@ def _flag(name: str, field: FieldInfo) -> Any:
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
         help=text,
         metavar=metavar,
-        show_default=False if default is None or kind is bool else str(default),
+        show_default=False if default in (None, "") or kind is bool else str(default),
     )
     return Annotated[kind | None, option]
 

@@ -64,22 +64,12 @@ SUITES = {
         num_fewshot=0,
     ),
     "mmlu": Suite(
-        {
-            "mmlu_humanities": "acc",
-            "mmlu_social_sciences": "acc",
-            "mmlu_stem": "acc",
-            "mmlu_other": "acc",
-        },
+        {f"mmlu_{part}": "acc" for part in ("humanities", "social_sciences", "stem", "other")},
         num_fewshot=5,
         weight_by_size=True,
     ),
     "longbench": Suite(
-        {
-            "longbench_single": "score",
-            "longbench_multi": "score",
-            "longbench_summarization": "score",
-            "longbench_fewshot": "score",
-        },
+        {f"longbench_{part}": "score" for part in ("single", "multi", "summarization", "fewshot")},
         num_fewshot=0,
     ),
 }
@@ -181,7 +171,7 @@ def load_tasks(
     tasks, data = {}, {}
     for task, config in configs.items():
         local = files.get(task, {})
-        tasks[task] = _load_task(task, config, local, _manager())
+        tasks[task] = _load_task(task, config, local)
         split = tested_split(config)
         data[task] = local[split].name if local else f"{config.get('dataset_path')}, {split}"
     return TaskSet(tasks, data, means)
@@ -337,21 +327,20 @@ def _choose(names: Sequence[str], data_dir: Path | None, num_fewshot: int | None
         raise ConfigError(
             f"the data directory {data_dir} does not exist", hint="correct --data-dir"
         )
-    manager = _manager()
     means: dict[str, Suite] = {}
     shots: dict[str, int | None] = {}
     for name in names:
         suite = SUITES.get(name)
         if suite:
-            means |= _means(name, suite, manager)
+            means |= _means(name, suite)
             shots |= dict.fromkeys(means[name].metrics, suite.num_fewshot)
         else:
-            for task in _expand(name, manager):
+            for task in _expand(name):
                 shots.setdefault(task, None)
     if num_fewshot is not None:
         shots = dict.fromkeys(shots, num_fewshot)
     configs = {
-        task: (manager.task_index[task].cfg or {})
+        task: (_manager().task_index[task].cfg or {})
         | ({} if number is None else {"num_fewshot": number})
         for task, number in shots.items()
     }
@@ -362,8 +351,9 @@ def _choose(names: Sequence[str], data_dir: Path | None, num_fewshot: int | None
     return _Chosen(configs, files, means)
 
 
-def _expand(name: str, manager: Any) -> list[str]:
+def _expand(name: str) -> list[str]:
     """Expand a task, group or tag of lm-eval to single tasks."""
+    manager = _manager()
     if name not in manager.task_index:
         raise ConfigError(
             f"lm-eval has no task {name!r}",
@@ -380,14 +370,14 @@ def _expand(name: str, manager: Any) -> list[str]:
         members = sorted(entry.tags)
     else:
         return [name]
-    return [task for member in members for task in _expand(member, manager)]
+    return [task for member in members for task in _expand(member)]
 
 
-def _means(name: str, suite: Suite, manager: Any) -> dict[str, Suite]:
+def _means(name: str, suite: Suite) -> dict[str, Suite]:
     """The means of a suite over single tasks: one for each group, and one for all tasks."""
     means, all_metrics = {}, {}
     for member, metric in suite.metrics.items():
-        metrics = dict.fromkeys(_expand(member, manager), metric)
+        metrics = dict.fromkeys(_expand(member), metric)
         all_metrics |= metrics
         if list(metrics) != [member]:
             means[member] = replace(suite, metrics=metrics)
@@ -423,7 +413,7 @@ def _average(name: str, mean: Suite, scores: list[Score]) -> Score | None:
     )
 
 
-def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manager: Any) -> Any:
+def _load_task(task: str, config: dict[str, Any], files: dict[str, Path]) -> Any:
     if config.get("unsafe_code"):
         raise ConfigError(
             f"the task {task!r} runs what the model writes, which is not done",
@@ -437,7 +427,7 @@ def _load_task(task: str, config: dict[str, Any], files: dict[str, Path], manage
             changes |= {key: split if split in files else None for key, split in splits.items()}
             changes["custom_dataset"] = lambda **_: dataset
         with _no_code_from_the_hub():
-            found = manager.load([{"group": task, "task": [{"task": task, **changes}]}])
+            found = _manager().load([{"group": task, "task": [{"task": task, **changes}]}])
         loaded = found["tasks"][task]
         if files:
             check_answers(loaded, files[tested_split(config)])

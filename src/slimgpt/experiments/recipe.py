@@ -157,9 +157,6 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-DENSE_LACKS = {"prune", "recover"}
-
-
 @dataclass(frozen=True)
 class Cell:
     """One cell of a grid: the steps for one model.
@@ -267,7 +264,7 @@ def _choices(name: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[t
 
 def _concerns_dense(changes: dict[str, Any]) -> bool:
     """Whether the changes affect a dense baseline or how it is measured."""
-    return "ratio" in (changes.get("prune") or {}) or not changes.keys() <= DENSE_LACKS
+    return "ratio" in (changes.get("prune") or {}) or not changes.keys() <= {"prune", "recover"}
 
 
 def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -277,9 +277,9 @@ class _Work:
         cell = self.cell
         steps: dict[str, Callable[[], dict[str, Any]]] = {
             "prune": self._prune,
-            "recover": lambda: read_report(Path(self._product(), RECOVERY_FILE), RecoveryReport),
-            "evaluate": lambda: asdict(evaluate(self._product(), **cell.evaluate or {})),
-            "bench": lambda: asdict(bench(self._product(), **cell.bench or {})),
+            "recover": lambda: read_report(Path(self._measured(), RECOVERY_FILE), RecoveryReport),
+            "evaluate": lambda: asdict(evaluate(self._measured(), **cell.evaluate or {})),
+            "bench": lambda: asdict(bench(self._measured(), **cell.bench or {})),
         }
         results = {}
         for verb, step in steps.items():
@@ -329,7 +329,7 @@ class _Work:
             return self.cell.model
         return self._made("prune", partial(prune, self.cell.model, **self.cell.prune))
 
-    def _product(self) -> str:
+    def _measured(self) -> str:
         """Return the model to measure; prune and recover it if it does not exist."""
         if self.cell.recover is None:
             return self._pruned()

@@ -193,7 +193,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         is_mapped,
         kept,
         working=max(max(block.shape.params for block in blocks) * size + max(solvers), whole),
-        product=(num_params - num_removed) * size,
+        result=(num_params - num_removed) * size,
     )
 
 

@@ -28,7 +28,7 @@ class MemoryEstimate:
         Sublayer activations that may be kept from calibration to propagation.
     working : int
         The largest block with the solver's matrices, or the peak of another phase if higher.
-    product : int
+    result : int
         The pruned model.
     """
 
@@ -36,7 +36,7 @@ class MemoryEstimate:
     is_mapped: bool
     kept: int
     working: int
-    product: int
+    result: int
 
     @property
     def memory(self) -> int:
@@ -46,7 +46,7 @@ class MemoryEstimate:
     @property
     def disk(self) -> int:
         """Bytes of disk: the finished blocks, the result and a mapped stream."""
-        return 2 * self.product + (self.stream if self.is_mapped else 0)
+        return 2 * self.result + (self.stream if self.is_mapped else 0)
 
     def __str__(self) -> str:
         """Summarise the estimate in one line for the log."""

@@ -45,7 +45,7 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
 
     small_config = pruned_config(streamed.skeleton.config, widths, config.uniform)
     small_config.dtype = streamed.weights.dtype
-    with run.product() as directory:
+    with run.result() as directory:
         small_config.save_pretrained(directory)
         add_older_rope_keys(directory)
         job.generation_config.save_pretrained(directory)

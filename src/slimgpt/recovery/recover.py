@@ -307,7 +307,7 @@ def _write(run: Run, job: _Job) -> None:
         model = PeftModel.from_pretrained(load_model(source, device="cpu"), trained)
         model = model.merge_and_unload()
     log.info("saving to %s", run.output)
-    with run.product() as directory:
+    with run.result() as directory:
         model.save_pretrained(directory)
         add_older_rope_keys(directory)
         write_tokenizer(source, job.tokenizer, directory)

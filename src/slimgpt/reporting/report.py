@@ -164,11 +164,7 @@ def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "millions": _millions,
-        "number": tables.brief,
-        "short_name": short_name,
-    }
+    environment.filters |= {"millions": _millions, "number": tables.brief, "short_name": short_name}
     commands = [_command("prune", pruning["base_model"], pruning["config"], PruneConfig)]
     if recovery:
         chosen = recovery["config"] | ({"teacher": t} if (t := recovery["teacher"]) else {})
@@ -200,8 +196,8 @@ def _drawn(
         return [s[key] for entry in entries for s in entry["sublayers"] if s["kind"] == kind]
 
     errors = {
-        name: each(blocks, kind, "relative_error")
-        for name, kind in (("attention", "attention"), ("FFN", "ffn"))
+        "attention": each(blocks, "attention", "relative_error"),
+        "FFN": each(blocks, "ffn", "relative_error"),
     }
     kept = each(blocks, "attention", "keep")
     before = each(pruning["shapes"], "attention", "num_units")

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -46,8 +46,6 @@ _PROGRESS = (
 
 _MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
 
-_CHECKSUM_SUFFIX, _TEMPORARY_SUFFIX = ".sha256", ".tmp"
-
 _MARK = '{"slimgpt": '  # start of every manifest
 
 
@@ -59,13 +57,13 @@ class Manifest:
     ----------
     identity : dict
         Everything that the result depends on, as JSON values.
-    product : dict or None
+    result : dict or None
         Names of the result's files, relative to the output directory, and their descriptions;
         None until the result is complete.
     """
 
     identity: dict[str, Any]
-    product: dict[str, str] | None = None
+    result: dict[str, str] | None = None
 
     @classmethod
     def read(cls, file: Path) -> "Manifest":
@@ -81,7 +79,7 @@ class Manifest:
             manifest = cls(values["identity"], values["product"])
             if values["slimgpt"] != manifest._checksum:
                 raise ValueError("its checksum does not match")
-            for name in manifest.product or ():
+            for name in manifest.result or ():
                 path = PurePosixPath(name)
                 if not path.parts or path.is_absolute() or ".." in path.parts:
                     raise ValueError(f"{name!r} is not a name inside the output directory")
@@ -89,11 +87,16 @@ class Manifest:
 
     def write(self, file: Path) -> None:
         """Write the manifest atomically."""
-        write_atomically(file, json.dumps({"slimgpt": self._checksum} | asdict(self)) + "\n")
+        write_atomically(file, json.dumps({"slimgpt": self._checksum} | self._values) + "\n")
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        # The key "product" is that of version 0.1, whose interrupted runs are still read.
+        return {"identity": self.identity, "product": self.result}
 
     @property
     def _checksum(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ class Run:
             self._check_free([LAST_FILE])
 
     @contextmanager
-    def product(self) -> Iterator[Path]:
+    def result(self) -> Iterator[Path]:
         """Assemble the result.
 
         Yields
@@ -273,8 +276,8 @@ class Run:
             draft.rename(result)
             sync(self.state)
             files = sorted(path for path in result.rglob("*") if path.is_file())
-            product = {file.relative_to(result).as_posix(): describe_file(file) for file in files}
-            Manifest(manifest.identity, product).write(self._manifest)
+            listed = {file.relative_to(result).as_posix(): describe_file(file) for file in files}
+            Manifest(manifest.identity, listed).write(self._manifest)
 
     def publish(self) -> None:
         """Move the result to the output directory.
@@ -292,7 +295,7 @@ class Run:
             return
         paths = sorted(result.iterdir(), key=lambda path: path.name == LAST_FILE)
         self._check_free([path.name for path in paths])
-        for name, description in (manifest.product or {}).items():
+        for name, description in (manifest.result or {}).items():
             file = next((f for f in (result / name, self.output / name) if f.is_file()), result)
             with reading(file):
                 if file == result or describe_file(file) != description:
@@ -313,16 +316,16 @@ class Run:
         return self._manifest.exists()
 
     def _is_written(self, manifest: Manifest) -> bool:
-        has_result = (self.state / _RESULT).exists() and manifest.product is not None
+        has_result = (self.state / _RESULT).exists() and manifest.result is not None
         return has_result or self._is_published(manifest)
 
     def _is_published(self, manifest: Manifest) -> bool:
         """Whether the last file of the result is in its place."""
         last = self.output / LAST_FILE
         return (
-            manifest.product is not None
+            manifest.result is not None
             and last.is_file()
-            and describe_file(last) == manifest.product.get(LAST_FILE)
+            and describe_file(last) == manifest.result.get(LAST_FILE)
         )
 
     def _check_free(self, names: list[str]) -> None:
@@ -338,17 +341,16 @@ class Run:
         if not (state.is_symlink() or state.exists()):
             return
         problem = None
-        entries = [] if state.is_symlink() else _walk(state)
         if state.is_symlink() or not state.is_dir():
             problem = "is a link or a file, not a directory"
-        elif links := [path for path in entries if path.is_symlink()]:
-            problem = f"has a link, {links[0].relative_to(state)}"
+        elif link := next((path for path in _walk(state) if path.is_symlink()), None):
+            problem = f"has a link, {link.relative_to(state)}"
         elif self._has_manifest:
             with self._manifest.open(encoding="utf-8", errors="replace") as opened:
                 if opened.read(len(_MARK)) != _MARK:
                     problem = f"has a {_MANIFEST} that is not from slimgpt"
-        elif strangers := [path for path in entries if not _is_passing(path)]:
-            problem = f"has no {_MANIFEST}, but {strangers[0].relative_to(state)}"
+        elif stranger := next((path for path in _walk(state) if not _is_passing(path)), None):
+            problem = f"has no {_MANIFEST}, but {stranger.relative_to(state)}"
         if problem:
             raise RunStateError(
                 f"{state} {problem}, so it is not the state of an interrupted run",
@@ -373,7 +375,7 @@ class Run:
             _remove(self.state / _DRAFT)
             result.rename(self.state / _DRAFT)
         output = self.output.resolve()
-        for name, description in (manifest.product or {}).items():
+        for name, description in (manifest.result or {}).items():
             file = (self.output / name).resolve()
             if file.is_relative_to(output) and file.is_file():
                 if describe_file(file) == description:
@@ -445,21 +447,18 @@ def open_run(output: Path) -> Iterator[Run]:
 
 
 def _checksum_file(file: Path) -> Path:
-    return file.with_name(file.name + _CHECKSUM_SUFFIX)
+    return file.with_name(f"{file.name}.sha256")
 
 
-def _walk(directory: Path) -> list[Path]:
+def _walk(directory: Path) -> Iterator[Path]:
     """List everything in a directory tree, without following links."""
-    return [
-        Path(folder, name)
-        for folder, folders, names in os.walk(directory)
-        for name in (*folders, *names)
-    ]
+    for folder, folders, names in os.walk(directory):
+        yield from (Path(folder, name) for name in (*folders, *names))
 
 
 def _is_passing(path: Path) -> bool:
     """Whether a file may exist in a state that has no manifest yet."""
-    return path.name == _LOCK or path.suffix == _TEMPORARY_SUFFIX
+    return path.name == _LOCK or path.suffix == ".tmp"
 
 
 def _remove(path: Path) -> None:
