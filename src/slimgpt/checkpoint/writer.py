@@ -96,11 +96,14 @@ def add_older_rope_keys(directory: Path) -> None:
     Parameters
     ----------
     directory : Path
-        Directory with a ``config.json`` that has ``rope_parameters``.
+        Directory with a ``config.json``. It stays as it is without ``rope_parameters``, or with
+        those of several types of layers.
     """
     file = directory / "config.json"
     values = read_json(file)
     rope = dict(values.get("rope_parameters") or {})
+    if not rope or any(isinstance(value, dict) for value in rope.values()):
+        return
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             values[key] = rope.pop(key)
