@@ -18,8 +18,9 @@ def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, director
     """Write the tokenizer of a checkpoint into the directory of a model made from it.
 
     The source's own files are copied, because tools read keys that ``save_pretrained`` does not
-    write. ``save_pretrained`` is used for a GGUF file, and if the copied files would load as
-    another tokenizer (for example because the auto class does not know the model type).
+    write. ``save_pretrained`` is used for a GGUF file, if the copied files would load as another
+    tokenizer (for example because the auto class does not know the model type), and if they name
+    remote code, which is not copied.
 
     Parameters
     ----------
@@ -41,6 +42,9 @@ def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, director
 
 
 def _loads_as(directory: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    settings = directory / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in read_json(settings):
+        return False
     with contextlib.suppress(ConfigError):
         loaded = load_tokenizer(Source(str(directory), str(directory)))
         return _describe_tokenizer(loaded) == _describe_tokenizer(tokenizer)
