@@ -345,6 +345,11 @@ def test_tokenizers_that_cannot_be_read(baichuan: Path) -> None:
     file.write_text("not a model")
     with pytest.raises(ConfigError, match="cannot load the tokenizer"):
         load_tokenizer(source)
-    fast.save_pretrained(baichuan)
-    edit(baichuan / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    fast.backend_tokenizer.save(str(baichuan / "tokenizer.json"))
     assert load_tokenizer(source).get_vocab() == fast.get_vocab()
+    assert load_tokenizer(source)(TEXTS[1]).input_ids == fast(TEXTS[1]).input_ids
+
+    output = baichuan.parent / "slim"
+    slimgpt.prune(str(baichuan), output, **PRUNE)
+    assert "auto_map" not in (output / "tokenizer_config.json").read_text()
+    assert AutoTokenizer.from_pretrained(output)(TEXTS[1]).input_ids == fast(TEXTS[1]).input_ids

@@ -75,8 +75,7 @@ def read_sentencepiece(source: Source) -> PreTrainedTokenizerFast:
             raise UnsupportedModelError(
                 f"the SentencePiece model {file} cannot be converted: for the text {text!r}, the "
                 "result gives other tokens",
-                hint="put a tokenizer.json that gives the same tokens beside it, and set "
-                "tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json",
+                hint="put a tokenizer.json that gives the same tokens beside it: it goes first",
             )
     others = {key: value for key, value in loaded.init_kwargs.items() if key != "auto_map"}
     return PreTrainedTokenizerFast(**others | {"tokenizer_object": backend})

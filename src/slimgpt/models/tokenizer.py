@@ -51,8 +51,12 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             tokenizer = PreTrainedTokenizerFast(
                 gguf_file=source.gguf_file, name_or_path=source.location
             )
-        elif read_baichuan(source) and not find_file(source, "tokenizer.json"):
-            tokenizer = read_sentencepiece(source)
+        elif read_baichuan(source):
+            tokenizer = (
+                PreTrainedTokenizerFast.from_pretrained(source.location)
+                if find_file(source, "tokenizer.json")
+                else read_sentencepiece(source)
+            )
         else:
             tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         tokenizer("a")
