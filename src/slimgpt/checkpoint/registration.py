@@ -22,11 +22,11 @@ def pruned_classes(model_type: str) -> dict[str, Any]:
     model_type : str
         Type of the original model, e.g. ``llama``.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     from slimgpt.checkpoint import modeling_slimgpt
 
-    stock_config = type(AutoConfig.for_model(model_type))
+    stock_config = CONFIG_MAPPING[model_type]
     stock = {
         "AutoConfig": stock_config,
         "AutoModel": MODEL_MAPPING[stock_config],

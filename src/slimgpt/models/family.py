@@ -39,6 +39,8 @@ class SublayerSpec(BaseModel):
         bottom, see `slimgpt.models.units.unit_rows`.
     vectors : mapping of str to tuple
         Norms of the module whose weights shrink with the units; some models lack them.
+    couples_units : bool
+        Whether one of these norms is over all heads, so that each head depends on the others.
     output : str
         The linear layer that loses columns.
     widths : mapping of str to str
@@ -61,6 +63,7 @@ class SublayerSpec(BaseModel):
     chain: tuple[str, ...] = ()
     inputs: Mapping[str, tuple[Segment, ...]] = {}
     vectors: Mapping[str, tuple[Segment, ...]] = {}
+    couples_units: bool = False
     output: str
     widths: Mapping[Segment, str] = {}
     reason: str = ""
@@ -75,6 +78,9 @@ class Family(BaseModel):
     ----------
     model_types : tuple of str
         Values of ``model_type`` in the config.
+    real_weights : mapping of str to str
+        Model types of which a model with real weights is among the tests, and that model. The
+        others are tested with random weights.
     decoder, blocks : str
         Path of the decoder in the causal language model, and of its list of blocks in the decoder.
     sublayers : tuple of SublayerSpec
@@ -90,6 +96,7 @@ class Family(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_types: tuple[str, ...]
+    real_weights: Mapping[str, str] = {}
     decoder: str
     blocks: str
     sublayers: tuple[SublayerSpec, ...]
@@ -101,6 +108,25 @@ class Family(BaseModel):
     def linears(self) -> list[str]:
         """Names of the linear layers of all sublayers."""
         return [n for spec in self.sublayers for n in (*spec.inputs, spec.output)]
+
+    @property
+    def units(self) -> list[str]:
+        """Names of the units that can be pruned."""
+        names = {"attention": "kv groups, query heads", "ffn": "channels"}
+        return [
+            "kv groups" if spec.couples_units else names[spec.kind]
+            for spec in self.sublayers
+            if spec.widths
+        ]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Say what cannot be pruned, and why."""
+        return [
+            f"{spec.layer_type or spec.kind}: {spec.reason}"
+            for spec in self.sublayers
+            if not spec.widths
+        ]
 
     def layer(self, config: Any, index: int) -> list[SublayerSpec]:
         """List the sublayers of one block of a model with this config."""
