@@ -109,8 +109,11 @@ def test_page_of_a_model_with_everything(
     assert "1.6 <small>1.5–1.7</small></td><td>1.9</td>" in page
     assert "<td>64</td><td>32</td><td>1,024</td>" in page
     assert "91.00 at first, 61.25 at last" in page
-    kept = sum(len(block["sublayers"][0]["keep"]) for block in pruning["blocks"])
-    assert f"{kept} of 16 are kept" in page
+    kept = 0
+    for block, shape in zip(pruning["blocks"], pruning["shapes"], strict=True):
+        attention, heads = block["sublayers"][0], shape["sublayers"][0]["heads"]
+        kept += len(attention.get("heads", ())) or heads * len(attention["keep"])
+    assert f"{kept} of 32 are kept" in page
     assert all(prompt in page for prompt in report.PROMPTS)
     assert "--teacher owner/teacher" in page
     assert all(version in page for version in pruning["versions"].values())

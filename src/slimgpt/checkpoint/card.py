@@ -44,7 +44,7 @@ _CARD = """
 # {base}, pruned by {percent:g} %
 
 A smaller dense model, made from {base} by structured pruning with
-SlimGPT {version}. Whole key/value groups of attention and whole FFN channels are removed;
+SlimGPT {version}. Whole attention heads and whole FFN channels are removed;
 {rest}.
 
 {facts}

@@ -199,8 +199,7 @@ def _drawn(
         "attention": each(blocks, "attention", "relative_error"),
         "FFN": each(blocks, "ffn", "relative_error"),
     }
-    kept = each(blocks, "attention", "keep")
-    before = each(pruning["shapes"], "attention", "num_units")
+    kept, before = _heads(blocks, pruning["shapes"])
     widths = list(map(len, each(blocks, "ffn", "keep")))
     drawn = {
         "ratios": inline(
@@ -213,7 +212,7 @@ def _drawn(
             ),
         ),
         "heads": inline(
-            f"Map of the key/value groups: {sum(map(len, kept))} of {sum(before)} are kept.",
+            f"Map of the attention heads: {sum(map(len, kept))} of {sum(before)} are kept.",
             unit_map(kept, before),
             height=min(80 + 24 * max(before), 560),
         ),
@@ -251,6 +250,25 @@ def _drawn(
                 curves({"": points}, "step"),
             )
     return drawn
+
+
+def _heads(
+    blocks: list[dict[str, Any]], shapes: list[dict[str, Any]]
+) -> tuple[list[list[int]], list[int]]:
+    """Indices of the heads that each block keeps, and its number of heads before.
+
+    They are query heads where those can go by themselves, else units.
+    """
+    kept, before = [], []
+    for block, shape in zip(blocks, shapes, strict=True):
+        decided, dense = (
+            next(s for s in of["sublayers"] if s["kind"] == "attention") for of in (block, shape)
+        )
+        per_unit = dense.get("heads", 1)
+        before.append(dense["num_units"] * per_unit)
+        units = (range(u * per_unit, (u + 1) * per_unit) for u in decided["keep"])
+        kept.append(decided.get("heads") or [head for unit in units for head in unit])
+    return kept, before
 
 
 def _longest_window(results: list[EvalResult]) -> EvalResult | None:
