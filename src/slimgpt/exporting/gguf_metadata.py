@@ -1,0 +1,182 @@
+"""The metadata of a GGUF file that say how a graph of llama.cpp computes a model."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+import gguf
+from gguf import GGUFWriter
+from transformers import PreTrainedConfig
+
+from slimgpt.errors import ExportError
+from slimgpt.exporting.gguf_graphs import Graph, ModelType, Unrotated
+from slimgpt.exporting.gguf_parts import Widths, head_dim_of
+
+log = logging.getLogger(__name__)
+
+UNIFORM = "prune with --uniform: llama.cpp has a graph for that"
+
+NOT_WRITTEN = "this model cannot be written as GGUF: serve the checkpoint itself"
+
+# Names of the activation's key, of which a config has one.
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+
+
+def check_graph(config: Any, model: ModelType, arch: str, graph: Graph) -> None:
+    """Check that a graph computes what a config says.
+
+    Raises
+    ------
+    ExportError
+        If the activation differs, or a setting that the graph does not have.
+    """
+    found = next(getattr(config, key) for key in _ACTIVATIONS if hasattr(config, key))
+    if found not in graph.activations:
+        raise ExportError(
+            f"llama.cpp's graph {arch} computes {graph.activations[0]} in the FFN, this model "
+            f"{found}",
+            hint=NOT_WRITTEN,
+        )
+    for key, needed in model.needs.items():
+        if getattr(config, key) != needed:
+            raise ExportError(
+                f"llama.cpp's graph {arch} does not compute models with {key}={not needed}",
+                hint=NOT_WRITTEN,
+            )
+    if graph.tied and not config.tie_word_embeddings:
+        raise ExportError(
+            f"the layers differ in width, and llama.cpp's graph for that ({arch}) takes the "
+            "embedding as the head; this model has a head of its own",
+            hint=UNIFORM,
+        )
+    ours, theirs = (
+        _rotated(config, of) for of in (model.unrotated, graph.unrotated)
+    )
+    if hasattr(config, "no_rope_layers"):
+        ours = [bool(rotates) for rotates in config.no_rope_layers]
+    if ours != theirs:
+        layers = [i for i, pair in enumerate(zip(ours, theirs, strict=True)) if len({*pair}) > 1]
+        raise ExportError(
+            f"llama.cpp's graph {arch} has other layers without rotary embeddings than this "
+            f"model: {layers}",
+            hint=NOT_WRITTEN,
+        )
+
+
+def _rotated(config: Any, unrotated: Unrotated) -> list[bool]:
+    """Which layers rotate queries and keys."""
+    slides = sliding_layers(config)
+    if unrotated == "full":
+        return slides if any(slides) else [True] * len(slides)
+    return [not unrotated or (layer + 1) % unrotated > 0 for layer in range(len(slides))]
+
+
+def sliding_layers(config: Any) -> list[bool]:
+    """Which layers attend only to the tokens in a sliding window."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    has_window = getattr(config, "sliding_window", None) is not None
+    return [has_window and kind == "sliding_attention" for kind in kinds]
+
+
+def add_metadata(
+    writer: GGUFWriter, config: Any, model: ModelType, graph: Graph, layers: Sequence[Widths]
+) -> None:
+    """Add everything but the tokenizer.
+
+    Parameters
+    ----------
+    writer : GGUFWriter
+        Writer whose header is not yet written.
+    config : PreTrainedConfig
+        The model's config.
+    model, graph : ModelType, Graph
+        How it is written.
+    layers : sequence of Widths
+        The widths of the tensors that are written.
+
+    Raises
+    ------
+    ExportError
+        If the graph lacks the model's windows or the scaling of its rotary embeddings.
+    """
+    columns = [list(column) for column in zip(*map(astuple, layers), strict=True)]
+    alike = len(set(layers)) == 1
+    heads, kv_heads, channels = (column[0] if alike else column for column in columns)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(_context(writer, config, graph))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_feed_forward_length(channels)
+    writer.add_key_length(head_dim_of(config))
+    writer.add_value_length(head_dim_of(config))
+    _add_rope(writer, config, graph)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for key, value in model.keys.items():
+        found = getattr(config, value) if isinstance(value, str) else value
+        if isinstance(found, bool):
+            writer.add_bool(f"{writer.arch}.{key}", found)
+        elif found is not None:
+            writer.add_float32(f"{writer.arch}.{key}", found)
+
+
+def _context(writer: GGUFWriter, config: Any, graph: Graph) -> int:
+    """Add the sliding window, or end the context with it."""
+    slides, context = sliding_layers(config), config.max_position_embeddings
+    if graph.window and (any(slides) or graph.window == "always"):
+        period = slides.index(False) + 1 if False in slides else len(slides) + 1
+        pattern = [layer % period > 0 for layer in range(1, len(slides) + 1)]
+        if slides != pattern or not any(slides):
+            raise ExportError(
+                f"llama.cpp's graph {writer.arch} has sliding windows in all layers but every "
+                f"n-th; this model has them in the layers {[i for i, s in enumerate(slides) if s]}",
+                hint=NOT_WRITTEN,
+            )
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_uint32(f"{writer.arch}.attention.sliding_window_pattern", period)
+    elif any(slides) and config.sliding_window < context:
+        context = config.sliding_window
+        log.warning(
+            "llama.cpp computes full attention here, which equals the sliding window up to its "
+            "%d tokens: the context ends there",
+            context,
+        )
+    return context
+
+
+def rotary(config: Any) -> dict[str, Any]:
+    """Rotary embeddings of the layers that attend to all tokens; empty without any."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("full_attention", parameters)
+
+
+def rotary_dim(config: PreTrainedConfig) -> int:
+    """Number of rotated dimensions of a head."""
+    return int(head_dim_of(config) * rotary(config).get("partial_rotary_factor", 1.0))
+
+
+def _add_rope(writer: GGUFWriter, config: Any, graph: Graph) -> None:
+    rope = rotary(config)
+    if not rope:
+        return
+    writer.add_rope_dimension_count(rotary_dim(config))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    kinds = [rope["rope_type"]]
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if graph.window and "sliding_attention" in config.rope_parameters:
+        local = config.rope_parameters["sliding_attention"]
+        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", local["rope_theta"])
+        kinds.append(f"{local['rope_type']} in sliding windows")
+    possible = ["default", "linear", *["llama3"] * graph.factors, "default in sliding windows"]
+    if unknown := set(kinds) - set(possible):
+        raise ExportError(
+            f"rotary embeddings of type {unknown.pop()!r} cannot be written for the graph "
+            f"{writer.arch}",
+            hint=f"types that can: {', '.join(possible[:-1])}",
+        )
