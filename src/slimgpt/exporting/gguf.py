@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.gguf_graphs import Graph, ModelType, graph_of, model_type_of
-from slimgpt.exporting.gguf_metadata import UNIFORM, add_metadata, check_graph
+from slimgpt.exporting.gguf_graphs import UNIFORM, ModelType, graph_of, model_type_of
+from slimgpt.exporting.gguf_metadata import add_metadata, check_graph
 from slimgpt.exporting.gguf_parts import (
     Part, Parts, Widths, find_parts, head_dim_of, joined, padded, widths_of,
 )
@@ -66,9 +66,10 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
     block = gguf.GGML_QUANT_SIZES[qtype][0]
     weights, skeleton = open_weights(source, config, "float32"), build_skeleton(config)
     weights.check(skeleton)
-    parts = find_parts(model, skeleton, weights)
-    layers = [widths.padded(size, block) for widths in widths_of(parts, size)]
+    widths = widths_of(find_parts(model, model.graph, skeleton, weights), size)
+    layers = [layer.padded(size, block) for layer in widths]
     arch = _find_arch(config, model, layers)
+    parts = find_parts(model, arch, skeleton, weights)
     graph = graph_of(arch)
     check_graph(config, model, arch, graph)
     writer = GGUFWriter(file, arch)

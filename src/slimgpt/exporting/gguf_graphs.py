@@ -19,6 +19,13 @@ from slimgpt.models.family import PRUNED_PREFIX
 # that attend to all tokens.
 Unrotated = int | Literal["full"] | None
 
+# A config key and an exponent.
+Power = tuple[str, float]
+
+UNIFORM = "prune with --uniform: llama.cpp has a graph for that"
+
+NOT_WRITTEN = "this model cannot be written as GGUF: serve the checkpoint itself"
+
 
 class Graph(BaseModel):
     """A graph of llama.cpp.
@@ -29,39 +36,42 @@ class Graph(BaseModel):
         Whether each layer has widths of its own.
     activations : tuple of str
         transformers' names of the activation that it computes in the FFN.
+    square : bool
+        Whether the query projection must be square.
     neighbours : bool
         Whether it rotates neighbouring rows of queries and keys, not the halves of a head.
+    partial : bool
+        Whether it can rotate a part of each head.
+    unrotated : int, "full" or None
+        The layers without rotary embeddings.
     factors : bool
         Whether it divides the rotary frequencies by the factors in the file.
     window : "optional", "always" or None
         Whether it has sliding windows, in all layers but every n-th.
-    unrotated : int, "full" or None
-        The layers without rotary embeddings.
     large : int or None
         With this number of layers, its scale of attention does not depend on the size of a head.
     tied : bool
         Whether the head is always the embedding.
     output : bool
         Whether the file must have a head, even if it is the embedding.
-    square : bool
-        Whether the query projection must be square.
-    biases : bool or tuple of str
-        Whether it has biases everywhere, nowhere, or the names of those tensors that have them.
+    biases : tuple of str
+        Which projections may have biases.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     per_layer: bool = False
     activations: tuple[str, ...] = ("silu",)
+    square: bool = False
     neighbours: bool = False
+    partial: bool = False
+    unrotated: Unrotated = None
     factors: bool = False
     window: Literal["optional", "always"] | None = None
-    unrotated: Unrotated = None
     large: int | None = None
     tied: bool = False
     output: bool = False
-    square: bool = False
-    biases: bool | tuple[str, ...] = True
+    biases: tuple[Literal["qkv", "output", "ffn"], ...] = ()
 
 
 class ModelType(BaseModel):
@@ -82,14 +92,18 @@ class ModelType(BaseModel):
         What the model adds to the stored weights of its norms.
     by_group : bool
         Whether the rows of a fused projection of queries, keys and values are ordered by group.
-    scale : str or None
-        Config key whose inverse square root is the scale of attention.
+    scale : tuple of str and float, or None
+        Config key whose power with this exponent is the scale of attention; without it, the scale
+        is that of the graphs.
+    folded : mapping of str to tuple of str and float
+        The same for factors of the outputs of tensors, by role. They change the weights where the
+        graph is not that of the model type.
+    needs : mapping of str to bool or None
+        Values that config keys must have.
     keys : mapping of str to str or float
-        Further metadata of the graph: config keys, or values.
+        Further metadata of the model type's own graph: config keys, or values.
     scalars : mapping of str to str
         Metadata with one value for each layer: the ends of the names of the tensors with them.
-    needs : mapping of str to bool
-        Config keys that must have these values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,10 +115,11 @@ class ModelType(BaseModel):
     unrotated: Unrotated = None
     norm_offset: float = 0
     by_group: bool = False
-    scale: str | None = None
+    scale: Power | None = None
+    folded: Mapping[str, Power] = {}
+    needs: Mapping[str, bool | None] = {}
     keys: Mapping[str, str | float] = {}
     scalars: Mapping[str, str] = {}
-    needs: Mapping[str, bool] = {}
 
 
 class _Table(BaseModel):
@@ -135,6 +150,19 @@ def model_type_of(model_type: str) -> ModelType:
             hint=f"model types that can: {', '.join(sorted(models))}",
         )
     return models[name]
+
+
+def no_place(arch: str, name: str) -> ExportError:
+    """Build the error for a tensor that a graph does not have."""
+    if graph_of(arch).per_layer:
+        return ExportError(
+            f"the layers differ in width, and llama.cpp's graph for that ({arch}) has no place for "
+            f"{name}",
+            hint=UNIFORM,
+        )
+    return ExportError(
+        f"llama.cpp's graph {arch} has no place for the tensor {name}", hint=NOT_WRITTEN
+    )
 
 
 def tensor_names(arch: str, num_layers: int) -> gguf.TensorNameMap:

@@ -10,14 +10,10 @@ from gguf import GGUFWriter
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.gguf_graphs import Graph, ModelType, Unrotated
+from slimgpt.exporting.gguf_graphs import NOT_WRITTEN, UNIFORM, Graph, ModelType, Unrotated
 from slimgpt.exporting.gguf_parts import Widths, head_dim_of
 
 log = logging.getLogger(__name__)
-
-UNIFORM = "prune with --uniform: llama.cpp has a graph for that"
-
-NOT_WRITTEN = "this model cannot be written as GGUF: serve the checkpoint itself"
 
 # Names of the activation's key, of which a config has one.
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
@@ -39,9 +35,9 @@ def check_graph(config: Any, model: ModelType, arch: str, graph: Graph) -> None:
             hint=NOT_WRITTEN,
         )
     for key, needed in model.needs.items():
-        if getattr(config, key) != needed:
+        if (value := getattr(config, key, needed)) != needed:
             raise ExportError(
-                f"llama.cpp's graph {arch} does not compute models with {key}={not needed}",
+                f"llama.cpp's graph {arch} does not compute models with {key}={value}",
                 hint=NOT_WRITTEN,
             )
     if graph.tied and not config.tie_word_embeddings:
@@ -50,9 +46,7 @@ def check_graph(config: Any, model: ModelType, arch: str, graph: Graph) -> None:
             "embedding as the head; this model has a head of its own",
             hint=UNIFORM,
         )
-    ours, theirs = (
-        _rotated(config, of) for of in (model.unrotated, graph.unrotated)
-    )
+    ours, theirs = (_rotated(config, of) for of in (model.unrotated, graph.unrotated))
     if hasattr(config, "no_rope_layers"):
         ours = [bool(rotates) for rotates in config.no_rope_layers]
     if ours != theirs:
@@ -116,12 +110,16 @@ def add_metadata(
     _add_rope(writer, config, graph)
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key, value in model.keys.items():
+    for key, value in model.keys.items() if writer.arch == model.graph else ():
         found = getattr(config, value) if isinstance(value, str) else value
         if isinstance(found, bool):
             writer.add_bool(f"{writer.arch}.{key}", found)
         elif found is not None:
             writer.add_float32(f"{writer.arch}.{key}", found)
+        else:
+            raise ExportError(
+                f"llama.cpp's graph {writer.arch} needs a value for {value}", hint=NOT_WRITTEN
+            )
 
 
 def _context(writer: GGUFWriter, config: Any, graph: Graph) -> int:
@@ -163,6 +161,12 @@ def _add_rope(writer: GGUFWriter, config: Any, graph: Graph) -> None:
     rope = rotary(config)
     if not rope:
         return
+    if not graph.partial and rotary_dim(config) != head_dim_of(config):
+        raise ExportError(
+            f"llama.cpp's graph {writer.arch} rotates whole heads, this model {rotary_dim(config)} "
+            f"of {head_dim_of(config)} dimensions",
+            hint=UNIFORM if graph.per_layer else NOT_WRITTEN,
+        )
     writer.add_rope_dimension_count(rotary_dim(config))
     writer.add_rope_freq_base(rope["rope_theta"])
     kinds = [rope["rope_type"]]

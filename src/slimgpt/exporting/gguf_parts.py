@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.gguf_graphs import ModelType, tensor_names, tensors_of
+from slimgpt.exporting.gguf_graphs import ModelType, no_place, tensor_names, tensors_of
 from slimgpt.models.weights import Weights
 
 _QKV = (T.ATTN_Q, T.ATTN_K, T.ATTN_V)
@@ -80,21 +80,17 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def no_place(arch: str, name: str) -> ExportError:
-    """Error for a tensor that a graph does not have."""
-    return ExportError(
-        f"llama.cpp's graph {arch} has no place for the tensor {name}",
-        hint="this model cannot be written as GGUF: serve the checkpoint itself",
-    )
-
-
-def find_parts(model: ModelType, skeleton: PreTrainedModel, weights: Weights) -> Parts:
+def find_parts(
+    model: ModelType, arch: str, skeleton: PreTrainedModel, weights: Weights
+) -> Parts:
     """Find the tensors of a checkpoint, (out, in features), fused projections taken apart.
 
     Parameters
     ----------
     model : ModelType
         How models of this type are written.
+    arch : str
+        The graph. What it does not have is found under the names of the model type's own graph.
     skeleton : PreTrainedModel
         The model without weights.
     weights : Weights
@@ -103,20 +99,20 @@ def find_parts(model: ModelType, skeleton: PreTrainedModel, weights: Weights) ->
     Raises
     ------
     ExportError
-        If the graph of the model type has no place for a tensor.
+        If neither of the two has a place for a tensor.
     """
     config = skeleton.config
     transposed = {f"{n}.weight" for n, m in skeleton.named_modules() if isinstance(m, Conv1D)}
-    names = tensor_names(model.graph, config.num_hidden_layers)
+    maps = [tensor_names(name, config.num_hidden_layers) for name in (arch, model.graph)]
     parts: Parts = {}
     for name, shape in weights.shapes.items():
         is_head = name == "lm_head.weight" and config.tie_word_embeddings
         if is_head or name.endswith(tuple(model.scalars.values())):
             continue
-        found = names.get_type_and_name(name, (".weight", ".bias"))
-        if found is None:
-            raise no_place(model.graph, name)
-        role, gguf_name = found
+        found = [names.get_type_and_name(name, (".weight", ".bias")) for names in maps]
+        role, gguf_name = found[0] or found[1] or (None, "")
+        if role is None:
+            raise no_place(arch, name)
         if role == T.ATTN_ROT_EMBD:  # in old checkpoints; follows from the config
             continue
         prefix, index, *_ = gguf_name.split(".")
