@@ -16,7 +16,14 @@ from slimgpt.errors import ExportError
 from slimgpt.exporting.gguf_graphs import UNIFORM, ModelType, graph_of, model_type_of
 from slimgpt.exporting.gguf_metadata import add_metadata, check_graph
 from slimgpt.exporting.gguf_parts import (
-    Part, Parts, Widths, find_parts, head_dim_of, joined, padded, widths_of,
+    Part,
+    Parts,
+    Widths,
+    find_parts,
+    head_dim_of,
+    joined,
+    padded,
+    widths_of,
 )
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
 from slimgpt.exporting.gguf_values import converted
@@ -85,12 +92,14 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
 
 def _find_arch(config: PreTrainedConfig, model: ModelType, layers: Sequence[Widths]) -> str:
     """Choose the graph for layers of these widths."""
+    is_square = graph_of(model.graph).square and model.fewer_heads is None
+    hint = f"{UNIFORM}, with --attention-share 0" if is_square else UNIFORM
     if len(set(layers)) > 1:
         if model.per_layer is None:
             raise ExportError(
                 f"the layers differ in width, and llama.cpp's graph {model.graph} has one width "
                 "for all",
-                hint=UNIFORM,
+                hint=hint,
             )
         return model.per_layer
     columns = layers[0].heads * head_dim_of(config)
@@ -99,7 +108,7 @@ def _find_arch(config: PreTrainedConfig, model: ModelType, layers: Sequence[Widt
             raise ExportError(
                 f"the heads have {columns} columns together, and llama.cpp's graph {model.graph} "
                 f"needs as many as the hidden size, {config.hidden_size}",
-                hint="prune with --uniform --attention-share 0: only the FFN gets smaller",
+                hint=hint,
             )
         return model.fewer_heads
     return model.graph

@@ -22,7 +22,7 @@ Unrotated = int | Literal["full"] | None
 # A config key and an exponent.
 Power = tuple[str, float]
 
-UNIFORM = "prune with --uniform: llama.cpp has a graph for that"
+UNIFORM = "llama.cpp has a graph for what is pruned with --uniform"
 
 NOT_WRITTEN = "this model cannot be written as GGUF: serve the checkpoint itself"
 
@@ -44,8 +44,12 @@ class Graph(BaseModel):
         Whether it can rotate a part of each head.
     unrotated : int, "full" or None
         The layers without rotary embeddings.
-    factors : bool
-        Whether it divides the rotary frequencies by the factors in the file.
+    rotary : tuple of str
+        Rotary embeddings that it has beside default, linear and yarn ones.
+    local_base : bool
+        Whether layers with a sliding window have a rotary base of their own.
+    growth : bool
+        Whether attention can grow with the position.
     window : "optional", "always" or None
         Whether it has sliding windows, in all layers but every n-th.
     large : int or None
@@ -66,7 +70,9 @@ class Graph(BaseModel):
     neighbours: bool = False
     partial: bool = False
     unrotated: Unrotated = None
-    factors: bool = False
+    rotary: tuple[Literal["llama3", "longrope"], ...] = ()
+    local_base: bool = False
+    growth: bool = False
     window: Literal["optional", "always"] | None = None
     large: int | None = None
     tied: bool = False
@@ -98,8 +104,8 @@ class ModelType(BaseModel):
     folded : mapping of str to tuple of str and float
         The same for factors of the outputs of tensors, by role. They change the weights where the
         graph is not that of the model type.
-    needs : mapping of str to bool or None
-        Values that config keys must have.
+    needs : mapping of str to bool
+        Config keys that must be true, or must be false, zero or not given.
     keys : mapping of str to str or float
         Further metadata of the model type's own graph: config keys, or values.
     scalars : mapping of str to str
@@ -117,7 +123,7 @@ class ModelType(BaseModel):
     by_group: bool = False
     scale: Power | None = None
     folded: Mapping[str, Power] = {}
-    needs: Mapping[str, bool | None] = {}
+    needs: Mapping[str, bool] = {}
     keys: Mapping[str, str | float] = {}
     scalars: Mapping[str, str] = {}
 

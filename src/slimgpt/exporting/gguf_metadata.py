@@ -1,13 +1,15 @@
 """The metadata of a GGUF file that say how a graph of llama.cpp computes a model."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
 import gguf
 from gguf import GGUFWriter
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.gguf_graphs import NOT_WRITTEN, UNIFORM, Graph, ModelType, Unrotated
@@ -35,7 +37,8 @@ def check_graph(config: Any, model: ModelType, arch: str, graph: Graph) -> None:
             hint=NOT_WRITTEN,
         )
     for key, needed in model.needs.items():
-        if (value := getattr(config, key, needed)) != needed:
+        value = getattr(config, key, needed)
+        if bool(value) != needed:
             raise ExportError(
                 f"llama.cpp's graph {arch} does not compute models with {key}={value}",
                 hint=NOT_WRITTEN,
@@ -62,7 +65,7 @@ def _rotated(config: Any, unrotated: Unrotated) -> list[bool]:
     """Which layers rotate queries and keys."""
     slides = sliding_layers(config)
     if unrotated == "full":
-        return slides if any(slides) else [True] * len(slides)
+        return slides if config.sliding_window is not None else [True] * len(slides)
     return [not unrotated or (layer + 1) % unrotated > 0 for layer in range(len(slides))]
 
 
@@ -143,6 +146,16 @@ def _context(writer: GGUFWriter, config: Any, graph: Graph) -> int:
             "%d tokens: the context ends there",
             context,
         )
+    growth = rotary(config).get("llama_4_scaling_beta")
+    if growth and graph.growth:
+        writer.add_float32(f"{writer.arch}.attention.temperature_scale", growth)
+    elif growth and (original := rotary(config)["original_max_position_embeddings"]) < context:
+        context = original
+        log.warning(
+            "llama.cpp does not scale attention with the position here, which begins after %d "
+            "tokens: the context ends there",
+            context,
+        )
     return context
 
 
@@ -169,18 +182,48 @@ def _add_rope(writer: GGUFWriter, config: Any, graph: Graph) -> None:
         )
     writer.add_rope_dimension_count(rotary_dim(config))
     writer.add_rope_freq_base(rope["rope_theta"])
-    kinds = [rope["rope_type"]]
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn", "longrope"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    if kind in ("linear", "yarn"):
         writer.add_rope_scaling_factor(rope["factor"])
+    if kind in ("yarn", "longrope"):
+        _add_attention_factor(writer, config, rope)
     if graph.window and "sliding_attention" in config.rope_parameters:
-        local = config.rope_parameters["sliding_attention"]
-        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", local["rope_theta"])
-        kinds.append(f"{local['rope_type']} in sliding windows")
-    possible = ["default", "linear", *["llama3"] * graph.factors, "default in sliding windows"]
-    if unknown := set(kinds) - set(possible):
+        _add_local_base(writer, config.rope_parameters["sliding_attention"], rope, graph)
+    possible = ["default", "linear", "yarn", *graph.rotary]
+    if kind not in possible:
         raise ExportError(
-            f"rotary embeddings of type {unknown.pop()!r} cannot be written for the graph "
-            f"{writer.arch}",
-            hint=f"types that can: {', '.join(possible[:-1])}",
+            f"rotary embeddings of type {kind!r} cannot be written for the graph {writer.arch}",
+            hint=f"types that can: {', '.join(possible)}",
         )
+
+
+def _add_local_base(
+    writer: GGUFWriter, local: Mapping[str, Any], rope: Mapping[str, Any], graph: Graph
+) -> None:
+    """Add the rotary base of layers with a sliding window, whose frequencies are not scaled."""
+    own = local["rope_theta"] if graph.local_base else rope["rope_theta"]
+    if local["rope_type"] != "default" or local["rope_theta"] != own:
+        raise ExportError(
+            f"llama.cpp's graph {writer.arch} does not have the rotary embeddings of this model in "
+            f"sliding windows: type {local['rope_type']!r}, base {local['rope_theta']:g}",
+            hint=NOT_WRITTEN,
+        )
+    if graph.local_base:
+        writer.add_float32(f"{writer.arch}.rope.freq_base_swa", own)
+
+
+def _add_attention_factor(writer: GGUFWriter, config: Any, rope: Mapping[str, Any]) -> None:
+    """Add the factor of attention of yarn and longrope, and the limits of yarn."""
+    layer_type = None if "rope_type" in config.rope_parameters else "full_attention"
+    compute = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+    _, factor = compute(config, device="cpu", layer_type=layer_type)
+    if rope["rope_type"] == "yarn":
+        factor /= 0.1 * math.log(rope["factor"]) + 1  # llama.cpp's own
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
+        if not rope.get("truncate", True):
+            raise ExportError("llama.cpp always rounds the limits of yarn", hint=NOT_WRITTEN)
+    writer.add_rope_scaling_attn_factors(factor)
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.gguf_graphs import ModelType, no_place, tensor_names, tensors_of
+from slimgpt.models.family import family_of
 from slimgpt.models.weights import Weights
 
 _QKV = (T.ATTN_Q, T.ATTN_K, T.ATTN_V)
@@ -80,9 +81,7 @@ def head_dim_of(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def find_parts(
-    model: ModelType, arch: str, skeleton: PreTrainedModel, weights: Weights
-) -> Parts:
+def find_parts(model: ModelType, arch: str, skeleton: PreTrainedModel, weights: Weights) -> Parts:
     """Find the tensors of a checkpoint, (out, in features), fused projections taken apart.
 
     Parameters
@@ -119,11 +118,13 @@ def find_parts(
         key = Key(role, int(index) if prefix == "blk" else None, name[name.rindex(".") :])
         part = Part(name, shape, partial(weights.read, name))
         parts[key] = part.then(torch.t, shape[::-1]) if name in transposed else part
-    return _taken_apart(parts, head_dim_of(config), model.by_group)
+    return _taken_apart(parts, config, model.by_group)
 
 
-def _taken_apart(parts: Parts, head_dim: int, by_group: bool) -> Parts:
+def _taken_apart(parts: Parts, config: PreTrainedConfig, by_group: bool) -> Parts:
     """Split fused projections: queries, keys and values, and gate and up projection."""
+    inputs = [spec.inputs for spec in family_of(config.model_type).sublayers]
+    gated = {name for modules in inputs for name, s in modules.items() if s == ("channel",) * 2}
     separate: Parts = {}
     for key, part in parts.items():
         roles, rows = (key.role,), torch.arange(part.shape[0])
@@ -133,13 +134,12 @@ def _taken_apart(parts: Parts, head_dim: int, by_group: bool) -> Parts:
             keys = (len(rows) - queries) // 2
             roles, sizes = _QKV, (queries, keys, keys)
             if by_group:
-                rows = rows.unflatten(0, (keys // head_dim, -1))
-                sizes = (rows.shape[1] - 2 * head_dim, head_dim, head_dim)
+                size = head_dim_of(config)
+                rows = rows.unflatten(0, (keys // size, -1))
+                sizes = (rows.shape[1] - 2 * size, size, size)
             pieces = [piece.flatten() for piece in rows.split(sizes, dim=-1)]
-        elif key.role == T.FFN_UP:
-            channels = parts[Key(T.FFN_DOWN, key.layer)].shape[1]
-            if len(rows) == 2 * channels:
-                roles, pieces = _GATE_UP, rows.split(channels)
+        elif part.stored_name.split(".")[-2] in gated:
+            roles, pieces = _GATE_UP, rows.tensor_split(2)
         for role, piece in zip(roles, pieces, strict=True):
             separate[replace(key, role=role)] = part if len(roles) == 1 else part.rows(piece)
     return separate

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from gguf import MODEL_TENSOR as T
 from torch import Tensor
 
@@ -45,10 +46,24 @@ def converted(parts: Parts, config: Any, model: ModelType, arch: str) -> Parts:
             changed[key] = part.then(reorder)
         if key.role in scales:
             changed[key] = changed[key].then(partial(Tensor.mul, other=scales[key.role]))
-    if graph.factors and rotary(config).get("rope_type") == "llama3":
-        factors = rope_factors(config)
-        changed[Key(T.ROPE_FREQS, None)] = Part("", tuple(factors.shape), lambda: factors)
-    return changed
+    return changed | _rotary_factors(config)
+
+
+def _rotary_factors(config: Any) -> Parts:
+    """Factors of the rotary frequencies, by which llama.cpp divides."""
+    rope = rotary(config)
+    found = {}
+    if rope.get("rope_type") == "llama3":
+        found = {T.ROPE_FREQS: rope_factors(config)}
+    elif rope.get("rope_type") == "longrope":
+        found = {
+            T.ROPE_FACTORS_LONG: torch.tensor(rope["long_factor"]),
+            T.ROPE_FACTORS_SHORT: torch.tensor(rope["short_factor"]),
+        }
+    return {
+        Key(role, None): Part("", tuple(factors.shape), factors.clone)
+        for role, factors in found.items()
+    }
 
 
 def _check_bias(key: Key, part: Part, arch: str) -> None:
