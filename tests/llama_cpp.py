@@ -82,7 +82,8 @@ def check_agreement(
 ) -> None:
     """The 20 largest log-probabilities of every greedy step are those of PyTorch.
 
-    So the engine's choice is PyTorch's, unless two tokens are as good as that. It never chooses EOS.
+    So the engine's choice is PyTorch's, unless two tokens are as good as that. (It never chooses
+    EOS here.)
     """
     engine = LlamaCpp(file)
     generated = engine.generate(ids, num_tokens)

@@ -120,7 +120,7 @@ def export(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Export:
     def write(config: PreTrainedConfig) -> tuple[Path, PreTrainedModel]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(tmp_path / "model")

@@ -224,6 +224,9 @@ def _add_attention_factor(writer: GGUFWriter, config: Any, rope: Mapping[str, An
         writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32)
         writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1)
         if not rope.get("truncate", True):
-            raise ExportError("llama.cpp always rounds the limits of yarn", hint=NOT_WRITTEN)
+            raise ExportError(
+                "llama.cpp always rounds the limits of yarn; this model has truncate=False",
+                hint=NOT_WRITTEN,
+            )
     writer.add_rope_scaling_attn_factors(factor)
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
