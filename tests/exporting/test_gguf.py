@@ -269,6 +269,18 @@ def test_prompt_ids_of_byte_level_tokenizers(
     check_prompt_ids(fast, tmp_path / "model", f"tokenizer.ggml.pre={name}")
 
 
+def test_pieces_that_are_found_instead_of_isolated(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As in tokenizers that were converted from tiktoken."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["pre_tokenizer"] = json.loads(PRE_TOKENIZERS["dbrx"][0].__getstate__())
+    state["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    backend = Tokenizer.from_str(json.dumps(state))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    check_prompt_ids(fast, tmp_path / "model", "tokenizer.ggml.pre=dbrx")
+
+
 def check_prompt_ids(
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,

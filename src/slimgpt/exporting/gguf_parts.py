@@ -14,7 +14,6 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slimgpt.errors import ExportError
 from slimgpt.exporting.gguf_graphs import ModelType, no_place, tensor_names, tensors_of
 from slimgpt.models.family import family_of
 from slimgpt.models.weights import Weights
@@ -159,13 +158,7 @@ def widths_of(parts: Parts, head_dim: int) -> list[Widths]:
 
 
 def padded(parts: Parts, widths: Sequence[Widths], head_dim: int) -> Parts:
-    """Pad the tensors with zeros to the given widths.
-
-    Raises
-    ------
-    ExportError
-        If there is a norm over all heads, which would count the zeros.
-    """
+    """Pad the tensors with zeros to the given widths."""
     return {key: _pad(key, part, widths, head_dim) for key, part in parts.items()}
 
 
@@ -183,15 +176,6 @@ def _pad(key: Key, part: Part, widths: Sequence[Widths], head_dim: int) -> Part:
         T.FFN_UP: (0, layer.channels),
         T.FFN_DOWN: (1, layer.channels),
     }
-    if key.role in (T.ATTN_Q_NORM, T.ATTN_K_NORM) and part.shape != (head_dim,):
-        heads = layer.heads if key.role == T.ATTN_Q_NORM else layer.kv_heads
-        if len(part.shape) == 1 and part.shape[0] != heads * head_dim:
-            raise ExportError(
-                f"{part.stored_name} is a norm over all heads, which cannot be padded to "
-                f"{heads} heads",
-                hint="choose --type f16",
-            )
-        sizes[key.role] = (0, part.shape[0] if len(part.shape) == 1 else heads)
     axis, size = sizes.get(key.role, (0, part.shape[0]))
     if axis >= len(part.shape) or part.shape[axis] == size:  # true for an output's bias
         return part
