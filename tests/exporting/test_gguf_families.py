@@ -247,6 +247,8 @@ def test_rotary_embeddings(model_type: str, rope: dict[str, Any], export: Export
         ("gemma", {"hidden_activation": None, "hidden_act": "silu"}, "computes gelu_pytorch_tanh"),
         ("gemma2", {"attn_logit_softcapping": None}, "needs a value for attn_logit_softcapping"),
         ("gemma3_text", {"final_logit_softcapping": 5.0}, "with final_logit_softcapping=5.0"),
+        ("falcon", {"alibi": True}, "with alibi=True"),
+        ("starcoder2", {"use_bias": False}, "with use_bias=False"),
         ("cohere", {"use_qk_norm": True}, "with use_qk_norm=True"),
         ("olmo", {"clip_qkv": 8.0}, "with clip_qkv=8.0"),
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, r"layers without rotary .*: \[2, 3\]"),
