@@ -33,12 +33,13 @@ class GgufFormat:
 
     def write(self, source: Source, output: Path, config: ExportConfig) -> str:
         """Write the file; return the name of llama.cpp's graph."""
-        from slimgpt.exporting.gguf import PER_LAYER_ARCH, write_gguf
+        from slimgpt.exporting.gguf import write_gguf
+        from slimgpt.exporting.gguf_graphs import graph_of
 
         generation = load_generation_config(source, load_config(source))
         with replacing(output) as temporary:
             arch = write_gguf(source, temporary, config.type)
-        if arch != PER_LAYER_ARCH:
+        if not graph_of(arch).per_layer:
             _write_modelfile(generation, output)
         return arch
 

@@ -10,12 +10,20 @@ from typing import Any
 from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
-def _pieces(numbers: str) -> PreTokenizer:
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+# Words that end where a capital letter begins another one.
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
+
+
+def _pieces(numbers: str, words: str = _WORDS, after_symbols: str = r"\r\n") -> PreTokenizer:
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + numbers
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        f"{words}|{numbers}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[{after_symbols}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     split = Split(Regex(pattern), behavior="isolated")
     return Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -30,6 +38,12 @@ PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
         False,
     ),
     "llama-bpe": (_pieces(r"\p{N}{1,3}"), True),
+    "gpt-4o": (
+        _pieces(r"\p{N}{1,3}", _CASED % ((f"{_CONTRACTIONS}?",) * 2), r"\r\n/"),
+        False,
+    ),
+    "tekken": (_pieces(r"\p{N}", _CASED % ("", ""), r"\r\n/"), True),
+    "dbrx": (_pieces(r"\p{N}{1,3}"), False),
     "qwen2": (_pieces(r"\p{N}"), False),
 }
 
@@ -49,4 +63,10 @@ def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
         return []
     state = json.loads(pre_tokenizer.__getstate__())
     steps = state.get("pretokenizers", [state])
-    return [{key: value for key, value in s.items() if key != "trim_offsets"} for s in steps]
+    # To remove what is between the pieces changes nothing where they are the whole text.
+    alike = {("Removed", True): {"behavior": "Isolated", "invert": False}}
+    return [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        | alike.get((step.get("behavior"), step.get("invert")), {})
+        for step in steps
+    ]
