@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.models.blocks import Block, bind, blocks_of, decoder_of
 from slimgpt.models.device import autocast
-from slimgpt.models.family import family_of
+from slimgpt.models.layout import decoder_name, family_in
 from slimgpt.models.loading import build_skeleton
 from slimgpt.models.weights import Weights, saved_tensors
 from slimgpt.runtime.environment import trim_heap
@@ -72,7 +72,7 @@ class StreamedModel:
             last block (tokens, hidden size).
         """
         decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
-        family = family_of(self.skeleton.config.model_type)
+        family = family_in(self.skeleton.config)
         last = _LastBlock(family.returns_tuple)
         decoder.set_submodule(family.blocks, nn.ModuleList([last]))
 
@@ -96,10 +96,10 @@ class StreamedModel:
     @contextmanager
     def around_blocks(self) -> Iterator[PreTrainedModel]:
         """Load the weights of the decoder except those of the blocks."""
-        decoder, family = decoder_of(self.skeleton), family_of(self.skeleton.config.model_type)
+        decoder, family = decoder_of(self.skeleton), family_in(self.skeleton.config)
         names = [name for name, _ in decoder.named_parameters()]
         others = [name for name in names if not name.startswith(f"{family.blocks}.")]
-        self._fill(decoder, self._read(family.decoder, others))
+        self._fill(decoder, self._read(decoder_name(self.skeleton), others))
         try:
             yield self.skeleton
         finally:

@@ -1,6 +1,7 @@
 """Load a checkpoint's tokenizer."""
 
 import json
+from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
+# Of models that see images.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint.
@@ -59,7 +67,17 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_files(source: Source) -> dict[str, Path]:
-    """Find the files of a tokenizer, by name; empty for a GGUF file.
+    """Find the files of a tokenizer, by name; empty for a GGUF file."""
+    return _find_files(source, TOKENIZER_FILES)
+
+
+def processor_files(source: Source) -> dict[str, Path]:
+    """Find the files that say how images are read, by name."""
+    return _find_files(source, PROCESSOR_FILES)
+
+
+def _find_files(source: Source, names: Sequence[str]) -> dict[str, Path]:
+    """Find files of a checkpoint that are copied into a result.
 
     Raises
     ------
@@ -68,7 +86,7 @@ def tokenizer_files(source: Source) -> dict[str, Path]:
     UnsupportedModelError
         If one is a link to a file outside the directory, which must not be copied into a result.
     """
-    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    files = {name: file for name in names if (file := find_file(source, name))}
     if source.directory:
         root = source.directory.resolve()
         if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):

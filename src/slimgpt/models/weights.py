@@ -14,7 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.loading import load_model, read_stored, weight_files
 from slimgpt.models.source import Source
-from slimgpt.models.stored import DTYPES, StoredTensor, fit_tensors, loading
+from slimgpt.models.stored import (
+    DTYPES,
+    StoredTensor,
+    fit_tensors,
+    loading,
+    with_native_names,
+)
 
 
 class Weights:
@@ -64,10 +70,15 @@ class Weights:
 
     def add_biases(self, skeleton: PreTrainedModel) -> None:
         """Add zero biases where the model has biases and the checkpoint has none."""
+        self._tensors = with_native_names(self._tensors, skeleton)
         for name, parameter in saved_tensors(skeleton).items():
             if name.endswith(".bias") and name not in self._tensors:
                 zeros = partial(torch.zeros, parameter.shape)
                 self._tensors[name] = StoredTensor(zeros, tuple(parameter.shape), "F32")
+
+    def name_in_file(self, name: str) -> str:
+        """Name of a tensor in the checkpoint, which transformers may rename as it loads it."""
+        return self._tensors[name].origin or name
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.

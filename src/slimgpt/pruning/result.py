@@ -44,14 +44,19 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         return read_tensor(file, name) if file else streamed.weights.read(name)
 
     small_config = pruned_config(streamed.skeleton.config, widths, config.uniform)
-    small_config.dtype = streamed.weights.dtype
+    for part in (small_config, small_config.get_text_config()):
+        part.dtype = streamed.weights.dtype
     with run.result() as directory:
         small_config.save_pretrained(directory)
         add_older_rope_keys(directory)
         job.generation_config.save_pretrained(directory)
         write_tokenizer(streamed.weights.source, job.tokenizer, directory)
-        tensors = saved_tensors(streamed.skeleton)
-        write_shards(directory, tensors, read, config.max_shard_size)
+        # The stock class reads the names of the original checkpoint, the others those of the model.
+        rename = streamed.weights.name_in_file if config.uniform else str
+        names = {rename(name): name for name in saved_tensors(streamed.skeleton)}
+        state = streamed.skeleton.state_dict()
+        tensors = {stored: state[name] for stored, name in names.items()}
+        write_shards(directory, tensors, lambda n: read(names[n]), config.max_shard_size)
         job.stopwatch.lap("save")
         report["seconds"] = job.stopwatch.seconds | report["seconds"]
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -99,8 +99,8 @@ class Engine(ABC):
             block_bytes=block_bytes,
             peak_memory_bytes=None,
         )
-        context = model_config.max_position_embeddings
-        return Subject(cost, source.name, model_config.vocab_size, context)
+        text = model_config.get_text_config()
+        return Subject(cost, source.name, text.vocab_size, text.max_position_embeddings)
 
     @abstractmethod
     def __init__(self, model: str, config: BenchConfig) -> None:
