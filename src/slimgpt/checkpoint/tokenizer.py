@@ -12,8 +12,8 @@ from slimgpt.errors import ConfigError
 from slimgpt.models.source import Source
 from slimgpt.models.tokenizer import (
     SENTENCEPIECE_FILE,
+    copied_files,
     load_tokenizer,
-    processor_files,
     tokenizer_files,
 )
 from slimgpt.runtime.files import read_json
@@ -36,7 +36,7 @@ def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, director
         Directory of the model, which must contain its ``config.json``.
     """
     files = tokenizer_files(source)
-    for name, file in (files | processor_files(source)).items():
+    for name, file in copied_files(source).items():
         shutil.copyfile(file, directory / name)
     if not files or not _loads_as(directory, tokenizer):
         for name in files.keys() - {SENTENCEPIECE_FILE}:

@@ -55,6 +55,24 @@ def check_language_head(model: str, config: PreTrainedConfig) -> None:
         )
 
 
+def check_causal(model: str, config: PreTrainedConfig) -> None:
+    """Check that a model reads and predicts tokens, and nothing else.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it classifies texts, or its text model is inside another one.
+    """
+    check_language_head(model, config)
+    if is_wrapped(config):
+        raise UnsupportedModelError(
+            f"{model} is a {_architecture(config)}, a text model and a vision tower: only text "
+            "models by themselves can be exported",
+            hint="serve the checkpoint itself; if it was pruned with --uniform, other engines and "
+            "their converters read it like the original",
+        )
+
+
 def decoder_name(model: Any) -> str:
     """Path of the text decoder in a model."""
     if not is_wrapped(model.config):

@@ -71,9 +71,12 @@ def tokenizer_files(source: Source) -> dict[str, Path]:
     return _find_files(source, TOKENIZER_FILES)
 
 
-def processor_files(source: Source) -> dict[str, Path]:
-    """Find the files that say how images are read, by name."""
-    return _find_files(source, PROCESSOR_FILES)
+def copied_files(source: Source) -> dict[str, Path]:
+    """Find the files that are copied into a result: of the tokenizer, and of the image processor.
+
+    Raises the same errors as `tokenizer_files`.
+    """
+    return _find_files(source, TOKENIZER_FILES + PROCESSOR_FILES)
 
 
 def _find_files(source: Source, names: Sequence[str]) -> dict[str, Path]:

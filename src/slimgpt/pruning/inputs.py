@@ -32,7 +32,7 @@ from slimgpt.models.loading import (
 from slimgpt.models.source import Source
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.streaming import StreamedModel
-from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
+from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import open_weights, tensor_names
 from slimgpt.pruning.family_check import check_family
 from slimgpt.pruning.job import Inputs, Job
@@ -131,7 +131,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
     }
     files = {
         "calibration file": [f for name in config.calibration for f in dataset_files(name)],
-        "tokenizer file": tokenizer_files(weights.source).values(),
+        "tokenizer file": copied_files(weights.source).values(),
     }
     return {
         "model": weights.source.title,
