@@ -145,9 +145,7 @@ def embed(
     )
     config = model.config.get_text_config()
     device = next(model.get_input_embeddings().parameters()).device
-    allocate = partial(
-        _allocate, (*samples_NT.shape, config.hidden_size), model.dtype, directory
-    )
+    allocate = partial(_allocate, (*samples_NT.shape, config.hidden_size), model.dtype, directory)
     hidden_NTC = allocate()
     recorders = [Recorder(block, family.returns_tuple) for block in blocks]
     name = family.blocks

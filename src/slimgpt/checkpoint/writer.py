@@ -54,12 +54,10 @@ def pruned_config(
     text = config.get_text_config()
     result = _pruned_text_config(text, widths, uniform)
     if is_wrapped(config):
-        values = _kept_values(config) | {"text_config": result}
-        model_type = config.model_type.removeprefix(PRUNED_PREFIX)
-        config_class = CONFIG_MAPPING[model_type]
-        if not uniform:
-            config_class = pruned_classes(model_type)["AutoConfig"]
-        result = config_class(**values)
+        values, model_type = _kept_values(config), config.model_type.removeprefix(PRUNED_PREFIX)
+        stock: Any = CONFIG_MAPPING[model_type]
+        config_class = stock if uniform else pruned_classes(model_type)["AutoConfig"]
+        result = config_class(**values | {"text_config": result})
     if not uniform:
         names = ("AutoConfig", "AutoModel", auto_class.__name__)
         classes = pruned_classes(result.model_type.removeprefix(PRUNED_PREFIX))
@@ -118,18 +116,16 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
 def add_older_rope_keys(directory: Path) -> None:
     """Add the keys of the rotary embeddings that transformers 4 reads to ``config.json``.
 
-    Where the text model is inside another one, nothing is added.
-
     Parameters
     ----------
     directory : Path
-        Directory with a ``config.json`` that has ``rope_parameters``.
+        Directory with a ``config.json``. Without ``rope_parameters``, it stays as it is.
     """
     file = directory / "config.json"
     values = read_json(file)
-    if "text_config" in values:
+    if not values.get("rope_parameters"):
         return
-    rope = dict(values.get("rope_parameters") or {})
+    rope = dict(values["rope_parameters"])
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             values[key] = rope.pop(key)

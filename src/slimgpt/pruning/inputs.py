@@ -202,7 +202,11 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     if method.needs_gradients:
         whole = 2 * num_params * FLOAT32
     activation = num_own * inputs.seqlen * size
-    stream = activation * skeleton.config.get_text_config().hidden_size * (2 if method.needs_dense else 1)
+    stream = (
+        activation
+        * skeleton.config.get_text_config().hidden_size
+        * (2 if method.needs_dense else 1)
+    )
     if blocks[0].is_parallel:
         stream *= 2
     widest = activation * max(sublayer.output.in_features for sublayer, _ in sublayers)

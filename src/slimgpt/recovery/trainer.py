@@ -26,8 +26,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from slimgpt.config import RecoverConfig
 from slimgpt.data.examples import IGNORED
 from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.models.device import find_device
 from slimgpt.models.blocks import linears_of
+from slimgpt.models.device import find_device
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import Source
 from slimgpt.runtime.distributed import broadcast, training_together
