@@ -119,13 +119,14 @@ def add_older_rope_keys(directory: Path) -> None:
     Parameters
     ----------
     directory : Path
-        Directory with a ``config.json``. Without ``rope_parameters``, it stays as it is.
+        Directory with a ``config.json``. It stays as it is without ``rope_parameters``, or with
+        those of several types of layers.
     """
     file = directory / "config.json"
     values = read_json(file)
-    if not values.get("rope_parameters"):
+    rope = dict(values.get("rope_parameters") or {})
+    if not rope or any(isinstance(value, dict) for value in rope.values()):
         return
-    rope = dict(values["rope_parameters"])
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             values[key] = rope.pop(key)

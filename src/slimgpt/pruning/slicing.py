@@ -1,6 +1,7 @@
 """Slicing: remove the rows and columns of pruned units from a live sublayer."""
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from slimgpt.models.blocks import Sublayer
 
@@ -29,3 +30,5 @@ def slice_sublayer(sublayer: Sublayer, kept_units: Tensor, output_weight: Tensor
         setattr(owner, attribute, nn.Parameter(sliced.contiguous(), requires_grad=False))
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, Conv1D):
+            owner.nx, owner.nf = owner.weight.shape

@@ -1,0 +1,86 @@
+"""A tiny config of every model type: grouped queries and biases where the family has them."""
+
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
+
+from slimgpt.models.family import load_families
+
+_SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+}
+
+_COMMON = {
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.2,
+}
+
+_NO_GROUPS = {"head_dim": None, "num_key_value_heads": None}
+
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+# What a model type has beside the common sizes. None leaves out a key that it lacks.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 8},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 1, 0]},
+    "ministral": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": _SLIDING | {"layer_types": _SLIDING["layer_types"][:3]},
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": _SLIDING | {"layer_types": _SLIDING["layer_types"][:3]},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+    "olmo3": _SLIDING | {"layer_types": _SLIDING["layer_types"][:3]},
+    "exaone4": _SLIDING | {"layer_types": _SLIDING["layer_types"][:3]},
+    "cwm": _SLIDING | {"layer_types": _SLIDING["layer_types"][:3]},
+    "falcon": _NO_GROUPS
+    | {"intermediate_size": None, "ffn_hidden_size": 64, "num_kv_heads": 4}
+    | {"new_decoder_architecture": True},
+    "gpt_neox": _NO_GROUPS,
+    "gpt2": _NO_GROUPS | {"intermediate_size": None},
+    "opt": _NO_GROUPS | {"intermediate_size": None, "ffn_dim": 64, "word_embed_proj_dim": 48},
+    "stablelm": {"head_dim": None, "use_qkv_bias": True},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}
+
+_OPTIONS["cwm"] = _OPTIONS["cwm"] | _OPTIONS["apertus"]
+
+# Others are only found inside other models, see test_wrapped_models.py.
+MODEL_TYPES = sorted(t for t in load_families() if CONFIG_MAPPING[t] in MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
+def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
+    values = _SIZES | _COMMON | _OPTIONS.get(model_type, {}) | options
+    return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})
