@@ -26,8 +26,10 @@ import slimgpt
 from slimgpt.errors import ConfigError, SlimGPTError, UnsupportedModelError
 from slimgpt.models.blocks import bind, decoder_of
 from slimgpt.models.family import WRAPPER_TYPES
-from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.loading import build_skeleton, load_config, load_model
 from slimgpt.models.source import find_model
+from slimgpt.models.streaming import StreamedModel
+from slimgpt.models.weights import open_weights
 from slimgpt.pruning.family_check import check_family
 
 OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32, "refit_epochs": 0}
@@ -339,6 +341,45 @@ def test_the_text_model_of_every_type_is_described(model_type: str) -> None:
     checked = [s.difference for s in check.sublayers if s.difference is not None]
     assert checked
     assert max([*checked, *check.differences.values()]) < 1e-10
+
+
+def test_the_type_of_all_numbers_can_be_chosen(
+    pruned: Callable[[str], Pruned], tmp_path: Path
+) -> None:
+    options = OPTIONS | {"dtype": "bfloat16"}
+    slimgpt.prune(str(pruned("llava").dense), tmp_path / "slim", ratio=0.3, **options)
+    config = AutoConfig.from_pretrained(tmp_path / "slim")
+    assert config.dtype == config.text_config.dtype == torch.bfloat16
+    slim = AutoModelForImageTextToText.from_pretrained(tmp_path / "slim", dtype="auto")
+    assert {parameter.dtype for parameter in slim.parameters()} == {torch.bfloat16}
+
+
+def test_the_sensitivity_pass_needs_no_vision_tower(
+    pruned: Callable[[str], Pruned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_model(pruned("llava").dense)
+    config = load_config(source)
+    weights = open_weights(source, config)
+    streamed = StreamedModel(build_skeleton(config), weights, torch.device("cpu"))
+    read, names = weights.read, []
+    monkeypatch.setattr(weights, "read", lambda name: names.append(name) or read(name))
+    with streamed.after_blocks() as logits:
+        assert logits(torch.ones(4, TINY["hidden_size"])).shape == (4, TINY["vocab_size"])
+    wanted = [
+        "lm_head.weight",
+        *(f"model.language_model.{n}.weight" for n in ("embed_tokens", "norm")),
+    ]
+    assert sorted(names) == wanted
+
+
+def test_a_tensor_that_is_there_twice(pruned: Callable[[str], Pruned], tmp_path: Path) -> None:
+    case = pruned("llava")
+    tensors = load_file(case.dense / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((case.dense / "config.json").read_bytes())
+    with pytest.raises(UnsupportedModelError, match="are the same tensor of the model"):
+        load_model(find_model(tmp_path))
 
 
 def test_measured_widths_and_text_of_its_own(

@@ -309,12 +309,22 @@ def fit_tensors(
 def with_native_names(
     stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
 ) -> dict[str, StoredTensor]:
-    """List stored tensors by their names in the model, see `slimgpt.models.layout.native_names`."""
-    names = native_names(skeleton, list(stored))
-    return {
-        native: stored[name] if name == native else replace(stored[name], origin=name)
-        for name, native in names.items()
-    }
+    """List stored tensors by their names in the model, see `slimgpt.models.layout.native_names`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If two of them have the same name there.
+    """
+    native: dict[str, StoredTensor] = {}
+    for name, own in native_names(skeleton, list(stored)).items():
+        if own in native:
+            raise UnsupportedModelError(
+                f"{name} and {native[own].origin or own} are the same tensor of the model",
+                hint="remove one of them from the checkpoint",
+            )
+        native[own] = stored[name] if name == own else replace(stored[name], origin=name)
+    return native
 
 
 def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:

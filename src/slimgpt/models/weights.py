@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import UnsupportedModelError
+from slimgpt.models.layout import decoder_name
 from slimgpt.models.loading import load_model, read_stored, weight_files
 from slimgpt.models.source import Source
 from slimgpt.models.stored import (
@@ -104,6 +105,16 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the state of a model without tensors that are tied to others."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def text_tensors(model: PreTrainedModel) -> list[str]:
+    """List the saved tensors of the text decoder and of the head."""
+    decoder, all_but_head = f"{decoder_name(model)}.", f"{model.base_model_prefix}."
+    return [
+        name
+        for name in saved_tensors(model)
+        if name.startswith(decoder) or not name.startswith(all_but_head)
+    ]
 
 
 def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") -> Weights:

@@ -44,8 +44,7 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         return read_tensor(file, name) if file else streamed.weights.read(name)
 
     small_config = pruned_config(streamed.skeleton.config, widths, config.uniform)
-    for part in (small_config, small_config.get_text_config()):
-        part.dtype = streamed.weights.dtype
+    small_config.dtype = streamed.weights.dtype
     with run.result() as directory:
         small_config.save_pretrained(directory)
         add_older_rope_keys(directory)
