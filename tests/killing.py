@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 
 import slimgpt
+from slimgpt.pruning import family_check
 
 PACKAGE = str(Path(slimgpt.__file__).parent)
 PHASES = (
@@ -51,6 +52,7 @@ def run(output: Path, options: dict, die_in: str = "", die_at: int = 0) -> Count
             if name == die_in and seen[name] == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    family_check._checked.clear()  # a fork starts like a process of its own
     sys.setprofile(profile)
     try:
         slimgpt.prune(output=output, **options)

@@ -19,7 +19,7 @@ from slimgpt.models.blocks import bind
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import load_tokenizer
-from slimgpt.models.units import unit_columns
+from slimgpt.models.units import Kept, unit_columns
 from slimgpt.pruning.slicing import slice_sublayer
 
 pytestmark = pytest.mark.real_model
@@ -105,7 +105,7 @@ def test_compensation_beats_slicing(result: slimgpt.PruneResult, dense: PreTrain
         for sublayer, decided in zip(block.sublayers, plan.sublayers, strict=True):
             kept = torch.tensor(decided.keep)
             columns = unit_columns(kept, sublayer.unit_size)
-            slice_sublayer(sublayer, kept, nn.Parameter(sublayer.output.weight[:, columns]))
+            slice_sublayer(sublayer, Kept(kept), nn.Parameter(sublayer.output.weight[:, columns]))
     tokenizer = AutoTokenizer.from_pretrained(result.output)
     tokens = evaluation_tokens("pydocs", tokenizer, max_tokens=1024).view(-1, 512)
     ours = perplexity(AutoModelForCausalLM.from_pretrained(result.output), tokens)

@@ -271,6 +271,11 @@ class PruneConfig(_ModelOptions):
         "slimgpt, no --uniform or --layer-ratios, and about four times as many calibration tokens "
         "as FFN channels.",
     )
+    query_heads: bool = Field(
+        True,
+        description="With measured widths, also remove single query heads, equally many of each "
+        "kv group of a layer, where that costs less than a whole group.",
+    )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),
         description="Ratios of the first layers, comma-separated, instead of ratio and schedule; "

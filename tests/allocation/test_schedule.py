@@ -72,8 +72,14 @@ def move_units(
     prices: list[float],
     multiple_of: int,
 ) -> list[Widths]:
-    pairs = ([values[i : i + 2] for i in range(0, len(errors), 2)] for values in (errors, prices))
-    moved = reallocation.move_units(shapes, widths, *pairs, multiple_of)
+    curves = []
+    for index, measured in enumerate(errors):
+        block, kind = divmod(index, 2)
+        total, keep = shapes[block].sublayers[kind].num_units, widths[block][kind]
+        removals = measured_removals(total, keep, multiple_of if kind else 1)
+        curves.append([(total - n, error) for n, error in zip(removals, measured, strict=True)])
+    pairs = ([values[i : i + 2] for i in range(0, len(errors), 2)] for values in (curves, prices))
+    moved = reallocation.move_units(shapes, widths, *pairs)
     return [Widths(*width) for width in moved]
 
 

@@ -51,7 +51,8 @@ def test_reports_of_0_1_are_read(slim: Path) -> None:
     file.write_text(json.dumps(old))
     for shape in new["shapes"]:
         for sublayer in shape["sublayers"]:
-            del sublayer["unit_params"], sublayer["is_fixed"]  # which nothing reads
+            for name in ("unit_params", "is_fixed", "heads", "head_params"):
+                del sublayer[name]
     assert read_report(file, PruningReport) == new
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TEXT, Run, make_tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import BloomConfig
 
 import slimgpt
 from slimgpt.config import PRESETS, EvalConfig, PruneConfig, RecoverConfig, ReportConfig
@@ -202,8 +202,8 @@ def remove_tokenizer(directory: Path) -> None:
         path.unlink()
 
 
-def make_gpt2(directory: Path) -> None:
-    GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(directory)
+def make_bloom(directory: Path) -> None:
+    BloomConfig(n_layer=1, hidden_size=8, n_head=2).save_pretrained(directory)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def make_gpt2(directory: Path) -> None:
         (quantise, "is quantised", "prune the original model"),
         (break_config, "hidden_size='wide'", "correct config.json"),
         (remove_tokenizer, "cannot load the tokenizer", "files are whole"),
-        (make_gpt2, "models of type 'gpt2' are not supported", "llama, mistral, qwen2, qwen3"),
+        (make_bloom, "models of type 'bloom' are not supported", "granite, llama, ministral"),
     ],
 )
 def test_broken_models(

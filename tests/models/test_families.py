@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import slimgpt
 from slimgpt.errors import ConfigError
 from slimgpt.models.blocks import bind
+from slimgpt.models.units import Kept
 
 OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32, "min_ratio": 0.3}
 
@@ -100,7 +101,8 @@ def masked_logits(dense: Path, output: Path) -> Tensor | None:
             if sublayer.couples_units:
                 return None
             output_layer = sublayer.output
-            columns = sublayer.columns(torch.tensor(decided["keep"]))
+            heads = torch.tensor(decided["heads"]) if decided.get("heads") else None
+            columns = sublayer.columns(Kept(torch.tensor(decided["keep"]), heads))
             new = tensors[f"{sublayer.output_name}.weight"]
             masked = torch.zeros_like(output_layer.weight)
             masked[:, columns] = output_layer.oriented(new)

@@ -252,7 +252,7 @@ def mask(model: Any, small: Any, result: slimgpt.PruneResult) -> Any:
             block.sublayers, little.sublayers, plan.sublayers, strict=True
         ):
             weight_OI = torch.zeros_like(sublayer.output.weight)
-            columns = sublayer.columns(torch.tensor(kept.keep))
+            columns = sublayer.columns(kept.kept(torch.device("cpu")))
             weight_OI[:, columns] = sliced.output.weight
             sublayer.output.weight.copy_(weight_OI)
             if sublayer.output.bias is not None:

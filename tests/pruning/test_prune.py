@@ -67,6 +67,7 @@ def test_slicing_equals_masking(variant: str) -> None:
             weight = torch.zeros_like(sublayer.output.weight)
             weight[:, columns] = new.weight
             sublayer.output.module.weight = nn.Parameter(weight)
+            sublayer.output.module.bias = new.bias
     tokens = sample_tokens(2, 24)
     torch.testing.assert_close(model(tokens).logits, masked(tokens).logits, rtol=0, atol=2e-5)
 
@@ -238,13 +239,13 @@ def test_paper_preset_runs_its_own_algorithm(monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(slimgpt_method, name, call)
 
-    spy("prepare", 2, 3)
+    spy("prepare", 2)
     spy("eliminate_units", 3)
     spy("eliminate_channel_groups", 2, 3)
     monkeypatch.delattr(slimgpt_method, "eliminate_channels")
     prune_blocks(make_tiny_model("llama"), sample_tokens(), WIDTHS, config)
     assert given == {
-        "prepare": {(0.01, "mean")},
+        "prepare": {((0.01, "mean"),)},
         "eliminate_units": {("diagonal",)},
         "eliminate_channel_groups": {(4, 1024)},
     }

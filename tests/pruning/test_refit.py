@@ -13,6 +13,7 @@ from torch import Tensor
 from slimgpt.calibration.activations import Stream, embed
 from slimgpt.config import PruneConfig
 from slimgpt.models.blocks import Block, Sublayer, bind
+from slimgpt.models.units import Kept
 from slimgpt.pruning import refit as module
 from slimgpt.pruning.refit import refit
 from slimgpt.pruning.slicing import slice_sublayer
@@ -45,7 +46,7 @@ def cut(block: Block) -> Sublayer:
     """Slice the FFN; gives it as it was."""
     dense = replace(block.sublayers[1], module=copy.deepcopy(block.sublayers[1].module))
     kept = torch.arange(NUM_CHANNELS)
-    slice_sublayer(block.sublayers[1], kept, block.sublayers[1].output.weight[:, kept])
+    slice_sublayer(block.sublayers[1], Kept(kept), block.sublayers[1].output.weight[:, kept])
     return dense
 
 

@@ -1,6 +1,7 @@
 """What errors cost the output, against differences; and the widths that follow from it."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from itertools import chain
@@ -70,17 +71,21 @@ def test_costs_are_derivatives(
             new = torch.zeros_like(model.get_parameter(name))
             columns = unit_columns(torch.tensor(decided.keep), sublayer.unit_size)
             new[:, columns] = small.get_parameter(name)
-            changes.append((name, new - model.get_parameter(name)))
+            changes.append((name, name, new - model.get_parameter(name)))
+            if sublayer.output.bias is not None:
+                bias = f"{sublayer.output_name}.bias"
+                change = small.get_parameter(bias) - model.get_parameter(bias)
+                changes.append((name, bias, change))
 
     def at(name: str, factor: float) -> float:
         other = copy.deepcopy(model)
-        for n, change in changes:
-            other.get_parameter(n).add_((factor if n == name else 1) * change)
+        for of, n, change in changes:
+            other.get_parameter(n).add_((factor if of == name else 1) * change)
         return divergence(model, other, samples)
 
     step = 0.01
     assert values[2] == values[6] == 0
-    for (name, _), value in zip(changes, values, strict=True):
+    for name, value in zip(dict.fromkeys(of for of, *_ in changes), values, strict=True):
         expected = (at(name, 1 + step) - at(name, 1 - step)) / (2 * step)
         assert value == pytest.approx(expected, rel=0.02, abs=1e-4)
 
@@ -95,9 +100,13 @@ def test_units_move_and_the_sum_stays(
     assert result.plan.widths != planned.widths
     step = planned.shapes[0].sublayers[0].unit_params
     assert abs(result.plan.params_after - planned.params_after) <= step / 2
-    assert [len(b.sublayers[0].keep) for b in result.blocks] == [w[0] for w in result.plan.widths]
+    heads = planned.shapes[0].sublayers[0].heads
+    kept = [(len(b.sublayers[0].keep), len(b.sublayers[0].heads)) for b in result.blocks]
+    widths = [w[0] if isinstance(w[0], tuple) else (w[0], 0) for w in result.plan.widths]
+    assert kept == [(groups, groups * left) for groups, left in widths]
+    assert all(left < heads for _, left in widths)
     assert [len(b.sublayers[1].keep) for b in result.blocks] == [w[1] for w in result.plan.widths]
-    assert result.report["widths"] == [list(w) for w in result.plan.widths]
+    assert result.report["widths"] == json.loads(json.dumps(result.plan.widths))
 
 
 def test_the_others_give_for_the_only_ffn_that_matters(tmp_path: Path, tokenizer: object) -> None:

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, Width, removed_params
+
+# Widths of a sublayer, each smaller than the one before, with the error at each.
+Curve = Sequence[tuple[Width, float]]
 
 # The sensitivity pass prunes with every fourth sample. The gradient pass uses at most 16 held-out
 # samples, cut to 512 tokens.
@@ -42,9 +45,8 @@ def measured_removals(num_units: int, num_keep: int, step: int = 1) -> range:
 def move_units(
     shapes: Sequence[BlockShape],
     widths: Sequence[BlockWidths],
-    errors: Sequence[Sequence[Sequence[float]]],
+    curves: Sequence[Sequence[Curve]],
     prices: Sequence[Sequence[float]],
-    multiple_of: int,
 ) -> list[BlockWidths]:
     """Reallocate the removed parameters to the sublayers where removal costs least.
 
@@ -56,28 +58,29 @@ def move_units(
     ----------
     shapes, widths : sequence of BlockShape, sequence of BlockWidths
         The blocks and their initial widths.
-    errors : sequence of sequences of sequences of float
-        By block and sublayer, the error after each of `measured_removals`.
+    curves : sequence of sequences of Curve
+        By block and sublayer, the measured widths, each smaller than the one before, and the error
+        at each.
     prices : sequence of sequences of float
         By block and sublayer, the cost of an error of 1.
-    multiple_of : int
-        Step of channels, see `slimgpt.allocation.schedule.WidthRules`.
     """
     budget, steps = 0, []
-    kept = [[sublayer.num_units for sublayer in shape.sublayers] for shape in shapes]
+    kept: list[list[Width]] = [[s.num_units for s in shape.sublayers] for shape in shapes]
     for block, (shape, width) in enumerate(zip(shapes, widths, strict=True)):
         budget += removed_params(shape, width)
-        for index, (sublayer, num_keep) in enumerate(zip(shape.sublayers, width, strict=True)):
-            highest, before, error_before = 0.0, 0, 0.0
-            removals = measured_removals(sublayer.num_units, num_keep, sublayer.step(multiple_of))
-            for removed, error in zip(removals, errors[block][index], strict=True):
-                freed = (removed - before) * sublayer.unit_params
-                price = prices[block][index]
-                highest = max(highest, price * (error - error_before) / freed)
-                steps.append((highest, block, index, -(sublayer.num_units - removed), freed))
-                before, error_before = removed, error
-    for _, block, index, less, freed in sorted(steps):
-        if freed <= 2 * budget:
+        for index, (sublayer, curve) in enumerate(zip(shape.sublayers, curves[block], strict=True)):
+            price, highest, error_before = prices[block][index], 0.0, 0.0
+            before = sublayer.num_units * sublayer.unit_params
+            for position, (smaller, error) in enumerate(curve):
+                left = sublayer.kept_params(smaller)
+                highest = max(highest, price * (error - error_before) / (before - left))
+                steps.append((highest, block, index, position, smaller, before - left))
+                before, error_before = left, error
+    closed = set()  # a sublayer takes no step after one that it could not take
+    for _, block, index, _, smaller, freed in sorted(steps, key=lambda step: step[:4]):
+        if freed <= 2 * budget and (block, index) not in closed:
             budget -= freed
-            kept[block][index] = -less
+            kept[block][index] = smaller
+        else:
+            closed.add((block, index))
     return [tuple(width) for width in kept]

@@ -18,12 +18,24 @@ class SublayerShape:
         Parameters of a unit.
     is_fixed : bool
         Whether the sublayer keeps all its units, because its family has no place for fewer.
+    heads, head_params : int
+        Query heads of a group, of which each group can lose equally many, and the parameters of
+        one; 1 and 0 where there is no choice.
     """
 
     kind: str
     num_units: int
     unit_params: int
     is_fixed: bool = False
+    heads: int = 1
+    head_params: int = 0
+
+    def kept_params(self, width: "Width") -> int:
+        """Parameters of so many units."""
+        if isinstance(width, int):
+            return width * self.unit_params
+        groups, heads = width
+        return groups * (self.unit_params - (self.heads - heads) * self.head_params)
 
     def step(self, multiple_of: int) -> int:
         """Step of the sublayer's width: `multiple_of` for channels, 1 for groups."""
@@ -46,13 +58,17 @@ class BlockShape:
         return sum(s.num_units * s.unit_params for s in self.sublayers if not s.is_fixed)
 
 
-# Units that a block keeps, for each of its sublayers.
-BlockWidths = tuple[int, ...]
+# Units that a sublayer keeps: groups or channels. If the groups of an attention lose query heads
+# too: (groups, query heads of each).
+Width = int | tuple[int, int]
+
+# The same for each sublayer of a block.
+BlockWidths = tuple[Width, ...]
 
 
-def removed_params(shape: BlockShape, widths: Sequence[int]) -> int:
+def removed_params(shape: BlockShape, widths: Sequence[Width]) -> int:
     """Number of parameters removed from a block that keeps these widths."""
     return sum(
-        (sublayer.num_units - num_keep) * sublayer.unit_params
-        for sublayer, num_keep in zip(shape.sublayers, widths, strict=True)
+        sublayer.num_units * sublayer.unit_params - sublayer.kept_params(width)
+        for sublayer, width in zip(shape.sublayers, widths, strict=True)
     )

@@ -211,12 +211,15 @@ class Activations:
         the stream to where the dense model's stream is after the sublayer. None without a dense
         stream. A norm after the sublayer makes the stream depend on the output in a way that is
         not linear; t is then the dense model's output before that norm.
+    target_O : Tensor or None
+        E[t − b].
     """
 
     hessian_II: Tensor
     mean_I: Tensor
     kept: list[Tensor]
     cross_OI: Tensor | None = None
+    target_O: Tensor | None = None
 
     def take_sums(self) -> tuple[Tensor, Tensor | None]:
         """Give `hessian_II` and `cross_OI` away, so that whoever has them can free them."""
@@ -243,9 +246,10 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
         device = torch.device("cpu")
     total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
     sum_I, num_tokens = total_II.new_zeros(size), total_II.new_zeros(())
-    cross_OI = None
+    cross_OI = target_O = None
     if stream.dense_NTC is not None:
-        cross_OI = total_II.new_zeros(sublayer.output.out_features, size)
+        target_O = total_II.new_zeros(sublayer.output.out_features)
+        cross_OI = total_II.new_zeros(len(target_O), size)
     kept: list[Tensor] = []
     panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
     for input_NTC, target_NTC in zip_longest(stream.inputs(), _targets(sublayer, stream)):
@@ -255,11 +259,12 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
             for start, stop in panels:
                 product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
                 total_II[start:stop, start:] += product.to(device)
-        if cross_OI is not None:
+        if cross_OI is not None and target_O is not None:
             target_TO = target_NTC.flatten(0, 1).to(rows_TI)
             if sublayer.output.bias is not None:
                 target_TO -= sublayer.output.bias
             cross_OI += (target_TO.T @ rows_TI).to(device)
+            target_O += target_TO.sum(dim=0).to(device)
         sum_I += rows_TI.sum(dim=0).to(device)
         num_tokens += len(rows_TI)
         budget -= batch_NTI.nbytes
@@ -270,9 +275,10 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
     distributed.all_reduce(num_tokens)
     hessian_II = distributed.all_reduce(total_II).div_(num_tokens)
     mean_I = distributed.all_reduce(sum_I).div_(num_tokens)
-    if cross_OI is not None:
+    if cross_OI is not None and target_O is not None:
         distributed.all_reduce(cross_OI).div_(num_tokens)
-    return Activations(hessian_II, mean_I, kept, cross_OI)
+        distributed.all_reduce(target_O).div_(num_tokens)
+    return Activations(hessian_II, mean_I, kept, cross_OI, target_O)
 
 
 @torch.no_grad()

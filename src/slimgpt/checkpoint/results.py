@@ -48,6 +48,7 @@ class _Read(BaseModel):
 class _SublayerShape(_Read):
     kind: Literal["attention", "ffn"]
     num_units: Count
+    heads: Count = 1
 
 
 class _Shape(_Read):
@@ -57,6 +58,7 @@ class _Shape(_Read):
 class _Sublayer(_Read):
     kind: Literal["attention", "ffn"]
     keep: list[Count]
+    heads: list[Count] = []
     relative_error: float
 
 
@@ -92,7 +94,7 @@ class PruningReport(_Read):
     device: str
     calibration: _Calibration
     shapes: list[_Shape]
-    widths: list[list[Count]]
+    widths: list[list[Count | tuple[Count, Count]]]
     layer_ratios: list[FiniteFloat]
     target_ratio: FiniteFloat
     block_ratio: FiniteFloat

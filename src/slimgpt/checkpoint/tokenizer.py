@@ -42,7 +42,7 @@ def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, director
         for name in files.keys() - {SENTENCEPIECE_FILE}:
             (directory / name).unlink()
         tokenizer.save_pretrained(directory)
-    _use_older_names(directory / "tokenizer_config.json")
+    _make_portable(directory / "tokenizer_config.json")
 
 
 def _loads_as(directory: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -58,11 +58,15 @@ def _describe_tokenizer(tokenizer: Any) -> list[Any]:
     return [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
 
 
-def _use_older_names(file: Path) -> None:
-    """Rename a class and a list to names that both transformers 4 and newer versions know."""
+def _make_portable(file: Path) -> None:
+    """Remove the names of remote code, which is not copied, and use those that old versions know.
+
+    These are of a class and a list, which newer versions know too.
+    """
     if not file.is_file():
         return
-    values = old = read_json(file)
+    old = read_json(file)
+    values = {key: value for key, value in old.items() if key != "auto_map"}
     if values.get("tokenizer_class") == "TokenizersBackend":
         values = values | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(values.get("extra_special_tokens"), list):

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.checkpoint import modeling_slimgpt
 from slimgpt.checkpoint.registration import pruned_classes
 from slimgpt.models.family import PRUNED_PREFIX, family_of
@@ -92,7 +92,7 @@ def _pruned_text_config(
 
 
 def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
-    """Numbers of key/value groups that a uniform model may keep.
+    """Numbers of units of attention that a uniform model may keep.
 
     The stock config class decides: some classes refuse a number of heads that does not divide the
     hidden size, even if ``head_dim`` is given.
@@ -106,7 +106,8 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     if not keys:
         return [1]
     first, accepted = config.get_text_config().per_layer_config[0], []
-    for count in range(1, getattr(first, keys[0]) + 1):
+    groups, heads = (getattr(first, key) for key in keys)
+    for count in range(1, (heads if groups == 1 else groups) + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
             pruned_config(config, [(count,)], uniform=True)
             accepted.append(count)
@@ -172,7 +173,7 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
         Config of the dense model.
     index : int
         Index of the block.
-    kept : tuple of int
+    kept : BlockWidths
         Units that the block keeps, by sublayer.
 
     Returns
@@ -182,9 +183,18 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     """
     before, widths = config.per_layer_config[index], {}
     specs = family_of(config.model_type).layer(config, index)
-    for spec, num_units in zip(specs, kept, strict=False):
+    for spec, width in zip(specs, kept, strict=False):
         if spec.widths:
-            first, *others = spec.widths.values()
-            scaled = {k: getattr(before, k) * num_units // getattr(before, first) for k in others}
-            widths |= {first: num_units, **scaled}
+            widths |= _sublayer_widths(before, spec.widths, width)
     return widths
+
+
+def _sublayer_widths(config: Any, keys: Mapping[Any, str], width: Width) -> dict[str, int]:
+    """Config entries of a sublayer that keeps fewer units, by config key."""
+    if isinstance(width, int) and "channel" in keys:
+        return {keys["channel"]: width}
+    groups, heads = getattr(config, keys["group"]), getattr(config, keys["head"])
+    if isinstance(width, int) and groups == 1:  # then the units are query heads
+        return {keys["group"]: 1, keys["head"]: width}
+    kept, per_group = (width, heads // groups) if isinstance(width, int) else width
+    return {keys["group"]: kept, keys["head"]: kept * per_group}

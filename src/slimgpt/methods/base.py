@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.reallocation import Curve
+from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import PruneConfig
 from slimgpt.models.blocks import Sublayer, bind
-from slimgpt.models.units import unit_rows
+from slimgpt.models.units import Kept, segment_rows
 from slimgpt.solver.hessian import output_power
 
 
@@ -30,8 +31,8 @@ class Decision(NamedTuple):
 
     Attributes
     ----------
-    kept_units : Tensor
-        Sorted indices of the units to keep.
+    kept : Kept
+        The units to keep.
     weight_OK : Tensor
         The kept columns of the output projection, updated by the method.
     error, power : float
@@ -40,17 +41,17 @@ class Decision(NamedTuple):
         New bias of the output projection; None leaves the bias unchanged.
     damping : float
         Damping that the Hessian needed, if one was factorised.
-    errors : tuple of float
+    curve : Curve
         In a sensitivity pass, the errors at other widths.
     """
 
-    kept_units: Tensor
+    kept: Kept
     weight_OK: Tensor
     error: float
     power: float
     bias_O: Tensor | None = None
     damping: float = 0.0
-    errors: tuple[float, ...] = ()
+    curve: Curve = ()
 
 
 class Method(ABC):
@@ -110,15 +111,15 @@ class Method(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
+    def decide(self, sublayer: Sublayer, width: Width, activations: Activations) -> Decision:
         """Select the units to keep, and compute their weights in the output projection.
 
         Parameters
         ----------
         sublayer : Sublayer
             The dense sublayer, with its weights.
-        num_keep : int
-            Number of units to keep.
+        width : Width
+            Units to keep.
         activations : Activations
             Calibration statistics. The method may consume them (see `Activations.take_sums`).
         """
@@ -134,19 +135,20 @@ class ScoringMethod(Method):
         """Score the units of a sublayer: scores_U."""
         return self.scores[sublayer.name]
 
-    def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
+    def decide(self, sublayer: Sublayer, width: Width, activations: Activations) -> Decision:
         """Keep the units with the highest scores, see `Method.decide`."""
+        assert isinstance(width, int)  # only measured widths may be of another kind
         scores_U = self.score(sublayer, activations)
-        kept_units = scores_U.argsort(descending=True, stable=True)[:num_keep].sort().values
+        kept = Kept(scores_U.argsort(descending=True, stable=True)[:width].sort().values)
         hessian_II, mean_I = activations.hessian_II, activations.mean_I
         weight_OI = sublayer.output.weight.to(mean_I.device).to(mean_I.dtype)
-        columns_K = sublayer.columns(kept_units).to(mean_I.device)
+        columns_K = sublayer.columns(kept).to(mean_I.device)
         removed_R = torch.ones_like(mean_I, dtype=torch.bool).index_fill_(0, columns_K, False)
         weight_OR, lost_RR = weight_OI[:, removed_R], hessian_II[removed_R][:, removed_R]
         bias_O = self.replace(sublayer, weight_OR, mean_I[removed_R], lost_RR)
         error = output_power(weight_OR, lost_RR)
         power = output_power(weight_OI, hessian_II)
-        return Decision(kept_units, weight_OI[:, columns_K], error, power, bias_O)
+        return Decision(kept, weight_OI[:, columns_K], error, power, bias_O)
 
     def replace(
         self, sublayer: Sublayer, weight_OR: Tensor, mean_R: Tensor, lost_RR: Tensor
@@ -171,15 +173,16 @@ def unit_sums(sublayer: Sublayer, score: Callable[[Any], Tensor]) -> Tensor:
         scores_U, from the rows of the input projections and the columns of the output projection.
     """
     sums_U = []
-    for name, segments in {**sublayer.spec.inputs, sublayer.spec.output: ()}.items():
+    for name in (*sublayer.spec.inputs, sublayer.spec.output):
         layer: Any = sublayer.module.get_submodule(name)
         scores_OI = score(layer)
         if isinstance(getattr(layer, "base_layer", layer), Conv1D):
             scores_OI = scores_OI.T
         is_output = name == sublayer.spec.output
         sums = scores_OI.sum(dim=0 if is_output else 1).cpu().double()
-        rows = unit_rows(len(sums), segments, sublayer.counts)
-        sums_U += [sums[rows_UR].sum(dim=1) for rows_UR in rows]
+        for _, rows in segment_rows(len(sums), sublayer.segments(name), sublayer.counts):
+            if len(rows) >= sublayer.num_units:  # else the units share them
+                sums_U.append(sums[rows.view(sublayer.num_units, -1)].sum(dim=1))
     return torch.stack(sums_U).sum(dim=0)
 
 

@@ -44,7 +44,7 @@ class LoRAPrune(ScoringMethod):
         from peft import LoraConfig, inject_adapter_in_model
 
         sublayers = sublayers_of(model)
-        num_keep = [number for width in widths for number in width]
+        kept = [number for width in widths for number in width]
         config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=linears_of(model))
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
@@ -62,11 +62,12 @@ class LoRAPrune(ScoringMethod):
                 add_gradient(model, sample_T)
             progress = min((step + 1) / len(batches) / FULLY_MASKED, 1)
             masked = 1 - (1 - progress) ** 3  # the masked share grows as a cubic
-            for sublayer, keep in zip(sublayers, num_keep, strict=True):
+            for sublayer, width in zip(sublayers, kept, strict=True):
                 scores_U = scores[sublayer.name]
                 new_U = unit_sums(sublayer, _lora_gradient_squared)
                 scores_U.mul_(MOVING_AVERAGE).add_(new_U, alpha=1 - MOVING_AVERAGE)
-                num_masked = round(masked * (sublayer.num_units - keep))
+                assert isinstance(width, int)  # only measured widths may be of another kind
+                num_masked = round(masked * (sublayer.num_units - width))
                 scores_U[scores_U.argsort(stable=True)[:num_masked]] = -torch.inf
             optimizer.step()
         return scores

@@ -7,14 +7,20 @@ Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 
 
 import logging
 
+from slimgpt.allocation.reallocation import Curve
+from slimgpt.allocation.shapes import Width
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Decision, Method
 from slimgpt.models.blocks import Sublayer
+from slimgpt.models.units import Kept
 from slimgpt.solver.elimination import (
     Elimination,
+    HeadCounts,
+    compensated_bias,
     eliminate_channel_groups,
     eliminate_channels,
+    eliminate_heads,
     eliminate_units,
 )
 from slimgpt.solver.hessian import Damping, Problem, Target, prepare
@@ -30,25 +36,32 @@ class SlimGPT(Method):
         self.needs_dense = config.correction > 0
         self.refit_epochs = config.refit_epochs
 
-    def decide(self, sublayer: Sublayer, num_keep: int, activations: Activations) -> Decision:
+    def decide(self, sublayer: Sublayer, width: Width, activations: Activations) -> Decision:
         """Eliminate the units with the smallest error, see `slimgpt.methods.base.Method.decide`."""
         problem = self._prepare(sublayer, activations)
-        left, errors = self.eliminate(problem, sublayer, sublayer.num_units - num_keep)
-        kept_units = left.kept_K[:: sublayer.unit_size] // sublayer.unit_size
+        left, curve = self.eliminate(problem, sublayer, width)
+        bias_O = sublayer.output.bias
+        if bias_O is not None:
+            bias_O = compensated_bias(problem, left, bias_O)
         return Decision(
-            kept_units,
+            _kept(sublayer, width, left),
             left.weight_OK,
             left.error,
             problem.power,
-            damping=problem.damping,
-            errors=errors,
+            bias_O,
+            problem.damping,
+            curve,
         )
 
     def eliminate(
-        self, problem: Problem, sublayer: Sublayer, num_remove: int
-    ) -> tuple[Elimination, tuple[float, ...]]:
+        self, problem: Problem, sublayer: Sublayer, width: Width
+    ) -> tuple[Elimination, Curve]:
         """Remove units; the second value, the errors at other widths, is empty here."""
         config = self.config
+        if not isinstance(width, int):
+            heads = HeadCounts(sublayer.num_units, sublayer.num_heads)
+            return eliminate_heads(problem, heads, HeadCounts(*width), config.head_error), ()
+        num_remove = sublayer.num_units - width
         if sublayer.unit_size > 1:
             size = sublayer.unit_size
             return eliminate_units(problem, num_remove, size, config.head_error), ()
@@ -62,9 +75,11 @@ class SlimGPT(Method):
         # Take the sums so that they are freed early: H is as large as the solver's other matrices.
         hessian_II, cross_OI = activations.take_sums()
         weight_OI = sublayer.output.weight.to(hessian_II.device)
-        damping = Damping(config.damping, config.damping_mode)
-        target = None if cross_OI is None else Target(cross_OI, config.correction)
-        problem = prepare(weight_OI, hessian_II, damping, target)
+        damping, target = Damping(config.damping, config.damping_mode), None
+        if cross_OI is not None:
+            target = Target(cross_OI, config.correction, activations.target_O)
+        mean_I = None if sublayer.output.bias is None else activations.mean_I
+        problem = prepare(weight_OI, hessian_II, damping, target, mean_I)
         if problem.damping > config.damping:
             log.warning(
                 "block %d, %s: the Hessian is singular to rounding, so its damping was raised "
@@ -75,3 +90,12 @@ class SlimGPT(Method):
                 problem.damping,
             )
         return problem
+
+
+def _kept(sublayer: Sublayer, width: Width, left: Elimination) -> Kept:
+    """The units and query heads to which the remaining columns belong."""
+    if isinstance(width, int):
+        return Kept(left.kept_K[:: sublayer.unit_size] // sublayer.unit_size)
+    head_size = sublayer.unit_size // sublayer.num_heads
+    heads = left.kept_K[::head_size] // head_size
+    return Kept(heads[:: width[1]] // sublayer.num_heads, heads)

@@ -1,7 +1,8 @@
 """The blocks of a live model, bound to the description of its family."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slimgpt.allocation.shapes import BlockShape, SublayerShape
+from slimgpt.allocation.shapes import BlockShape, SublayerShape, Width
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.family import SublayerSpec
 from slimgpt.models.layout import decoder_name, family_in
-from slimgpt.models.units import unit_columns, unit_rows
+from slimgpt.models.units import Kept, segment_rows, unit_columns
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Sublayer:
     module : nn.Module
         The sublayer itself.
     counts : mapping of str to int
-        Number of units (groups or channels), then of query heads; one unit if it is fixed.
+        Number of units (groups or channels), then of query heads; one unit if it is fixed. With a
+        single group, whose keys and values all query heads share, the units are the query heads.
     multiplier : float
         Factor of the output.
     """
@@ -102,6 +104,13 @@ class Sublayer:
         return next(iter(self.counts.values()))
 
     @property
+    def num_heads(self) -> int:
+        """Query heads of a group, if it can lose some of them; else 1."""
+        if self.couples_units:  # the attention of a live module relies on their number
+            return 1
+        return max(self.counts.get("head", 1) // self.num_units, 1)
+
+    @property
     def output(self) -> Projection:
         """The output projection, which loses columns and is compensated by the solver."""
         return _projection(self.module, self.spec.output)
@@ -121,6 +130,12 @@ class Sublayer:
         """Number of columns of the output projection per unit."""
         return self.output.in_features // self.num_units
 
+    def num_columns(self, width: Width) -> int:
+        """Number of columns of the output projection that so many units keep."""
+        if isinstance(width, int):
+            return width * self.unit_size
+        return math.prod(width) * self.unit_size // self.num_heads
+
     @property
     def couples_units(self) -> bool:
         """Whether a norm over all heads makes the units depend on each other."""
@@ -129,41 +144,57 @@ class Sublayer:
     @property
     def shape(self) -> SublayerShape:
         """The prunable units."""
-        params = sum(self.module.get_parameter(name).numel() for name in self.units())
+        params = dict.fromkeys(self.counts, 0)
+        for name, (axis, segments) in self._axes().items():
+            parameter = self.module.get_parameter(name)
+            for kind, rows in segments:
+                params[kind] += rows.numel() * parameter.numel() // parameter.shape[axis]
+        unit = next(iter(self.counts))
+        shared = {} if unit == "head" else params  # a single group keeps its keys and values
+        heads = self.num_heads
         return SublayerShape(
-            self.kind, self.num_units, params // self.num_units, not self.spec.widths
+            self.kind,
+            self.num_units,
+            sum((shared or {unit: params[unit]}).values()) // self.num_units,
+            not self.spec.widths,
+            heads,
+            params.get("head", 0) // self.counts["head"] if heads > 1 else 0,
         )
 
-    def units(self) -> dict[str, tuple[int, list[Tensor]]]:
-        """Find the rows and columns of every unit.
+    def slices(self, kept: Kept) -> dict[str, tuple[int, Tensor]]:
+        """Find what the kept units own of the parameters that shrink.
 
         Returns
         -------
         dict
-            For each parameter on a pruned axis, by its name in the module: the axis, and for each
-            segment of it the int64 indices (units, rows or columns of a unit).
+            For each of these parameters, by its name in the module: the axis that shrinks, and the
+            int64 indices there.
         """
-        output = self.output
-        axis, size = 0 if output.is_transposed else 1, output.in_features
-        found = {f"{self.spec.output}.weight": (axis, unit_rows(size, (), self.counts))}
-        segments = {**self.spec.inputs, **self.spec.vectors}
-        for name, parameter in self._parameters(segments):
-            owner = name.rpartition(".")[0]
-            axis = int(isinstance(self.module.get_submodule(owner), Conv1D) and parameter.dim() > 1)
-            found[name] = axis, unit_rows(parameter.shape[axis], segments[owner], self.counts)
-        return found
+        units = kept.units.cpu()
+        heads = None if kept.heads is None else kept.heads.cpu()
 
-    def slices(self, kept_units: Tensor) -> dict[str, tuple[int, Tensor]]:
-        """Find what the kept units own of each parameter: the axis, and the int64 indices."""
-        kept = kept_units.cpu()
+        def owned(kind: str, rows: Tensor) -> Tensor:
+            if heads is not None and kind == "head":
+                return rows[heads]
+            if len(rows) < self.num_units:  # the units share them
+                return rows
+            return rows.view(self.num_units, -1)[units]
+
         return {
-            name: (axis, torch.cat([rows[kept].flatten() for rows in segments]))
-            for name, (axis, segments) in self.units().items()
+            name: (axis, torch.cat([owned(*segment).flatten() for segment in segments]))
+            for name, (axis, segments) in self._axes().items()
         }
 
-    def columns(self, kept_units: Tensor) -> Tensor:
+    def columns(self, kept: Kept) -> Tensor:
         """Columns of the output projection that belong to the kept units, sorted."""
-        return unit_columns(kept_units, self.unit_size)
+        if kept.heads is not None:
+            return unit_columns(kept.heads, self.unit_size // self.num_heads)
+        return unit_columns(kept.units, self.unit_size)
+
+    def segments(self, name: str) -> Sequence[str]:
+        """What the rows of an input, or the columns of the output, belong to."""
+        found = {**self.spec.inputs, **self.spec.vectors}.get(name)
+        return found or ["head" if "head" in self.counts else next(iter(self.counts))]
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the norm before the sublayer."""
@@ -195,6 +226,20 @@ class Sublayer:
         if self.post_norm is not None:
             output = self.post_norm(output)
         return output if self.multiplier == 1 else output * self.multiplier
+
+    def _axes(self) -> dict[str, tuple[int, list[tuple[str, Tensor]]]]:
+        """The parameters on a pruned axis: the axis, and its `segment_rows`."""
+        found = {}
+        inputs = self._parameters((*self.spec.inputs, *self.spec.vectors))
+        output = f"{self.spec.output}.weight"
+        for name, parameter in (*inputs, (output, self.module.get_parameter(output))):
+            owner = name.rpartition(".")[0]
+            is_transposed = isinstance(self.module.get_submodule(owner), Conv1D)
+            axis = int(parameter.dim() > 1 and is_transposed != (name == output))
+            rows = segment_rows(parameter.shape[axis], self.segments(owner), self.counts)
+            if any(len(owned) >= self.num_units for _, owned in rows):
+                found[name] = axis, rows
+        return found
 
     def _parameters(self, modules: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and value of the parameters of those modules that exist."""
@@ -293,7 +338,10 @@ def _counts(spec: SublayerSpec, config: Any, module: nn.Module) -> dict[str, int
     """Number of units of a sublayer, and of what scales with them."""
     if "channel" in spec.widths:  # some configs leave the width to the class
         return {"channel": _projection(_required(module, spec.module), spec.output).in_features}
-    return {kind: getattr(config, key) for kind, key in spec.widths.items()} or {"sublayer": 1}
+    counts = {kind: getattr(config, key) for kind, key in spec.widths.items()} or {"sublayer": 1}
+    if counts.get("group") == 1:
+        return {"head": counts["head"], "group": 1}
+    return counts
 
 
 def _find(module: nn.Module, names: Iterable[str]) -> nn.Module | None:

@@ -4,7 +4,9 @@ import copy
 import logging
 import re
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -26,12 +30,13 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from slimgpt.errors import ConfigError, DataError, UnsupportedModelError
+from slimgpt.models.baichuan import llama_config, llama_tensors, read_baichuan
 from slimgpt.models.config_checks import check_generation_config, check_model_config, read_object
 from slimgpt.models.device import find_device
 from slimgpt.models.family import family_of
 from slimgpt.models.gguf_reading import BROKEN_GGUF, GGUFContent, complete_config, read_gguf
 from slimgpt.models.layout import auto_class_of, check_language_head, family_in
-from slimgpt.models.source import Source, adapter_error, find_file
+from slimgpt.models.source import CONVERT_PICKLES, Source, adapter_error, find_file
 from slimgpt.models.stored import (
     LOAD_ERRORS,
     StoredTensor,
@@ -59,15 +64,21 @@ def load_config(source: Source) -> PreTrainedConfig:
         If the family is not supported, the model is quantised or an adapter or needs remote code,
         or the weights in a local directory have another number of blocks.
     """
-    content = gguf_content(source)
+    content, translated = gguf_content(source), None
     if not source.gguf_file:
         if source.directory is None and find_file(source, ADAPTER_CONFIG_NAME):
             raise adapter_error(source.name, ADAPTER_CONFIG_NAME)
         if file := find_file(source, CONFIG_NAME):
-            check_model_config(source.name, read_object(file))
+            if baichuan := read_baichuan(source):
+                translated = llama_config(source.name, baichuan)
+            check_model_config(source.name, translated or read_object(file))
     try:
-        config = AutoConfig.from_pretrained(
-            source.location, trust_remote_code=False, **source.kwargs
+        config = (
+            LlamaConfig.from_dict(translated)
+            if translated
+            else AutoConfig.from_pretrained(
+                source.location, trust_remote_code=False, **source.kwargs
+            )
         )
     except LOAD_ERRORS as err:
         found = re.search(r"GGUF model with architecture (\S+) is", str(err))
@@ -114,7 +125,8 @@ def weight_files(source: Source) -> list[Path]:
         raise ConfigError(
             f"{source.name} has no {SAFE_WEIGHTS_NAME}, and no {SAFE_WEIGHTS_INDEX_NAME} that "
             "names other files",
-            hint="the weights have these names where a model was saved with save_pretrained",
+            hint="the weights have these names where a model was saved with save_pretrained; if it "
+            f"has pytorch_model.bin, {CONVERT_PICKLES}",
         )
     with loading(f"the weights of {source.name}"):
         return [Path(file) for file in get_checkpoint_shard_files(source.location, index)[0] or ()]
@@ -130,7 +142,10 @@ def read_stored(source: Source, config: PreTrainedConfig) -> dict[str, StoredTen
     UnsupportedModelError
         If the tensors are quantised or contradict the config.
     """
-    return match_config(source.name, read_headers(source.name, weight_files(source)), config)
+    stored = read_headers(source.name, weight_files(source))
+    if baichuan := read_baichuan(source):
+        stored = llama_tensors(source.name, baichuan, stored)
+    return match_config(source.name, stored, config)
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -156,21 +171,20 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     config = load_config(source)
     check_language_head(source.name, config)
     target = find_device(device)
+    stored: dict[str, StoredTensor] = {}
     if not source.gguf_file:
-        fit_tensors(source.name, read_stored(source, config), build_skeleton(config))
+        stored = fit_tensors(source.name, read_stored(source, config), build_skeleton(config))
     start = time.monotonic()
     log.info("loading %s", source.name)
     wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     loaded: Any
     with loading(f"the weights of {source.name}"):
-        loaded = auto_class_of(config).from_pretrained(
-            source.location,
+        loaded = _loader(source, config, stored)(
             config=config,
             dtype=torch.float32 if source.gguf_file else wanted,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **source.kwargs,
         )
     model, details = loaded
     if problems := [*details["missing_keys"], *details["mismatched_keys"]]:
@@ -192,6 +206,16 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     model.get_input_embeddings().register_forward_pre_hook(_check_tokens)
     with loading(f"{source.name} on {target}"):
         return model.to(target).eval().requires_grad_(False)
+
+
+def _loader(
+    source: Source, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]
+) -> Callable[..., Any]:
+    """The ``from_pretrained`` for these weights; those of Baichuan are translated in memory."""
+    if read_baichuan(source):
+        state = {name: tensor.read() for name, tensor in stored.items()}
+        return partial(LlamaForCausalLM.from_pretrained, None, state_dict=state)
+    return partial(auto_class_of(config).from_pretrained, source.location, **source.kwargs)
 
 
 def load_generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:

@@ -36,6 +36,15 @@ GEMMA3_ALIAS = "gemma3-270m"
 
 _ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
+# Loads nothing but tensors: whatever else is in a pickle is an error.
+CONVERT_PICKLES = (
+    "convert it to safetensors, in a sandbox you trust, in the model's directory: "
+    'python -c "import glob, torch; from safetensors.torch import save_file; '
+    "save_file({k: t.contiguous().clone() for f in glob.glob('pytorch_model*.bin') "
+    "for k, t in torch.load(f, weights_only=True).items()}, 'model.safetensors', "
+    "{'format': 'pt'})\""
+)
+
 _MERGE_COMMAND = (
     'python -c "from peft import AutoPeftModelForCausalLM as M; '
     "M.from_pretrained({!r}, dtype='auto').merge_and_unload().save_pretrained('merged')\""
@@ -303,7 +312,7 @@ def _check_directory(path: Path) -> None:
     if pickles:
         raise UnsupportedModelError(
             f"{path} has only pickled weights ({pickles[0]}); a pickle can run any code",
-            hint="convert it to safetensors: model.save_pretrained(...) in a sandbox you trust",
+            hint=CONVERT_PICKLES,
         )
     raise ConfigError(
         f"the directory {path} has no *.safetensors file",

@@ -10,15 +10,15 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
-from slimgpt.errors import MissingDependencyError, UnsupportedModelError
+from slimgpt.errors import MissingDependencyError, SlimGPTError, UnsupportedModelError
+from slimgpt.models.baichuan import read_baichuan
 from slimgpt.models.gguf_reading import GGUFContent
 from slimgpt.models.loading import gguf_content
 from slimgpt.models.pre_tokenizers import PRE_TOKENIZERS
+from slimgpt.models.sentencepiece_reading import SENTENCEPIECE_FILE, read_sentencepiece
 from slimgpt.models.source import Source, find_file
 from slimgpt.models.stored import cannot_load
 from slimgpt.runtime.files import read_json
-
-SENTENCEPIECE_FILE = "tokenizer.model"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,6 +49,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         If there is none, one of its files is broken, or the hub cannot be reached.
     MissingDependencyError
         If it is a SentencePiece model, and a package to read it is not installed.
+    UnsupportedModelError
+        If it is a SentencePiece model of Baichuan that cannot be converted.
     """
     content = gguf_content(source)
     try:
@@ -57,9 +59,17 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             tokenizer = PreTrainedTokenizerFast(
                 gguf_file=source.gguf_file, name_or_path=source.location
             )
+        elif read_baichuan(source):
+            tokenizer = (
+                PreTrainedTokenizerFast.from_pretrained(source.location)
+                if find_file(source, "tokenizer.json")
+                else read_sentencepiece(source)
+            )
         else:
             tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
         tokenizer("a")
+    except SlimGPTError:
+        raise
     except Exception as err:  # tokenizers raises no other class
         _check_tokenizer_files(source)
         raise cannot_load(f"the tokenizer of {source.name}", err) from err

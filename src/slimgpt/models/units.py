@@ -1,9 +1,25 @@
 """Rows and columns of a tensor that belong to a unit."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Kept(NamedTuple):
+    """Units that a sublayer keeps.
+
+    Attributes
+    ----------
+    units : Tensor
+        int64, sorted.
+    heads : Tensor or None
+        int64, sorted: the query heads that these groups keep, where those have lost some too.
+    """
+
+    units: Tensor
+    heads: Tensor | None = None
 
 
 def unit_columns(kept_units: Tensor, unit_size: int) -> Tensor:
@@ -25,8 +41,10 @@ def unit_columns(kept_units: Tensor, unit_size: int) -> Tensor:
     return (kept_units[:, None] * unit_size + offsets).flatten()
 
 
-def unit_rows(num_rows: int, segments: Sequence[str], counts: Mapping[str, int]) -> list[Tensor]:
-    """Compute the rows of each unit in a tensor of fused projections.
+def segment_rows(
+    num_rows: int, segments: Sequence[str], counts: Mapping[str, int]
+) -> list[tuple[str, Tensor]]:
+    """Compute the rows of each head, group or channel in a tensor of fused projections.
 
     Parameters
     ----------
@@ -34,22 +52,20 @@ def unit_rows(num_rows: int, segments: Sequence[str], counts: Mapping[str, int])
         Rows of the tensor.
     segments : sequence of str
         What the rows belong to, from top to bottom: ``head`` and ``group`` of attention, or
-        ``channel``. The fused projection of queries, keys and values is head, group, group. By
-        default all rows are one segment.
+        ``channel``. The fused projection of queries, keys and values is head, group, group.
     counts : mapping of str to int
-        How many of each there are. The first entry counts the units; all are multiples of it.
+        How many of each there are.
 
     Returns
     -------
-    list of Tensor
-        int64, (units, rows of a unit), one for each segment.
+    list of tuple
+        For each segment, what its rows belong to, and their indices: int64, (how many, rows of
+        each).
     """
-    first, num_units = next(iter(counts.items()))
-    segments = segments or [first]
     share = num_rows // sum(counts[kind] for kind in segments)
     rows, start = [], 0
     for kind in segments:
         end = start + share * counts[kind]
-        rows.append(torch.arange(start, end).view(num_units, -1))
+        rows.append((kind, torch.arange(start, end).view(counts[kind], -1)))
         start = end
     return rows

@@ -8,14 +8,14 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.calibration.activations import Stream, collect, pass_through, propagate
 from slimgpt.errors import NumericalError
 from slimgpt.methods.base import Method
 from slimgpt.models.blocks import Block, Projection, Sublayer
+from slimgpt.models.units import Kept
 from slimgpt.pruning.decisions import BlockPlan, SavedBlock, SublayerPlan
 from slimgpt.pruning.refit import refit
 from slimgpt.pruning.slicing import slice_sublayer
@@ -31,7 +31,7 @@ def prune_block(
     ----------
     block : Block
         The dense block, with its weights.
-    widths : tuple of int
+    widths : BlockWidths
         Units to keep, by sublayer.
     stream : Stream
         Residual stream before the block. On return, the stream after the pruned block.
@@ -47,8 +47,8 @@ def prune_block(
     """
     stream.enter(block)
     plans = (
-        _prune_sublayer(sublayer, num_keep, stream, method, activation_memory)
-        for sublayer, num_keep in zip(block.sublayers, widths, strict=True)
+        _prune_sublayer(sublayer, width, stream, method, activation_memory)
+        for sublayer, width in zip(block.sublayers, widths, strict=True)
     )
     return BlockPlan(block.index, tuple(plans))
 
@@ -68,18 +68,18 @@ def replay_block(block: Block, saved: SavedBlock, stream: Stream) -> None:
     stream.enter(block)
     for sublayer, decided in zip(block.sublayers, saved.plan.sublayers, strict=True):
         pass_through(sublayer, stream.dense())
-        if len(decided.keep) == sublayer.num_units:
+        if len(decided.keep) == sublayer.num_units and not decided.heads:
             pass_through(sublayer, stream)
             continue
         output, name = sublayer.output, sublayer.output_name
-        kept_units = torch.tensor(decided.keep, device=output.weight.device)
+        kept = decided.kept(output.weight.device)
         if output.bias is not None:
             _set_bias(output, saved.read(f"{name}.bias"))
         new_weight = output.oriented(saved.read(f"{name}.weight")).to(output.weight.device)
         if decided.refit is None:
-            _apply(sublayer, stream, kept_units, new_weight)
+            _apply(sublayer, stream, kept, new_weight)
         else:
-            slice_sublayer(sublayer, kept_units, new_weight)
+            slice_sublayer(sublayer, kept, new_weight)
             for input_name, linear in sublayer.inputs.items():
                 weight = saved.read(f"{sublayer.name}.{input_name}.weight")
                 linear.weight.copy_(linear.oriented(weight))
@@ -87,20 +87,20 @@ def replay_block(block: Block, saved: SavedBlock, stream: Stream) -> None:
 
 
 def _prune_sublayer(
-    sublayer: Sublayer, num_keep: int, stream: Stream, method: Method, activation_memory: int
+    sublayer: Sublayer, width: Width, stream: Stream, method: Method, activation_memory: int
 ) -> SublayerPlan:
-    if num_keep == sublayer.num_units:
+    if width == sublayer.num_units:
         pass_through(sublayer, stream.dense())
         pass_through(sublayer, stream)
-        return SublayerPlan(sublayer.kind, tuple(range(num_keep)))
+        return SublayerPlan(sublayer.kind, tuple(range(sublayer.num_units)))
     is_refit = method.refit_epochs > 0 and sublayer.kind == "ffn"
     # A refit changes the input projections, so kept activations would be stale.
     activations = collect(sublayer, stream, 0 if is_refit else activation_memory)
-    kept, output, plan = activations.kept, sublayer.output, None
-    new_weight = output.weight.new_empty(output.out_features, num_keep * sublayer.unit_size)
+    known, output, plan = activations.kept, sublayer.output, None
+    new_weight = output.weight.new_empty(output.out_features, sublayer.num_columns(width))
     if is_main():
         try:
-            decision = method.decide(sublayer, num_keep, activations)
+            decision = method.decide(sublayer, width, activations)
         except NumericalError as err:
             place = f"block {sublayer.block}, {sublayer.kind}"
             raise NumericalError(f"{place}: {err}", hint=err.hint) from err
@@ -109,24 +109,25 @@ def _prune_sublayer(
             _set_bias(output, decision.bias_O)
         plan = SublayerPlan(
             sublayer.kind,
-            tuple(decision.kept_units.tolist()),
+            tuple(decision.kept.units.tolist()),
             decision.error,
             decision.error / decision.power if decision.power else 0.0,
             decision.damping,
-            decision.errors,
+            () if decision.kept.heads is None else tuple(decision.kept.heads.tolist()),
+            tuple(decision.curve),
         )
         del decision
     del activations
     plan = broadcast(plan)
-    kept_units = torch.tensor(plan.keep, device=new_weight.device)
+    kept = plan.kept(new_weight.device)
     if output.bias is not None:
         broadcast_tensor(output.bias)
     new_weight = broadcast_tensor(new_weight)
     if not is_refit:
-        _apply(sublayer, stream, kept_units, new_weight, kept)
+        _apply(sublayer, stream, kept, new_weight, known)
         return plan
     dense = replace(sublayer, module=copy.deepcopy(sublayer.module))
-    slice_sublayer(sublayer, kept_units, new_weight)
+    slice_sublayer(sublayer, kept, new_weight)
     error_ratio = refit(sublayer, dense, stream, method.config)
     pass_through(sublayer, stream)
     return replace(plan, refit=error_ratio)
@@ -140,13 +141,13 @@ def _set_bias(output: Projection, bias_O: Tensor) -> None:
 def _apply(
     sublayer: Sublayer,
     stream: Stream,
-    kept_units: Tensor,
+    kept: Kept,
     new_weight: Tensor,
-    kept: Sequence[Tensor] = (),
+    known: Sequence[Tensor] = (),
 ) -> None:
     if sublayer.couples_units:  # without the others, the kept units have other activations
-        slice_sublayer(sublayer, kept_units, new_weight)
+        slice_sublayer(sublayer, kept, new_weight)
         pass_through(sublayer, stream)
         return
-    propagate(sublayer, stream, sublayer.columns(kept_units), new_weight, kept)
-    slice_sublayer(sublayer, kept_units, new_weight)
+    propagate(sublayer, stream, sublayer.columns(kept), new_weight, known)
+    slice_sublayer(sublayer, kept, new_weight)

@@ -6,10 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from slimgpt.allocation.shapes import Width
 from slimgpt.models.stored import read_tensor
+from slimgpt.models.units import Kept
 from slimgpt.models.weights import read_metadata
 from slimgpt.runtime.files import reading
 
@@ -31,8 +34,10 @@ class SublayerPlan:
         error divided by E‖y‖². Both are measured before the refit.
     damping : float
         Damping that the Hessian needed; 0 if nothing was removed or no Hessian was factorised.
-    errors : tuple of float
-        In a sensitivity pass, the error after each of `measured_removals`, damping included.
+    heads : tuple of int
+        Query heads kept, sorted, if the groups lose query heads too; else empty.
+    curve : tuple
+        In a sensitivity pass, smaller and smaller widths with the error at each, damping included.
     refit : float or None
         Error ratio of the refit: squared error after the refit over that before. None without a
         refit.
@@ -43,8 +48,19 @@ class SublayerPlan:
     error: float = 0.0
     relative_error: float = 0.0
     damping: float = 0.0
-    errors: tuple[float, ...] = ()
+    heads: tuple[int, ...] = ()
+    curve: tuple[tuple[Width, float], ...] = ()
     refit: float | None = None
+
+    def kept(self, device: torch.device) -> Kept:
+        """The units kept, as tensors."""
+        heads = torch.tensor(self.heads, device=device) if self.heads else None
+        return Kept(torch.tensor(self.keep, device=device), heads)
+
+    def __str__(self) -> str:
+        """Summarise the kept units and the error."""
+        heads = f" with {len(self.heads)} query heads" if self.heads else ""
+        return f"{len(self.keep)} {_UNITS[self.kind]}{heads} kept, error {self.relative_error:.4f}"
 
 
 @dataclass(frozen=True)
@@ -55,15 +71,12 @@ class BlockPlan:
     sublayers: tuple[SublayerPlan, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to JSON values, without empty lists of errors."""
+        """Convert to JSON values, without empty lists."""
         return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v != ()})
 
     def __str__(self) -> str:
         """Summarise the kept units and the errors for the log."""
-        return ", ".join(
-            f"{len(plan.keep)} {_UNITS[plan.kind]} kept, error {plan.relative_error:.4f}"
-            for plan in self.sublayers
-        )
+        return ", ".join(map(str, self.sublayers))
 
 
 @dataclass(frozen=True)

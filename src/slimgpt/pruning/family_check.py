@@ -22,6 +22,7 @@ from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.blocks import Block, Sublayer, bind, decoder_of
 from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton
+from slimgpt.models.units import Kept
 from slimgpt.pruning.slicing import slice_sublayer
 
 NUM_SAMPLES, NUM_TOKENS, VOCABULARY = 2, 8, 16
@@ -118,14 +119,14 @@ def _smaller(config: PreTrainedConfig, widths: Sequence[BlockWidths]) -> list[Bl
 def _halved(blocks: Sequence[Block], kind: str) -> list[BlockWidths]:
     """Widths of a model that keeps every second unit of one kind of sublayer."""
     return [
-        tuple(len(_kept(s)) if s.kind == kind else s.num_units for s in block.sublayers)
+        tuple(len(_kept(s).units) if s.kind == kind else s.num_units for s in block.sublayers)
         for block in blocks
     ]
 
 
-def _kept(sublayer: Sublayer) -> Tensor:
+def _kept(sublayer: Sublayer) -> Kept:
     """Every second unit, or all if none can be removed."""
-    return torch.arange(0, sublayer.num_units, 2 if sublayer.spec.widths else 1)
+    return Kept(torch.arange(0, sublayer.num_units, 2 if sublayer.spec.widths else 1))
 
 
 def _distinct(blocks: Sequence[Block]) -> Iterator[Block]:
@@ -202,10 +203,10 @@ def _check_form(block: Block, stream: Stream, returns_tuple: bool) -> float:
 def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream) -> SublayerCheck:
     """Compare a block that was built with half of a sublayer's units with one that was sliced."""
     place = f"block {block.index}, {sublayer.kind}"
-    kept_units, module = _kept(sublayer), copy.deepcopy(sublayer.module)
+    kept, module = _kept(sublayer), copy.deepcopy(sublayer.module)
     sliced = replace(sublayer, module=module)
-    weight_OK = sublayer.output.weight[:, sublayer.columns(kept_units)]
-    slice_sublayer(sliced, kept_units, weight_OK)
+    weight_OK = sublayer.output.weight[:, sublayer.columns(kept)]
+    slice_sublayer(sliced, kept, weight_OK)
     prefix = sublayer.name.removeprefix(block.name).removeprefix(".")
     state = block.module.state_dict()
     state |= {f"{prefix}.{k}".removeprefix("."): v for k, v in module.state_dict().items()}
@@ -218,13 +219,13 @@ def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream)
                 f"{wanted.get(name)}, but the description of its family gives {found}",
                 hint="name the tensor and its segments in the family's file",
             )
-    tensors = tuple(sublayer.slices(kept_units))
-    if len(kept_units) == sublayer.num_units:
+    tensors = tuple(sublayer.slices(kept))
+    if len(kept.units) == sublayer.num_units:
         return SublayerCheck(block.index, sublayer.kind, tensors, None)
     if not sublayer.couples_units:  # then the removed units can be masked
         sliced = replace(sublayer, module=copy.deepcopy(sublayer.module))
         masked_OI = torch.zeros_like(sublayer.output.weight)
-        masked_OI[:, sublayer.columns(kept_units)] = weight_OK
+        masked_OI[:, sublayer.columns(kept)] = weight_OK
         sliced.output.weight.copy_(masked_OI)
     small.module.load_state_dict(state, assign=True)
     try:

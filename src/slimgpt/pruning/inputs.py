@@ -177,21 +177,22 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     size, num_params = skeleton.dtype.itemsize, skeleton.num_parameters()
     blocks, solvers, num_removed = list(bind(skeleton)), [], 0
     sublayers = [
-        (sublayer, num_keep)
-        for block, width in zip(blocks, widths, strict=True)
-        for sublayer, num_keep in zip(block.sublayers, width, strict=True)
+        (sublayer, width)
+        for block, block_widths in zip(blocks, widths, strict=True)
+        for sublayer, width in zip(block.sublayers, block_widths, strict=True)
     ]
-    for sublayer, num_keep in sublayers:
+    for sublayer, width in sublayers:
         shape, output = sublayer.shape, sublayer.output
-        num_units = shape.num_units - num_keep
-        num_removed += num_units * shape.unit_params
-        columns = num_units * sublayer.unit_size * (2 if measures else 1)  # and further ones
+        whole, kept = shape.num_units * shape.unit_params, shape.kept_params(width)
+        num_removed += whole - kept
+        columns = output.in_features - sublayer.num_columns(width)
+        if measures:  # and further ones
+            columns = 2 * (output.in_features if shape.heads > 1 else columns)
         solvers.append(
             solver_bytes(output.out_features, output.in_features, columns, method.needs_dense)
         )
-        if method.refit_epochs and shape.kind == "ffn" and num_units:
-            whole = shape.num_units * shape.unit_params
-            solvers.append(refit_bytes(whole, num_keep * shape.unit_params, size))
+        if method.refit_epochs and shape.kind == "ffn" and kept < whole:
+            solvers.append(refit_bytes(whole, kept, size))
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
     if measures:
         whole = max(whole, probe_bytes(skeleton, config.nsamples, inputs.seqlen))

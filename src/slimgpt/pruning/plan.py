@@ -150,11 +150,12 @@ def attention_share(config: Any) -> float:
     matrices of head_dim × hidden_size; in MHA (g = 1) it has 4. Assume that the errors of attention
     and FFN grow with the squares of their ratios. Then, for a fixed number of removed parameters,
     the sum of the errors is smallest when attention's ratio is proportional to the parameters that
-    a head frees: (2 + 2/g)/4 of its ratio in MHA, which is 1.
+    a head frees: (2 + 2/g)/4 of its ratio in MHA, which is 1. A query head of a single group frees
+    no part of its kv head: 2/4.
     """
     keys = family_in(config).widths("attention")
     if not keys:
         return 1.0
     first = config.get_text_config().per_layer_config[0]
     groups, heads = (getattr(first, key) for key in keys)
-    return (1 + groups / heads) / 2
+    return (1 + groups / heads) / 2 if groups > 1 else 0.5

@@ -18,17 +18,19 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn.functional import kl_div, linear, log_softmax
 
 from slimgpt.allocation.reallocation import (
     PROBE_TOKENS,
     SENSITIVITY_SHARE,
+    Curve,
     measured_removals,
     move_units,
     probe_samples,
 )
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths, SublayerShape, Width
 from slimgpt.calibration.activations import TOKENS_PER_BATCH, Stream, embed, run_sublayer
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
@@ -37,13 +39,20 @@ from slimgpt.models.blocks import Block, Sublayer
 from slimgpt.models.device import autocast
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.pruning.block import replay_block
-from slimgpt.pruning.decisions import SavedBlock
+from slimgpt.pruning.decisions import SavedBlock, SublayerPlan
 from slimgpt.pruning.job import Job
 from slimgpt.pruning.plan import initial_widths
 from slimgpt.pruning.sequential import sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.run_directory import WIDTHS_FILE
-from slimgpt.solver.elimination import Elimination, eliminate_channels, eliminate_units
+from slimgpt.solver.elimination import (
+    Elimination,
+    HeadCounts,
+    HeadParams,
+    eliminate_channels,
+    eliminate_units,
+    trace_heads,
+)
 from slimgpt.solver.hessian import Problem
 
 log = logging.getLogger(__name__)
@@ -57,12 +66,20 @@ class MeasuringSlimGPT(SlimGPT):
         self.refit_epochs = 0
 
     def eliminate(
-        self, problem: Problem, sublayer: Sublayer, num_remove: int
-    ) -> tuple[Elimination, tuple[float, ...]]:
-        """Remove units; also return the error after each of `measured_removals`, with damping."""
-        step = sublayer.shape.step(self.config.multiple_of)
-        num_keep = sublayer.num_units - num_remove
-        removals = measured_removals(sublayer.num_units, num_keep, step)
+        self, problem: Problem, sublayer: Sublayer, width: Width
+    ) -> tuple[Elimination, Curve]:
+        """Remove units; also return the errors, with damping, at smaller and smaller widths.
+
+        They are those of `measured_removals`; or, if query heads may go, those on the path of
+        `slimgpt.solver.elimination.trace_heads` to twice the removed parameters.
+        """
+        assert isinstance(width, int)
+        shape, num_units = sublayer.shape, sublayer.num_units
+        if shape.heads > 1 and self.config.query_heads:
+            left, _ = super().eliminate(problem, sublayer, width)
+            return left, self._path(problem, shape, 2 * (num_units - width) * shape.unit_params)
+        num_remove = num_units - width
+        removals = measured_removals(num_units, width, shape.step(self.config.multiple_of))
         further = removals[-1] - num_remove
         if sublayer.unit_size > 1:
             size, error = sublayer.unit_size, self.config.head_error
@@ -70,7 +87,16 @@ class MeasuringSlimGPT(SlimGPT):
         else:
             left = eliminate_channels(problem, num_remove, num_further=further)
         errors = left.errors.cumsum(dim=0).tolist()
-        return left, tuple(errors[removed - 1] for removed in removals)
+        return left, tuple((num_units - removed, errors[removed - 1]) for removed in removals)
+
+    def _path(self, problem: Problem, shape: SublayerShape, num_params: int) -> Curve:
+        heads = HeadCounts(shape.num_units, shape.heads)
+        params = HeadParams(shape.head_params, shape.unit_params - shape.heads * shape.head_params)
+        _, *path = trace_heads(problem, heads, params, num_params, self.config.head_error)
+        return tuple(
+            (groups if per_group == shape.heads else (groups, per_group), error)
+            for (groups, per_group), _, error in path
+        )
 
 
 def measured_widths(job: Job) -> list[BlockWidths]:
@@ -112,7 +138,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
             for name in names:
                 run.discard(name)
     values = broadcast(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
-    return [tuple(width) for width in values]
+    return TypeAdapter(list[BlockWidths]).validate_python(values)
 
 
 def _moved(
@@ -138,8 +164,8 @@ def _moved(
         ]
         for block, block_costs in zip(blocks, costs, strict=True)
     ]
-    errors = [[plan.errors for plan in block.plan.sublayers] for block in blocks]
-    return move_units(job.shapes, widths, errors, prices, job.config.multiple_of)
+    curves = [[plan.curve for plan in block.plan.sublayers] for block in blocks]
+    return move_units(job.shapes, widths, curves, prices)
 
 
 @torch.no_grad()
@@ -148,10 +174,11 @@ def sensitivities(
 ) -> list[list[float]]:
     """First-order estimate of the KL reduction if one sublayer's pruning were undone.
 
-    Let W be the output projection of a sublayer, W + ΔW the one of the pruned model (0 in removed
-    columns), x its input there, and g the gradient of KL(model ‖ pruned model) with respect to its
-    output. Undoing the change reduces the divergence by E[gᵀ ΔW x]. The backward pass goes from the
-    last block to the first and recomputes each block from its saved input.
+    Let W and b be the output projection of a sublayer, W + ΔW (0 in removed columns) and b + Δb
+    those of the pruned model, x its input there, and g the gradient of KL(model ‖ pruned model)
+    with respect to its output. Undoing the change reduces the divergence by E[gᵀ (ΔW x + Δb)]. The
+    backward pass goes from the last block to the first and recomputes each block from its saved
+    input.
 
     Parameters
     ----------
@@ -207,27 +234,29 @@ def _pull_back(
 
     `stream` is the residual stream before the block. Returns the sum of gᵀ ΔW x of each sublayer.
     """
-    new_weights = [
-        _new_weight(sublayer, saved, plan.keep)
+    projections = [
+        _pruned_projection(sublayer, saved, plan)
         for sublayer, plan in zip(block.sublayers, saved.plan.sublayers, strict=True)
     ]
-    costs = [0.0] * len(new_weights)
+    costs = [0.0] * len(projections)
     for input_NTC, given_NTC in zip(
         stream.batches(), gradient_NTC.split(stream.batch_size), strict=True
     ):
-        device = new_weights[0].device
+        device = projections[0][0].device
         first = state = input_NTC.to(device).detach().requires_grad_()
         outputs, changes = [], []
-        for sublayer, new_OI in zip(block.sublayers, new_weights, strict=True):
+        for sublayer, (new_OI, new_O) in zip(block.sublayers, projections, strict=True):
             source = first if block.is_parallel else state
             with torch.enable_grad():
                 batch_NTI = run_sublayer(sublayer, stream, source)
                 with autocast(new_OI):
-                    output = linear(batch_NTI, new_OI, sublayer.output.bias).to(state.dtype)
+                    output = linear(batch_NTI, new_OI, new_O).to(state.dtype)
                     state = state + sublayer.contribution(output)
                 outputs.append(output)
             with autocast(new_OI):
-                changes.append(linear(batch_NTI, new_OI - sublayer.output.weight))
+                old_O = sublayer.output.bias
+                change_O = None if new_O is None or old_O is None else new_O - old_O
+                changes.append(linear(batch_NTI, new_OI - sublayer.output.weight, change_O))
         before, *gradients = torch.autograd.grad(state, [first, *outputs], given_NTC.to(device))
         for index, (g, change) in enumerate(zip(gradients, changes, strict=True)):
             costs[index] += float((g.float() * change.float()).sum())
@@ -235,12 +264,16 @@ def _pull_back(
     return costs
 
 
-def _new_weight(sublayer: Sublayer, saved: SavedBlock, keep: Sequence[int]) -> Tensor:
-    """The output projection of the pruned model, with zeros in the removed columns."""
-    old_OI = sublayer.output.weight
-    if len(keep) == sublayer.num_units:
-        return old_OI
+def _pruned_projection(
+    sublayer: Sublayer, saved: SavedBlock, plan: SublayerPlan
+) -> tuple[Tensor, Tensor | None]:
+    """Weight of the pruned model's output projection, with zeros in removed columns, and bias."""
+    old_OI, bias_O = sublayer.output.weight, sublayer.output.bias
+    if len(plan.keep) == sublayer.num_units:
+        return old_OI, bias_O
+    if bias_O is not None:
+        bias_O = saved.read(f"{sublayer.output_name}.bias").to(bias_O.device)
     weight_OK = sublayer.output.oriented(saved.read(f"{sublayer.output_name}.weight"))
     weight_OK = weight_OK.to(old_OI.device)
-    columns_K = sublayer.columns(torch.tensor(keep, device=old_OI.device))
-    return torch.zeros_like(old_OI).index_copy_(1, columns_K, weight_OK)
+    columns_K = sublayer.columns(plan.kept(old_OI.device))
+    return torch.zeros_like(old_OI).index_copy_(1, columns_K, weight_OK), bias_O
