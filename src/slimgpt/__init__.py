@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from slimgpt.experiments.runner import run_recipe as run_recipe
     from slimgpt.exporting.export import ExportResult as ExportResult
     from slimgpt.exporting.export import export as export
+    from slimgpt.pruning.family_check import FamilyCheck as FamilyCheck
+    from slimgpt.pruning.family_check import check as check
     from slimgpt.pruning.plan import PrunePlan as PrunePlan
     from slimgpt.pruning.plan import plan as plan
     from slimgpt.pruning.prune import PruneResult as PruneResult
@@ -37,6 +39,7 @@ _HOMES = {
     "EvalResult": "evaluation.perplexity",
     "Evaluation": "evaluation.evaluate",
     "ExportResult": "exporting.export",
+    "FamilyCheck": "pruning.family_check",
     "ModelSummary": "checkpoint.inspection",
     "PrunePlan": "pruning.plan",
     "PruneResult": "pruning.prune",
@@ -45,6 +48,7 @@ _HOMES = {
     "SlimGPTError": "errors",
     "TaskResult": "evaluation.evaluate",
     "bench": "benchmarking.bench",
+    "check": "pruning.family_check",
     "evaluate": "evaluation.evaluate",
     "export": "exporting.export",
     "inspect": "checkpoint.inspection",

@@ -98,7 +98,7 @@ def masked_logits(dense: Path, output: Path) -> Tensor | None:
     tensors = load_file(output / "model.safetensors")
     for block, plan in zip(bind(model), blocks, strict=True):
         for sublayer, decided in zip(block.sublayers, plan["sublayers"], strict=True):
-            if sublayer.couples_units:
+            if sublayer.spec.couples_units:
                 return None
             output_layer = sublayer.output
             heads = torch.tensor(decided["heads"]) if decided.get("heads") else None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT, TINY, make_tiny_model
+from conftest import TEXT, TINY, Run, make_tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -380,6 +380,13 @@ def test_a_tensor_that_is_there_twice(pruned: Callable[[str], Pruned], tmp_path:
     (tmp_path / "config.json").write_bytes((case.dense / "config.json").read_bytes())
     with pytest.raises(UnsupportedModelError, match="are the same tensor of the model"):
         load_model(find_model(tmp_path))
+
+
+def test_the_types_are_listed(run: Run) -> None:
+    code, out, _ = run("families")
+    assert code == 0
+    assert all(model_type in out for model_type in WRAPPER_TYPES)
+    assert "qwen3_vl_text" in out
 
 
 def test_measured_widths_and_text_of_its_own(

@@ -23,6 +23,7 @@ import slimgpt
 from slimgpt.cli.options import options_of
 from slimgpt.cli.tables import (
     bench_lines,
+    check_lines,
     perplexity_lines,
     plan_table,
     pruning_table,
@@ -189,8 +190,19 @@ def recover(
 
 
 @app.command("inspect")
-def inspect_model(model: Model, as_json: Json = False) -> None:
+def inspect_model(
+    model: Model,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Check that the description of its family holds for MODEL."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show the widths and parameters of MODEL, dense or pruned."""
+    if check:
+        found = slimgpt.check(model)
+        _emit(found, check_lines(found), as_json)
+        return
     summary = slimgpt.inspect(model)
     table = Table("block", "heads", "kv heads", "channels", "attention params", "ffn params")
     for index, block in enumerate(summary.blocks):
@@ -198,6 +210,25 @@ def inspect_model(model: Model, as_json: Json = False) -> None:
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
     header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
     _emit(summary, (header, table, f"parameters: {kinds}", *pruning_table(summary)), as_json)
+
+
+@app.command()
+def families(as_json: Json = False) -> None:
+    """List the model types that can be pruned, and what can be pruned of them."""
+    from slimgpt.models.family import WRAPPER_TYPES, load_families
+
+    found = sorted(load_families().items())
+    table, reasons = Table("model type", "pruned units", "tested with"), {}
+    rows = []
+    for model_type, family in found:
+        tested = family.real_weights.get(model_type, "random weights")
+        table.add_row(model_type, ", ".join(family.units), tested)
+        rows.append({"model_type": model_type, "units": family.units, "tested": tested})
+        for reason in family.reasons:
+            reasons.setdefault(reason, []).append(model_type)
+    lines = [f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()]
+    lines.append(f"the text model inside {', '.join(WRAPPER_TYPES)} is pruned, all else is copied")
+    _emit(rows, (table, *lines), as_json)
 
 
 @app.command()

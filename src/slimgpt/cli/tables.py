@@ -50,6 +50,22 @@ def ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
     return tuple(f"{name}: {value}" for name, value in tables.sizes(planned).items())
 
 
+def check_lines(found: "slimgpt.FamilyCheck") -> tuple[Any, ...]:
+    """Show what the check of a family compared."""
+    table = rich.Table("block", "sublayer", "tensors that shrink", "difference")
+    for sublayer in found.sublayers:
+        difference = "" if sublayer.difference is None else f"{sublayer.difference:.0e}"
+        names = ", ".join(sublayer.tensors) if difference else "none: nothing can be removed"
+        table.add_row(str(sublayer.block), sublayer.kind, names, difference)
+    blocks = ", ".join(f"{index} ({value:.0e})" for index, value in found.differences.items())
+    return (
+        f"{found.model_type}: the description holds, with random weights",
+        f"blocks that equal the form in which they are pruned, one of each kind: {blocks}",
+        "blocks with half of a sublayer's units, and the dense ones without the others:",
+        table,
+    )
+
+
 def plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     """Show the widths of every block."""
     names = {"attention": "kv groups", "ffn": "channels"}

@@ -106,7 +106,7 @@ class Sublayer:
     @property
     def num_heads(self) -> int:
         """Query heads of a group, if it can lose some of them; else 1."""
-        if self.couples_units:  # the attention of a live module relies on their number
+        if self.spec.couples_units:  # the attention of a live module relies on their number
             return 1
         return max(self.counts.get("head", 1) // self.num_units, 1)
 
@@ -135,11 +135,6 @@ class Sublayer:
         if isinstance(width, int):
             return width * self.unit_size
         return math.prod(width) * self.unit_size // self.num_heads
-
-    @property
-    def couples_units(self) -> bool:
-        """Whether a norm over all heads makes the units depend on each other."""
-        return any(p.dim() == 1 for name, p in self._parameters(self.spec.vectors))
 
     @property
     def shape(self) -> SublayerShape:

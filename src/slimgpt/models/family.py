@@ -58,6 +58,8 @@ class SublayerSpec(BaseModel):
         bottom, see `slimgpt.models.units.unit_rows`.
     vectors : mapping of str to tuple
         Norms of the module whose weights shrink with the units; some models lack them.
+    couples_units : bool
+        Whether one of these norms is over all heads, so that each head depends on the others.
     output : str
         The linear layer that loses columns.
     widths : mapping of str to str
@@ -80,6 +82,7 @@ class SublayerSpec(BaseModel):
     chain: tuple[str, ...] = ()
     inputs: Mapping[str, tuple[Segment, ...]] = {}
     vectors: Mapping[str, tuple[Segment, ...]] = {}
+    couples_units: bool = False
     output: str
     widths: Mapping[Segment, str] = {}
     reason: str = ""
@@ -94,6 +97,9 @@ class Family(BaseModel):
     ----------
     model_types : tuple of str
         Values of ``model_type`` in the config.
+    real_weights : mapping of str to str
+        Model types of which a model with real weights is among the tests, and that model. The
+        others are tested with random weights.
     decoder, blocks : str
         Path of the decoder in the causal language model, and of its list of blocks in the decoder.
     sublayers : tuple of SublayerSpec
@@ -109,12 +115,32 @@ class Family(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_types: tuple[str, ...]
+    real_weights: Mapping[str, str] = {}
     decoder: str
     blocks: str
     sublayers: tuple[SublayerSpec, ...]
     parallel: bool | str = False
     multiplier: str | None = None
     returns_tuple: bool = False
+
+    @property
+    def units(self) -> list[str]:
+        """Names of the units that can be pruned."""
+        names = {"attention": "kv groups, query heads", "ffn": "channels"}
+        return [
+            "kv groups" if spec.couples_units else names[spec.kind]
+            for spec in self.sublayers
+            if spec.widths
+        ]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Say what cannot be pruned, and why."""
+        return [
+            f"{spec.layer_type or spec.kind}: {spec.reason}"
+            for spec in self.sublayers
+            if not spec.widths
+        ]
 
     def layer(self, config: Any, index: int) -> list[SublayerSpec]:
         """List the sublayers of one block of a model with this config."""

@@ -145,7 +145,7 @@ def _apply(
     new_weight: Tensor,
     known: Sequence[Tensor] = (),
 ) -> None:
-    if sublayer.couples_units:  # without the others, the kept units have other activations
+    if sublayer.spec.couples_units:  # without the others, the kept units have other activations
         slice_sublayer(sublayer, kept, new_weight)
         pass_through(sublayer, stream)
         return

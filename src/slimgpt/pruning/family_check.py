@@ -21,7 +21,8 @@ from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.blocks import Block, Sublayer, bind, decoder_of
 from slimgpt.models.layout import family_in
-from slimgpt.models.loading import build_skeleton
+from slimgpt.models.loading import build_skeleton, load_config
+from slimgpt.models.source import find_model
 from slimgpt.models.units import Kept
 from slimgpt.pruning.slicing import slice_sublayer
 
@@ -69,6 +70,24 @@ class FamilyCheck:
     model_type: str
     differences: dict[int, float]
     sublayers: tuple[SublayerCheck, ...]
+
+
+def check(model: str) -> FamilyCheck:
+    """Check that the description of a model's family holds for it, without reading weights.
+
+    `slimgpt.prune` does the same before any work.
+
+    Parameters
+    ----------
+    model : str
+        A hub id, a local directory, a local ``.gguf`` file, or the name of an embedded model.
+
+    Raises
+    ------
+    SlimGPTError
+        If the model cannot be read, or see `check_family`.
+    """
+    return check_family(load_config(find_model(model)))
 
 
 def check_family(config: PreTrainedConfig) -> FamilyCheck:
@@ -222,7 +241,7 @@ def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream)
     tensors = tuple(sublayer.slices(kept))
     if len(kept.units) == sublayer.num_units:
         return SublayerCheck(block.index, sublayer.kind, tensors, None)
-    if not sublayer.couples_units:  # then the removed units can be masked
+    if not sublayer.spec.couples_units:  # then the removed units can be masked
         sliced = replace(sublayer, module=copy.deepcopy(sublayer.module))
         masked_OI = torch.zeros_like(sublayer.output.weight)
         masked_OI[:, sublayer.columns(kept)] = weight_OK
