@@ -41,6 +41,13 @@ class SublayerShape:
         """Step of the sublayer's width: `multiple_of` for channels, 1 for groups."""
         return multiple_of if self.kind == "ffn" else 1
 
+    @property
+    def smallest_step(self) -> "Width":
+        """Width after the smallest step of attention: one head less, of each group if possible."""
+        if self.heads > 1:
+            return self.num_units, self.heads - 1
+        return max(self.num_units - 1, 1)
+
     def least(self, multiple_of: int) -> int:
         """Fewest units that the sublayer may keep: one step, or all if it is fixed."""
         return self.num_units if self.is_fixed else min(self.step(multiple_of), self.num_units)

@@ -187,7 +187,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         num_removed += whole - kept
         columns = output.in_features - sublayer.num_columns(width)
         if measures:  # and further ones
-            columns = 2 * (output.in_features if shape.heads > 1 else columns)
+            columns = 2 * (output.in_features if shape.kind == "attention" else columns)
         solvers.append(
             solver_bytes(output.out_features, output.in_features, columns, method.needs_dense)
         )

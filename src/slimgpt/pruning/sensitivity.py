@@ -73,11 +73,12 @@ class MeasuringSlimGPT(SlimGPT):
         They are those of `measured_removals`; or, if query heads may go, those on the path of
         `slimgpt.solver.elimination.trace_heads` to twice the removed parameters.
         """
-        assert isinstance(width, int)
         shape, num_units = sublayer.shape, sublayer.num_units
         if shape.heads > 1 and self.config.query_heads:
             left, _ = super().eliminate(problem, sublayer, width)
-            return left, self._path(problem, shape, 2 * (num_units - width) * shape.unit_params)
+            removed = shape.kept_params(num_units) - shape.kept_params(width)
+            return left, self._path(problem, shape, 2 * removed)
+        assert isinstance(width, int)
         num_remove = num_units - width
         removals = measured_removals(num_units, width, shape.step(self.config.multiple_of))
         further = removals[-1] - num_remove
@@ -102,7 +103,8 @@ class MeasuringSlimGPT(SlimGPT):
 def measured_widths(job: Job) -> list[BlockWidths]:
     """Reallocate units among all sublayers by their effect on the model's output.
 
-    Sublayers that the schedule leaves intact are not measured, so they stay intact.
+    An FFN that the schedule leaves intact is not measured, so it stays intact. If query heads may
+    go, an attention that it leaves intact loses its smallest step in the measurement.
 
     Parameters
     ----------
@@ -129,7 +131,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
             samples_NT=job.samples_NT[::SENSITIVITY_SHARE],
         )
         log.info("sensitivity of the layers, with %d of the samples", len(measuring.samples_NT))
-        sequential_pass(measuring, widths, "sensitivity")
+        sequential_pass(measuring, _start(job, widths), "sensitivity")
         if is_main():
             names = [run.block_file(index, "sensitivity") for index in range(len(widths))]
             moved = _moved(job, widths, [SavedBlock.open(run.saved(name)) for name in names])
@@ -139,6 +141,21 @@ def measured_widths(job: Job) -> list[BlockWidths]:
                 run.discard(name)
     values = broadcast(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
     return TypeAdapter(list[BlockWidths]).validate_python(values)
+
+
+def _start(job: Job, widths: Sequence[BlockWidths]) -> list[BlockWidths]:
+    """Widths of the sensitivity pass: the scheduled ones, but every attention loses something."""
+    if not job.config.query_heads or job.config.attention_share == 0:
+        return list(widths)
+    return [
+        tuple(
+            sub.smallest_step
+            if sub.kind == "attention" and width == sub.num_units and not sub.is_fixed
+            else width
+            for sub, width in zip(shape.sublayers, block, strict=True)
+        )
+        for shape, block in zip(job.shapes, widths, strict=True)
+    ]
 
 
 def _moved(
