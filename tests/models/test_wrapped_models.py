@@ -615,8 +615,9 @@ def test_what_needs_predictions_of_tokens_is_refused(
         lambda model, output: slimgpt.evaluate(model, data=TEXT, seqlen=32),
         lambda model, output: slimgpt.recover(model, output, data=TEXT, eval_data=TEXT, seqlen=32),
         lambda model, output: slimgpt.export(model, output / "x.gguf"),
+        lambda model, output: slimgpt.bench(model, engine="transformers"),
     ],
-    ids=["evaluate", "recover", "export"],
+    ids=["evaluate", "recover", "export", "bench"],
 )
 def test_other_commands_refuse_a_classifier(
     use: Callable[[str, Path], Any], classifier: Callable[[str], Pruned], tmp_path: Path

@@ -22,6 +22,7 @@ from slimgpt.errors import ExportError
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
 from slimgpt.models.family import PRUNED_PREFIX, family_of
 from slimgpt.models.gguf_reading import ROPE_FACTORS, STATIC_ROPE, rope_factors
+from slimgpt.models.layout import check_causal
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import Source
 from slimgpt.models.weights import Weights, open_weights
@@ -99,6 +100,7 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
         ties them, or are not finite.
     """
     config = load_config(source)
+    check_causal(source.name, config)
     qtype = GGMLQuantizationType[type_name.upper()]
     weights = open_weights(source, config, "float32")
     layers = _padded_widths(config, gguf.GGML_QUANT_SIZES[qtype][0])

@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from slimgpt.config import ExportConfig
-from slimgpt.models.layout import check_causal
 from slimgpt.models.loading import load_config, load_generation_config
 from slimgpt.models.source import Source
 from slimgpt.runtime.files import replacing, write_atomically
@@ -36,9 +35,7 @@ class GgufFormat:
         """Write the file; return the name of llama.cpp's graph."""
         from slimgpt.exporting.gguf import PER_LAYER_ARCH, write_gguf
 
-        model_config = load_config(source)
-        check_causal(source.name, model_config)
-        generation = load_generation_config(source, model_config)
+        generation = load_generation_config(source, load_config(source))
         with replacing(output) as temporary:
             arch = write_gguf(source, temporary, config.type)
         if arch != PER_LAYER_ARCH:

@@ -185,6 +185,6 @@ def family_of(model_type: str) -> Family:
     if family is None:
         raise UnsupportedModelError(
             f"models of type {model_type!r} are not supported",
-            hint=f"supported model types: {', '.join(sorted([*families, *WRAPPER_TYPES]))}",
+            hint=f"supported model types: {', '.join([*sorted(families), *WRAPPER_TYPES])}",
         )
     return family

@@ -83,10 +83,12 @@ class Engine(ABC):
         import torch
 
         from slimgpt.models.blocks import blocks_of
+        from slimgpt.models.layout import check_language_head
         from slimgpt.models.loading import build_skeleton, load_config
         from slimgpt.models.weights import weight_files
 
         model_config = load_config(source)
+        check_language_head(source.name, model_config)
         skeleton: Any = build_skeleton(model_config)
         size = getattr(torch, config.dtype).itemsize
         head_bytes = skeleton.get_output_embeddings().weight.numel() * size
