@@ -53,6 +53,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     | {"intermediate_size": None, "ffn_hidden_size": 64, "num_kv_heads": 4}
     | {"new_decoder_architecture": True},
     "gpt_neox": _NO_GROUPS,
+    "helium": {"hidden_size": 64},
     "gpt2": _NO_GROUPS | {"intermediate_size": None},
     "opt": _NO_GROUPS | {"intermediate_size": None, "ffn_dim": 64, "word_embed_proj_dim": 48},
     "stablelm": {"head_dim": None, "use_qkv_bias": True},

@@ -45,7 +45,7 @@ class RecipeConfig(Options):
     verb = "run"
 
     title: str = Field(description="Title of the table.")
-    reproduces: str = Field(description="Table or figure of the paper.")
+    reproduces: str = Field("", description="Table or figure of the paper.")
     note: str = Field("", description="Remark shown with the table.")
     model: str | None = Field(None, description="Default model of the cells.")
     prune: dict[str, Any] = Field({}, description="Options of every cell, as are the next three.")

@@ -179,9 +179,10 @@ def to_markdown(report: Values, figure_file: str) -> str:
     """
     recipe, rows = report["recipe"], report["cells"]
     source = f"{recipe['reproduces']} of SlimGPT (arXiv 2412.18110)"
+    variant = ", small variant" if report["is_small"] else ""
     parts = [
         f"# {escaped(recipe['title'])}",
-        f"{source}, small variant." if report["is_small"] else f"{source}.",
+        f"{source}{variant}." if recipe["reproduces"] else "",
         recipe["note"],
         f"![{escaped(recipe['title'])}]({figure_file})" if recipe["figure"] else "",
         _table(recipe, rows),

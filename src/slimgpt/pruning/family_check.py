@@ -180,7 +180,13 @@ def _random_stream(model: Any) -> Stream:
     _randomize(decoder, 0, names)
     generator = torch.Generator().manual_seed(0)
     tokens_NT = torch.randint(VOCABULARY, (NUM_SAMPLES, NUM_TOKENS), generator=generator)
-    stream = embed(model, tokens_NT, NUM_SAMPLES)
+    try:
+        stream = embed(model, tokens_NT, NUM_SAMPLES)
+    except (RuntimeError, AttributeError) as err:
+        raise UnsupportedModelError(
+            f"the decoder does not run without its blocks: {err}",
+            hint="correct decoder, blocks or returns_tuple in the family's file",
+        ) from err
     stream.hidden_NTC.normal_(generator=generator)
     return stream
 
@@ -201,7 +207,7 @@ def _randomize(module: nn.Module, seed: int, names: Sequence[str] | None = None)
 
 def _check_form(block: Block, stream: Stream, returns_tuple: bool) -> float:
     """Compare the block's own forward with the form in which the pipeline runs it."""
-    result = block.module(stream.hidden_NTC, **stream.kwargs[block.index])
+    result = _forward(block, stream, f"block {block.index}")
     if isinstance(result, tuple) != returns_tuple:
         raise UnsupportedModelError(
             f"block {block.index} returns a {type(result).__name__}, which contradicts the "
@@ -247,13 +253,7 @@ def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream)
         masked_OI[:, sublayer.columns(kept)] = weight_OK
         sliced.output.weight.copy_(masked_OI)
     small.module.load_state_dict(state, assign=True)
-    try:
-        own_NTC = _first(small.module(stream.hidden_NTC, **stream.kwargs[block.index]))
-    except RuntimeError as err:
-        raise UnsupportedModelError(
-            f"{place}: the stock class does not run with half of the units: {err}",
-            hint="in the family's file, give the sublayer no widths, and the reason",
-        ) from err
+    own_NTC = _first(_forward(small, stream, f"{place}, with half of the units"))
     sublayers = tuple(sliced if s is sublayer else s for s in block.sublayers)
     difference = _difference(_passed(replace(block, sublayers=sublayers), stream), own_NTC)
     if not difference < TOLERANCE:
@@ -263,6 +263,18 @@ def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream)
             hint="correct the segments of the tensors in the family's file",
         )
     return SublayerCheck(block.index, sublayer.kind, tensors, difference)
+
+
+def _forward(block: Block, stream: Stream, place: str) -> Any:
+    """Run the block's own forward."""
+    try:
+        return block.module(stream.hidden_NTC, **stream.kwargs[block.index])
+    except RuntimeError as err:
+        raise UnsupportedModelError(
+            f"{place}: the stock class does not run: {err}",
+            hint="if only fewer units fail, give the sublayer no widths in the family's file, "
+            "and the reason; else correct the config",
+        ) from err
 
 
 def _passed(block: Block, stream: Stream) -> Tensor:

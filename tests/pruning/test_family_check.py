@@ -1,0 +1,155 @@
+"""A description that is wrong is refused before any work, with the tensor or the difference."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TEXT, Run
+from families import MODEL_TYPES, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import slimgpt
+from slimgpt.errors import UnsupportedModelError
+from slimgpt.models import family as module
+from slimgpt.models.family import Family, load_families
+from slimgpt.pruning.family_check import check_family
+
+
+def changed(family: Family, kind: str = "", **values: Any) -> Family:
+    """Another description: other values of the family, or of its first sublayer of a kind."""
+    if not kind:
+        return family.model_copy(update=values)
+    sublayers = list(family.sublayers)
+    index = next(i for i, spec in enumerate(sublayers) if spec.kind == kind)
+    sublayers[index] = sublayers[index].model_copy(update=values)
+    return family.model_copy(update={"sublayers": tuple(sublayers)})
+
+
+Describe = Callable[..., None]
+
+
+@pytest.fixture
+def describe(monkeypatch: pytest.MonkeyPatch) -> Describe:
+    def replace(model_type: str, *args: Any, **values: Any) -> None:
+        families = dict(load_families())
+        families[model_type] = changed(families[model_type], *args, **values)
+        monkeypatch.setattr(module, "load_families", lambda: families)
+
+    return replace
+
+
+WRONG = {
+    "no norm after": ("gemma2", "attention", {"post_norm": ()}, "differ by"),
+    "no norm before": ("llama", "ffn", {"norm": ()}, "differ by"),
+    "no multiplier": ("granite", "", {"multiplier": None}, "differ by"),
+    "one after the other": ("cohere", "", {"parallel": False}, "differ by"),
+    "all at once": ("llama", "", {"parallel": True}, "differ by"),
+    "no tuple": ("falcon", "", {"returns_tuple": False}, "without its blocks"),
+    "q and k swapped": (
+        "phi3",
+        "attention",
+        {"inputs": {"qkv_proj": ("group", "head", "group")}},
+        "something else than the dense",
+    ),
+    "gate and up as one": (
+        "phi3",
+        "ffn",
+        {"inputs": {"gate_up_proj": ("channel",)}},
+        "something else than the dense",
+    ),
+    "a norm left out": (
+        "olmo2",
+        "attention",
+        {"vectors": {"k_norm": ("group",)}},
+        "self_attn.q_norm.weight",
+    ),
+    "a projection left out": (
+        "llama",
+        "ffn",
+        {"inputs": {"up_proj": ("channel",)}},
+        "mlp.gate_proj",
+    ),
+    "units that depend on each other": (
+        "olmo2",
+        "attention",
+        {"couples_units": False},
+        "something else than the dense",
+    ),
+    "heads of another size": (
+        "gpt2",
+        "attention",
+        {
+            "inputs": {"c_attn": ("head", "group", "group")},
+            "widths": {"group": "n_head", "head": "n_head"},
+        },
+        "block 0, attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_found(case: str, describe: Describe) -> None:
+    model_type, kind, values, message = WRONG[case]
+    config = tiny_config(model_type, initializer_range=0.01)
+    describe(model_type, kind, **values)
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_family(config)
+
+
+def test_nothing_is_done_before(describe: Describe, tmp_path: Path, tokenizer: Any) -> None:
+    AutoModelForCausalLM.from_config(tiny_config("gemma2")).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    describe("gemma2", "ffn", post_norm=())
+    with pytest.raises(UnsupportedModelError, match="block 0 computes something else"):
+        slimgpt.prune(str(tmp_path / "dense"), tmp_path / "slim", calibration=TEXT)
+    assert not (tmp_path / "slim").exists()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_all_descriptions_hold(model_type: str) -> None:
+    found = check_family(tiny_config(model_type))
+    assert max(found.differences.values()) < 1e-6
+    kinds = {(s.block, s.kind): s for s in found.sublayers}
+    assert {kind for _, kind in kinds} == {"attention", "ffn"}
+    assert all(s.difference is None or s.difference < 1e-6 for s in found.sublayers)
+    assert any(s.difference is not None for s in found.sublayers)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=12)
+@given(
+    st.sampled_from(["llama", "phi3", "cohere", "gemma3_text"]),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(3, 40),
+)
+def test_any_widths(model_type: str, groups: int, per_group: int, size: int, channels: int) -> None:
+    config = tiny_config(
+        model_type,
+        num_key_value_heads=groups,
+        num_attention_heads=groups * per_group,
+        hidden_size=24 * groups * per_group,
+        head_dim=4 * size,
+        intermediate_size=channels,
+    )
+    assert max(check_family(config).differences.values()) < 1e-6
+
+
+def test_every_kind_of_layer_is_checked() -> None:
+    assert list(check_family(tiny_config("gemma3_text")).differences) == [0, 1]
+    assert list(check_family(tiny_config("smollm3")).differences) == [0, 2]
+    assert list(check_family(tiny_config("llama")).differences) == [0]
+
+
+def test_command_line(run: Run, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(tiny_config("phi3")).save_pretrained(tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--check")
+    assert code == 0
+    assert "qkv_proj.weight" in out
+    code, out, _ = run("families")
+    assert code == 0
+    assert all(model_type in out for model_type in MODEL_TYPES)
+    assert "Gemma 3 270M" in out
