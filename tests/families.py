@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
 
 from slimgpt.models.family import load_families
 
@@ -73,7 +78,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 _OPTIONS["cwm"] = _OPTIONS["cwm"] | _OPTIONS["apertus"]
 
-MODEL_TYPES = sorted(load_families())
+# Others are only found inside other models, see test_wrapped_models.py.
+MODEL_TYPES = sorted(t for t in load_families() if CONFIG_MAPPING[t] in MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
 def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.models.blocks import Block, Sublayer, blocks_of, decoder_of
 from slimgpt.models.device import autocast, bfloat16_matmul
-from slimgpt.models.family import family_of
+from slimgpt.models.layout import family_in
 from slimgpt.runtime import distributed
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
@@ -122,7 +122,7 @@ def embed(
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model of a supported family; its blocks are not run.
+        A model of a supported family; its blocks are not run.
     samples_NT : Tensor
         int64, calibration tokens.
     batch_size : int
@@ -141,12 +141,11 @@ def embed(
     decoder, blocks, family = (
         decoder_of(model),
         blocks_of(model),
-        family_of(model.config.model_type),
+        family_in(model.config),
     )
+    config = model.config.get_text_config()
     device = next(model.get_input_embeddings().parameters()).device
-    allocate = partial(
-        _allocate, (*samples_NT.shape, model.config.hidden_size), model.dtype, directory
-    )
+    allocate = partial(_allocate, (*samples_NT.shape, config.hidden_size), model.dtype, directory)
     hidden_NTC = allocate()
     recorders = [Recorder(block, family.returns_tuple) for block in blocks]
     name = family.blocks
@@ -158,7 +157,7 @@ def embed(
     finally:
         decoder.set_submodule(name, blocks)
     stream = Stream(hidden_NTC, None, batch_size, [recorder.kwargs for recorder in recorders])
-    is_parallel = family.is_parallel(model.config)
+    is_parallel = family.is_parallel(config)
     if is_parallel:
         stream.input_NTC = allocate()
     if with_dense:

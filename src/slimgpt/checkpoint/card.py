@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from transformers import AutoConfig
 from yaml import YAMLError
 
 from slimgpt.checkpoint.results import (
@@ -25,6 +26,7 @@ from slimgpt.checkpoint.results import (
 from slimgpt.config import is_baseline
 from slimgpt.data.datasets import short_name
 from slimgpt.errors import ConfigError, SlimGPTError
+from slimgpt.models.layout import auto_class_of
 from slimgpt.presentation.tables import (
     escaped,
     markdown_table,
@@ -52,9 +54,9 @@ SlimGPT {version}. Whole attention heads and whole FFN channels are removed;
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(path{trust})
+model = {auto_class}.from_pretrained(path{trust})
 tokenizer = AutoTokenizer.from_pretrained(path{trust})
 ```
 {why}{recovery}
@@ -82,6 +84,12 @@ _METHOD = (
     "damping {0.damping} {0.damping_mode}, correction {0.correction}, "
     "refit epochs {0.refit_epochs}"
 )
+
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSequenceClassification": "text-classification",
+}
 
 _WHY = """
 The layers differ in width, so the checkpoint has a small modelling file of its own
@@ -116,7 +124,9 @@ def write_card(directory: Path) -> None:
         "Method": _METHOD.format(config) if is_ours else config.method,
     }
     others = f"the\nremaining weights are unchanged (baseline method: {config.method})"
+    auto_class = _auto_class(directory)
     body = _CARD.format(
+        auto_class=auto_class,
         base=escaped(report.base_model),
         percent=round(100 * report.target_ratio, 4),
         version=escaped(report.versions["slimgpt"]),
@@ -127,17 +137,22 @@ def write_card(directory: Path) -> None:
         recovery=_recovery(directory / RECOVERY_FILE),
         report_file=REPORT_FILE,
     )
-    metadata = _metadata(report.base_model).to_yaml()
+    metadata = _metadata(report.base_model, _PIPELINES[auto_class]).to_yaml()
     write_atomically(directory / CARD_FILE, f"---\n{metadata}\n---\n{body}")
 
 
-def _metadata(base: str) -> ModelCardData:
+def _auto_class(directory: Path) -> str:
+    """Name of the auto class that loads the model in a directory."""
+    return auto_class_of(AutoConfig.from_pretrained(directory)).__name__
+
+
+def _metadata(base: str, pipeline: str) -> ModelCardData:
     """Metadata for the hub; names the base model if it is a hub id."""
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     return ModelCardData(
         base_model=base if is_on_hub else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         tags=["slimgpt", "pruned"],
         **(_license(base) if is_on_hub else {}),
     )

@@ -7,6 +7,7 @@ from torch import nn
 
 from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
 from slimgpt.models.blocks import Projection, Sublayer, bind, decoder_of
+from slimgpt.models.layout import is_wrapped
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_file, find_model
 
@@ -52,7 +53,8 @@ class ModelSummary:
         The blocks, first to last.
     params : dict
         Parameters by kind: attention, ffn, norm, embedding, head, and their total. A head that
-        shares its weight with the embedding counts as zero.
+        shares its weight with the embedding counts as zero. Where the text model is inside another
+        one, what surrounds it is ``other``.
     pruning : PruningCost or None
         Cost of the pruning run, for a local pruned model.
     """
@@ -82,7 +84,8 @@ def inspect(model: str | Path) -> ModelSummary:
     config = load_config(source)
     skeleton = build_skeleton(config)
     blocks, head_dim = [], 0
-    for block, layer in zip(bind(skeleton), config.per_layer_config, strict=True):
+    layers = config.get_text_config().per_layer_config
+    for block, layer in zip(bind(skeleton), layers, strict=True):
         attention, ffn = block.sublayers
         num_heads = layer.num_attention_heads
         num_kv_heads = attention.counts.get("group", num_heads)
@@ -101,8 +104,10 @@ def inspect(model: str | Path) -> ModelSummary:
         "attention": sum(block.attention_params for block in blocks),
         "ffn": sum(block.ffn_params for block in blocks),
         "embedding": _count(skeleton.get_input_embeddings()),
-        "head": total - _count(decoder_of(skeleton)),
+        "head": total - _count(skeleton.base_model),
     }
+    if is_wrapped(config):
+        params["other"] = _count(skeleton.base_model) - _count(decoder_of(skeleton))
     params["norm"] = total - sum(params.values())
     params["total"] = total
     cost = _pruning_cost(find_file(source, REPORT_FILE))

@@ -1,10 +1,11 @@
-"""Causal language models whose decoder layers differ in width.
+"""Language models whose decoder layers differ in width.
 
 This file travels with every checkpoint of non-uniform width that SlimGPT writes. It is the same
 file for all of them and needs only torch and transformers (5.16 or newer). Where a stock class is
 called ``LlamaForCausalLM``, ``SlimLlamaForCausalLM`` is the same code with layer ``i`` built from
 ``config.per_layer_config[i]``, which records that layer's number of heads and its FFN width. The
-global values of the config remain those of the original model.
+global values of the config remain those of the original model. In a model that also sees images,
+all this holds for the text model inside, with its ``config.text_config``.
 """
 
 import sys
@@ -12,16 +13,24 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig
 from transformers.integrations.heterogeneity import HeterogeneousConfigMixin
 
-PREFIX = "Slim"
+PREFIX, TYPE_PREFIX = "Slim", "slimgpt_"
 
 
 class _SlimConfig:
     """Config mixin: reading a global width is allowed and returns the original model's width."""
 
     allow_global_per_layer_attribute_access = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make the config of a text model inside, if there is one."""
+        text = getattr(self, "text_config", None)
+        if isinstance(text, dict) and text["model_type"].startswith(TYPE_PREFIX):
+            stock = CONFIG_MAPPING[text["model_type"].removeprefix(TYPE_PREFIX)]
+            self.text_config = _pruned_class(stock)(**text)
+        super().__post_init__(**kwargs)
 
     def __getattribute__(self, key: str) -> Any:
         # The stock lookup without its warning that layers may differ from the global value.
@@ -37,25 +46,34 @@ class _SlimModel:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        layer_class = type(self._blocks[0])
-        layers = (layer_class(layer, i) for i, layer in enumerate(config.per_layer_config))
-        self.base_model.set_submodule(self._blocks_path, nn.ModuleList(layers))
+        layer_class, text = type(self._blocks[0]), self._decoder.config
+        layers = (layer_class(layer, i) for i, layer in enumerate(text.per_layer_config))
+        self._decoder.set_submodule(self._blocks_path, nn.ModuleList(layers))
         self.post_init()
 
     @property
+    def _decoder(self) -> nn.Module:
+        is_inside = self.config.get_text_config() is not self.config
+        return self.get_decoder() if is_inside else self.base_model
+
+    @property
     def _blocks_path(self) -> str:
-        return getattr(self.config, "blocks_path", "layers")  # absent in SlimGPT 0.1
+        return getattr(self._decoder.config, "blocks_path", "layers")  # absent in SlimGPT 0.1
 
     @property
     def _blocks(self) -> nn.ModuleList:
-        return self.base_model.get_submodule(self._blocks_path)
+        return self._decoder.get_submodule(self._blocks_path)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Switch the attention implementation, in the layers' own configs too."""
         super().set_attn_implementation(*args, **kwargs)
         for module in self._blocks.modules():
             if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-                config._attn_implementation_internal = self.config._attn_implementation
+                config._attn_implementation_internal = self._decoder.config._attn_implementation
+
+
+def _pruned_class(stock: type) -> Any:
+    return getattr(sys.modules[__name__], PREFIX + stock.__name__)
 
 
 def __getattr__(name: str) -> type:
@@ -66,10 +84,12 @@ def __getattr__(name: str) -> type:
     module = sys.modules[__name__]
     if issubclass(stock, PreTrainedConfig):
         bases: tuple[type, ...] = (_SlimConfig, stock)
-        body = {"model_type": f"slimgpt_{stock.model_type}"}
+        body = {"model_type": TYPE_PREFIX + stock.model_type}
     else:
         bases = (_SlimModel, stock)
-        body = {"config_class": getattr(module, PREFIX + stock.config_class.__name__)}
+        body = {"config_class": _pruned_class(stock.config_class)}
     cls = type(name, bases, {"__module__": __name__, "__doc__": stock.__doc__, **body})
     setattr(module, name, cls)
+    if stock in MODEL_MAPPING:  # stock classes with a head make their text model by AutoModel
+        AutoModel.register(cls, _pruned_class(MODEL_MAPPING[stock]), exist_ok=True)
     return cls

@@ -7,7 +7,7 @@ transformers, so its functions import from transformers themselves.
 
 from typing import Any
 
-from slimgpt.models.family import load_families
+from slimgpt.models.family import WRAPPER_TYPES, load_families
 
 # Model types whose decoder layers `slimgpt.checkpoint.modeling_vllm` builds from vLLM's own.
 # Other types run on vLLM's Transformers backend, which needs only `register`.
@@ -22,30 +22,42 @@ def pruned_classes(model_type: str) -> dict[str, Any]:
     model_type : str
         Type of the original model, e.g. ``llama``.
     """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers import CONFIG_MAPPING
 
     from slimgpt.checkpoint import modeling_slimgpt
 
     stock_config = CONFIG_MAPPING[model_type]
-    stock = {
-        "AutoConfig": stock_config,
-        "AutoModel": MODEL_MAPPING[stock_config],
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[stock_config],
-    }
+    stock = {"AutoConfig": stock_config}
+    for auto_class in _auto_classes():
+        stock_class = auto_class._model_mapping.get(stock_config, None)
+        if stock_class and stock_class.config_class is stock_config:  # not the text model by itself
+            stock[auto_class.__name__] = stock_class
     prefix = modeling_slimgpt.PREFIX
     return {auto: getattr(modeling_slimgpt, prefix + cls.__name__) for auto, cls in stock.items()}
 
 
-def register() -> None:
-    """Register the pruned models of every family."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+def _auto_classes() -> tuple[Any, ...]:
+    import transformers
 
-    for model_type in load_families():
+    return (
+        transformers.AutoModel,
+        transformers.AutoModelForSequenceClassification,
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+    )
+
+
+def register() -> None:
+    """Register the pruned models of every family, and those that have one inside."""
+    from transformers import AutoConfig
+
+    for model_type in (*load_families(), *WRAPPER_TYPES):
         classes = pruned_classes(model_type)
         config_class = classes["AutoConfig"]
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, classes["AutoModel"], exist_ok=True)
-        AutoModelForCausalLM.register(config_class, classes["AutoModelForCausalLM"], exist_ok=True)
+        for auto_class in _auto_classes():
+            if model_class := classes.get(auto_class.__name__):
+                auto_class.register(config_class, model_class, exist_ok=True)
         for auto_name, pruned_class in classes.items():
             # With its auto class known, save_pretrained brings the modelling file along.
             pruned_class.register_for_auto_class(auto_name)

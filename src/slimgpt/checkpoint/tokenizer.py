@@ -10,12 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt.errors import ConfigError
 from slimgpt.models.source import Source
-from slimgpt.models.tokenizer import SENTENCEPIECE_FILE, load_tokenizer, tokenizer_files
+from slimgpt.models.tokenizer import (
+    SENTENCEPIECE_FILE,
+    copied_files,
+    load_tokenizer,
+    tokenizer_files,
+)
 from slimgpt.runtime.files import read_json
 
 
 def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer of a checkpoint into the directory of a model made from it.
+    """Write the tokenizer of a checkpoint, and any processor, to a model made from it.
 
     The source's own files are copied, because tools read keys that ``save_pretrained`` does not
     write. ``save_pretrained`` is used for a GGUF file, and if the copied files would load as
@@ -31,7 +36,7 @@ def write_tokenizer(source: Source, tokenizer: PreTrainedTokenizerBase, director
         Directory of the model, which must contain its ``config.json``.
     """
     files = tokenizer_files(source)
-    for name, file in files.items():
+    for name, file in copied_files(source).items():
         shutil.copyfile(file, directory / name)
     if not files or not _loads_as(directory, tokenizer):
         for name in files.keys() - {SENTENCEPIECE_FILE}:

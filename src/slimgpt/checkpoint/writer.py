@@ -9,15 +9,25 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.checkpoint import modeling_slimgpt
 from slimgpt.checkpoint.registration import pruned_classes
 from slimgpt.models.family import PRUNED_PREFIX, family_of
+from slimgpt.models.layout import auto_class_of, family_in, is_wrapped
 from slimgpt.models.weights import write_file
 from slimgpt.runtime.files import read_json
+
+_STALE_KEYS = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "per_layer_config",
+    "_model_name_or_path",
+    "blocks_path",
+)
 
 
 def pruned_config(
@@ -40,31 +50,44 @@ def pruned_config(
         A new config. It always states ``head_dim``, which in a pruned layer no longer follows from
         the hidden size and the number of heads.
     """
+    auto_class: Any = auto_class_of(config)
+    text = config.get_text_config()
+    result = _pruned_text_config(text, widths, uniform)
+    if is_wrapped(config):
+        values, model_type = _kept_values(config), config.model_type.removeprefix(PRUNED_PREFIX)
+        stock: Any = CONFIG_MAPPING[model_type]
+        config_class = stock if uniform else pruned_classes(model_type)["AutoConfig"]
+        result = config_class(**values | {"text_config": result})
+    if not uniform:
+        names = ("AutoConfig", "AutoModel", auto_class.__name__)
+        classes = pruned_classes(result.model_type.removeprefix(PRUNED_PREFIX))
+        module = modeling_slimgpt.__name__.rpartition(".")[2]
+        result.auto_map = {name: f"{module}.{classes[name].__name__}" for name in names}
+    result.architectures = [auto_class._model_mapping[type(result)].__name__]
+    return result
+
+
+def _kept_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """Values of a config that hold for the pruned model too."""
+    values = config.to_dict()
+    for key in _STALE_KEYS:
+        values.pop(key, None)
+    return values
+
+
+def _pruned_text_config(
+    config: Any, widths: Sequence[BlockWidths], uniform: bool
+) -> PreTrainedConfig:
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     layers = [config_widths(config, index, width) for index, width in enumerate(widths)]
-    values = config.to_dict()
-    stale = (
-        "model_type",
-        "architectures",
-        "auto_map",
-        "per_layer_config",
-        "_model_name_or_path",
-        "blocks_path",
-    )
-    for key in stale:
-        values.pop(key, None)
+    values = _kept_values(config)
     if family_of(model_type).widths("attention") and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
-        result = AutoConfig.for_model(model_type, **values | layers[0])
-    else:
-        classes = pruned_classes(model_type)
-        result = classes["AutoConfig"](**values, per_layer_config=dict(enumerate(layers)))
-        result.blocks_path = family_of(model_type).blocks
-        module = modeling_slimgpt.__name__.rpartition(".")[2]
-        result.auto_map = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(result)]
-    result.architectures = [model_class.__name__]
+        return AutoConfig.for_model(model_type, **values | layers[0])
+    config_class = pruned_classes(model_type)["AutoConfig"]
+    result = config_class(**values, per_layer_config=dict(enumerate(layers)))
+    result.blocks_path = family_of(model_type).blocks
     return result
 
 
@@ -79,11 +102,11 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     config : PreTrainedConfig
         Config of the dense model.
     """
-    first, keys = config.per_layer_config[0], family_of(config.model_type).widths("attention")
+    keys = family_in(config).widths("attention")
     if not keys:
         return [1]
+    first, accepted = config.get_text_config().per_layer_config[0], []
     groups, heads = (getattr(first, key) for key in keys)
-    accepted = []
     for count in range(1, (heads if groups == 1 else groups) + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
             pruned_config(config, [(count,)], uniform=True)

@@ -215,7 +215,7 @@ def inspect_model(
 @app.command()
 def families(as_json: Json = False) -> None:
     """List the model types that can be pruned, and what can be pruned of them."""
-    from slimgpt.models.family import load_families
+    from slimgpt.models.family import WRAPPER_TYPES, load_families
 
     found = sorted(load_families().items())
     table, reasons = Table("model type", "pruned units", "tested with"), {}
@@ -227,6 +227,7 @@ def families(as_json: Json = False) -> None:
         for reason in family.reasons:
             reasons.setdefault(reason, []).append(model_type)
     lines = [f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()]
+    lines.append(f"the text model inside {', '.join(WRAPPER_TYPES)} is pruned, all else is copied")
     _emit(rows, (table, *lines), as_json)
 
 

@@ -80,7 +80,8 @@ def usable_lengths(
     lengths: Iterable[int], models: list[PreTrainedModel], num_tokens: int
 ) -> list[int]:
     """Limit window lengths to the models' context and to the length of the text."""
-    longest = min(num_tokens, *(model.config.max_position_embeddings for model in models))
+    configs = [model.config.get_text_config() for model in models]
+    longest = min(num_tokens, *(config.max_position_embeddings for config in configs))
     for length in lengths:
         if length > longest:
             log.warning(
@@ -105,7 +106,8 @@ def mean_losses(model: PreTrainedModel, base: PreTrainedModel | None, windows_NT
     NumericalError
         If a mean is not finite.
     """
-    shapes = {(m.config.num_hidden_layers, m.config.hidden_size) for m in (model, base or model)}
+    configs = [m.config.get_text_config() for m in (model, base or model)]
+    shapes = {(config.num_hidden_layers, config.hidden_size) for config in configs}
     with_streams = base is not None and len(shapes) == 1
     sums = torch.zeros(3, dtype=torch.float64)
     errors_LT: list[Tensor] = []

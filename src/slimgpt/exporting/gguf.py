@@ -27,6 +27,7 @@ from slimgpt.exporting.gguf_parts import (
 )
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
 from slimgpt.exporting.gguf_values import converted
+from slimgpt.models.layout import check_causal
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import Source
 from slimgpt.models.weights import Weights, open_weights
@@ -68,6 +69,7 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
         ties them, or are not finite.
     """
     config = load_config(source)
+    check_causal(source.name, config)
     model, size = model_type_of(config.model_type), head_dim_of(config)
     qtype = GGMLQuantizationType[type_name.upper()]
     block = gguf.GGML_QUANT_SIZES[qtype][0]

@@ -15,7 +15,7 @@ from slimgpt.calibration.activations import Activations
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.methods.base import ScoringMethod
 from slimgpt.models.blocks import Sublayer
-from slimgpt.models.family import family_of
+from slimgpt.models.layout import family_in
 
 
 class Flap(ScoringMethod):
@@ -29,18 +29,19 @@ class Flap(ScoringMethod):
         UnsupportedModelError
             If models of this type have no biases in their output projections.
         """
-        biases = {spec.bias for spec in family_of(config.model_type).sublayers} - {True}
-        keys = {key for key in biases if isinstance(key, str) and hasattr(config, key)}
+        biases = {spec.bias for spec in family_in(config).sublayers} - {True}
+        text = config.get_text_config()
+        keys = {key for key in biases if isinstance(key, str) and hasattr(text, key)}
         if keys != biases:
             raise UnsupportedModelError(
                 f"models of type {config.model_type!r} have no biases in their output projections",
                 hint="the method flap needs them; choose another --method",
             )
-        if all(getattr(config, key) for key in keys):
+        if all(getattr(text, key) for key in keys):
             return config
         config = copy.deepcopy(config)
         for key in keys:
-            setattr(config, key, True)
+            setattr(config.get_text_config(), key, True)
         return config
 
     def score(self, sublayer: Sublayer, activations: Activations) -> Tensor:

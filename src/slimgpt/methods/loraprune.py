@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.methods.base import ScoringMethod, add_gradient, sublayers_of, unit_sums
-from slimgpt.models.family import family_of
+from slimgpt.models.blocks import linears_of
 
 # Settings of LoRAPrune, except the last three, which are chosen for few calibration samples.
 LORA_RANK, LORA_ALPHA, LEARNING_RATE = 8, 16, 1e-4
@@ -45,8 +45,7 @@ class LoRAPrune(ScoringMethod):
 
         sublayers = sublayers_of(model)
         kept = [number for width in widths for number in width]
-        adapted = family_of(model.config.model_type).linears
-        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=adapted)
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=linears_of(model))
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             inject_adapter_in_model(config, model)

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from slimgpt.allocation.shapes import BlockShape, SublayerShape, Width
 from slimgpt.errors import UnsupportedModelError
-from slimgpt.models.family import SublayerSpec, family_of
+from slimgpt.models.family import SublayerSpec
+from slimgpt.models.layout import decoder_name, family_in
 from slimgpt.models.units import Kept, segment_rows, unit_columns
 
 
@@ -273,35 +274,45 @@ class Block:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """Find the decoder of a causal language model, which contains all but the head."""
-    return model.get_submodule(family_of(model.config.model_type).decoder)
+    """Find the text decoder of a model, which contains the embedding and the blocks."""
+    return model.get_submodule(decoder_name(model))
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
-    """List the blocks of a causal language model."""
-    blocks = decoder_of(model).get_submodule(family_of(model.config.model_type).blocks)
+    """List the blocks of a model's text decoder."""
+    blocks = decoder_of(model).get_submodule(family_in(model.config).blocks)
     return cast(nn.ModuleList, blocks)
 
 
+def linears_of(model: Any) -> list[str]:
+    """List the linear layers of all sublayers, by their names in the model."""
+    return [
+        f"{sublayer.name}.{name}"
+        for block in bind(model)
+        for sublayer in block.sublayers
+        for name in (*sublayer.spec.inputs, sublayer.spec.output)
+    ]
+
+
 def bind(model: Any) -> Iterator[Block]:
-    """Bind each block of a causal language model to its family, first to last.
+    """Bind each block of a model's text decoder to its family, first to last.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model with its ``config``, dense or pruned.
+        A model with its ``config``, dense or pruned.
 
     Raises
     ------
     UnsupportedModelError
         If the model's type belongs to no family, or a block lacks a module that it should have.
     """
-    config = model.config
-    family = family_of(config.model_type)
+    config = model.config.get_text_config()
+    family, decoder = family_in(config), decoder_name(model)
     multiplier = float(getattr(config, family.multiplier)) if family.multiplier else 1.0
     layers = zip(blocks_of(model), config.per_layer_config, strict=True)
     for index, (module, layer) in enumerate(layers):
-        name = f"{family.decoder}.{family.blocks}.{index}"
+        name = f"{decoder}.{family.blocks}.{index}"
         sublayers = tuple(
             Sublayer(
                 block=index,

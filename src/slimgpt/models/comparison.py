@@ -42,7 +42,7 @@ def check_same_vocabulary(source: Source, base: Source) -> None:
     ConfigError
         If they differ, so that predictions cannot be compared.
     """
-    sizes = [load_config(s).vocab_size for s in (source, base)]
+    sizes = [load_config(s).get_text_config().vocab_size for s in (source, base)]
     vocabularies = [load_tokenizer(s).get_vocab() for s in (source, base)]
     if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
         raise ConfigError(

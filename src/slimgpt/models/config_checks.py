@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slimgpt.errors import ConfigError, UnsupportedModelError
-from slimgpt.models.family import family_of
+from slimgpt.models.family import PRUNED_PREFIX, WRAPPER_TYPES, family_of
 from slimgpt.runtime.files import read_json
 
 MAX_DEPTH = 20  # of nested JSON; the libraries traverse it recursively
@@ -178,6 +178,12 @@ def check_model_config(model: str, values: Mapping[str, Any], hint: str = _CONFI
             f"the config of {model}: model_type {found}",
             hint="take the config.json that came with the model",
         )
+    if model_type.removeprefix(PRUNED_PREFIX) in WRAPPER_TYPES:
+        for part in (values, *values.values()):
+            if isinstance(part, dict):
+                _check_no_code(model, part)
+        check_model_config(f"the text model in {model}", _text_values(model, values), hint)
+        return
     family_of(model_type)
     _check_no_code(model, values)
     config_class = CONFIG_MAPPING[model_type]
@@ -217,6 +223,21 @@ def check_generation_config(model: str, values: Mapping[str, Any], vocab_size: i
             f"the generation config of {model} is wrong: {'; '.join(problems)}",
             hint="correct generation_config.json, or remove it",
         )
+
+
+def _text_values(model: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the text model inside; Qwen's older checkpoints have its keys at the top."""
+    text_class = type(CONFIG_MAPPING[values["model_type"]]().get_text_config())
+    text = values.get("text_config")
+    if text is None:
+        keys = {field.name for field in dataclasses.fields(text_class)} | {"rope_scaling"}
+        text = {key: value for key, value in values.items() if key in keys}
+    if not isinstance(text, dict):
+        raise ConfigError(
+            f"the config of {model}: text_config is {_short(text)}, not an object",
+            hint=_CONFIG_HINT,
+        )
+    return {"model_type": text_class.model_type} | text
 
 
 def _problem(problem: Mapping[str, Any]) -> str:
@@ -297,7 +318,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(rope := values.get(key), dict):
             kind = rope.get("rope_type") or rope.get("type") or "default"
-            if isinstance(kind, str) and kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            known = ("default", "mrope", *ROPE_INIT_FUNCTIONS)
+            if isinstance(kind, str) and kind not in known:
                 yield f"{key}.rope_type={_short(kind)} is unknown to transformers"
     if vocab_size:
         yield from _tokens_beyond(values, vocab_size)

@@ -17,6 +17,25 @@ from slimgpt.errors import UnsupportedModelError
 
 PRUNED_PREFIX = "slimgpt_"
 
+# Model types with a text model of one of the families inside, beside a vision tower.
+WRAPPER_TYPES = (
+    "aya_vision",
+    "cohere2_vision",
+    "gemma3",
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_vl",
+    "smolvlm",
+)
+
 # What rows of a projection belong to: all query heads, all key/value groups, or all channels.
 Segment = Literal["head", "group", "channel"]
 
@@ -105,11 +124,6 @@ class Family(BaseModel):
     returns_tuple: bool = False
 
     @property
-    def linears(self) -> list[str]:
-        """Names of the linear layers of all sublayers."""
-        return [n for spec in self.sublayers for n in (*spec.inputs, spec.output)]
-
-    @property
     def units(self) -> list[str]:
         """Names of the units that can be pruned."""
         names = {"attention": "kv groups, query heads", "ffn": "channels"}
@@ -171,6 +185,6 @@ def family_of(model_type: str) -> Family:
     if family is None:
         raise UnsupportedModelError(
             f"models of type {model_type!r} are not supported",
-            hint=f"supported model types: {', '.join(sorted(families))}",
+            hint=f"supported model types: {', '.join([*sorted(families), *WRAPPER_TYPES])}",
         )
     return family

@@ -14,7 +14,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,6 +35,7 @@ from slimgpt.models.config_checks import check_generation_config, check_model_co
 from slimgpt.models.device import find_device
 from slimgpt.models.family import family_of
 from slimgpt.models.gguf_reading import BROKEN_GGUF, GGUFContent, complete_config, read_gguf
+from slimgpt.models.layout import auto_class_of, check_language_head, family_in
 from slimgpt.models.source import CONVERT_PICKLES, Source, adapter_error, find_file
 from slimgpt.models.stored import (
     LOAD_ERRORS,
@@ -85,7 +85,7 @@ def load_config(source: Source) -> PreTrainedConfig:
         if found:
             family_of(found[1])
         raise cannot_load(f"the config of {source.name}", err) from err
-    family_of(config.model_type)
+    family_in(config)
     if content:
         with loading(f"the config of {source.name}"):
             complete_config(config, content)
@@ -149,7 +149,7 @@ def read_stored(source: Source, config: PreTrainedConfig) -> dict[str, StoredTen
 
 
 def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load a checkpoint with its weights, from safetensors or GGUF only.
+    """Load a model that predicts tokens, with its weights, from safetensors or GGUF only.
 
     Parameters
     ----------
@@ -165,9 +165,11 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     ConfigError
         If the checkpoint cannot be read, or the device does not exist.
     UnsupportedModelError
-        If the family is not supported, or weights are missing, unused or not finite.
+        If the family is not supported, the model has no head for language modelling, or weights
+        are missing, unused or not finite.
     """
     config = load_config(source)
+    check_language_head(source.name, config)
     target = find_device(device)
     stored: dict[str, StoredTensor] = {}
     if not source.gguf_file:
@@ -177,7 +179,7 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     loaded: Any
     with loading(f"the weights of {source.name}"):
-        loaded = _loader(source, stored)(
+        loaded = _loader(source, config, stored)(
             config=config,
             dtype=torch.float32 if source.gguf_file else wanted,
             use_safetensors=True,
@@ -206,12 +208,14 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
         return model.to(target).eval().requires_grad_(False)
 
 
-def _loader(source: Source, stored: Mapping[str, StoredTensor]) -> Callable[..., Any]:
+def _loader(
+    source: Source, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]
+) -> Callable[..., Any]:
     """The ``from_pretrained`` for these weights; those of Baichuan are translated in memory."""
     if read_baichuan(source):
         state = {name: tensor.read() for name, tensor in stored.items()}
         return partial(LlamaForCausalLM.from_pretrained, None, state_dict=state)
-    return partial(AutoModelForCausalLM.from_pretrained, source.location, **source.kwargs)
+    return partial(auto_class_of(config).from_pretrained, source.location, **source.kwargs)
 
 
 def load_generation_config(source: Source, config: PreTrainedConfig) -> GenerationConfig:
@@ -224,7 +228,7 @@ def load_generation_config(source: Source, config: PreTrainedConfig) -> Generati
     """
     file = find_file(source, GENERATION_CONFIG_NAME)
     if file:
-        check_generation_config(source.name, read_object(file), config.vocab_size)
+        check_generation_config(source.name, read_object(file), config.get_text_config().vocab_size)
     with loading(f"the generation config of {source.name}"):
         if file:
             return GenerationConfig.from_pretrained(source.location)
@@ -235,7 +239,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32)
     """Build a model with parameters on the meta device; its buffers have values."""
     config = copy.deepcopy(config)  # from_config changes its dtype
     with loading(f"a model of type {config.model_type} with this config"), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class_of(config).from_config(config, dtype=dtype, trust_remote_code=False)
     model.tie_weights()
     model.get_input_embeddings().register_forward_pre_hook(_check_tokens)
     return model.eval().requires_grad_(False)
@@ -266,7 +270,7 @@ def _forget_quantizer(model: Any) -> None:
 
 def usable_seqlen(seqlen: int, config: PreTrainedConfig) -> int:
     """Limit the sample length to the model's context; warn if that shortens it."""
-    longest = config.max_position_embeddings
+    longest = config.get_text_config().max_position_embeddings
     if seqlen > longest:
         log.warning("seqlen %d is beyond the model's context: %d is used", seqlen, longest)
     return min(seqlen, longest)

@@ -4,7 +4,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimgpt.errors import ConfigError, SlimGPTError, UnsupportedModelError
 from slimgpt.models.config_checks import explain, read_object
 from slimgpt.models.family import family_of
+from slimgpt.models.layout import is_wrapped, native_names
 
 # What transformers raises for files that are missing, broken or need another package.
 LOAD_ERRORS = (
@@ -72,11 +73,14 @@ class StoredTensor:
         Its shape.
     dtype : str
         Its safetensors type name.
+    origin : str
+        Its name in the file, if transformers renames it.
     """
 
     read: Callable[[], Tensor]
     shape: tuple[int, ...]
     dtype: str
+    origin: str = ""
 
 
 class _ShardIndex(BaseModel):
@@ -215,8 +219,8 @@ def match_config(
     Returns
     -------
     dict
-        The tensors by their names in the causal language model. (In a checkpoint of the bare
-        decoder the names lack the prefix.)
+        The tensors by their names in the causal language model, where the text model is by itself.
+        (In a checkpoint of the bare decoder the names lack the prefix.)
 
     Raises
     ------
@@ -224,6 +228,9 @@ def match_config(
         If the tensors are quantised or not floating-point, or the number of blocks differs from
         the config.
     """
+    _check_types(model, stored)
+    if is_wrapped(config):
+        return dict(stored)
     family = family_of(config.model_type)
     prefix = f"{family.decoder}."
     if not any(name.startswith(prefix) for name in stored):
@@ -231,7 +238,6 @@ def match_config(
             name if name.startswith(f"{HEAD}.") else prefix + name: tensor
             for name, tensor in stored.items()
         }
-    _check_types(model, stored)
     block = re.compile(rf"{re.escape(prefix + family.blocks)}\.(\d+)\.")
     found = [int(match[1]) for match in map(block.match, stored) if match]
     number = max(found, default=-1) + 1
@@ -269,7 +275,7 @@ def fit_tensors(
         If tensors are missing, have another shape or are unused, or if tensors differ that the
         config ties.
     """
-    stored, wanted = dict(stored), skeleton.state_dict()
+    stored, wanted = with_native_names(stored, skeleton), skeleton.state_dict()
     for name, origin in skeleton.all_tied_weights_keys.items():
         if name in stored:
             first = stored.setdefault(origin, stored[name])
@@ -298,6 +304,27 @@ def fit_tensors(
     if problems:
         raise incomplete(model, problems)
     return stored
+
+
+def with_native_names(
+    stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
+) -> dict[str, StoredTensor]:
+    """List stored tensors by their names in the model, see `slimgpt.models.layout.native_names`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If two of them have the same name there.
+    """
+    native: dict[str, StoredTensor] = {}
+    for name, own in native_names(skeleton, list(stored)).items():
+        if own in native:
+            raise UnsupportedModelError(
+                f"{name} and {native[own].origin or own} are the same tensor of the model",
+                hint="remove one of them from the checkpoint",
+            )
+        native[own] = stored[name] if name == own else replace(stored[name], origin=name)
+    return native
 
 
 def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:

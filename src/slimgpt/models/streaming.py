@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from slimgpt.models.blocks import Block, bind, blocks_of, decoder_of
 from slimgpt.models.device import autocast
-from slimgpt.models.family import family_of
+from slimgpt.models.layout import decoder_name, family_in
 from slimgpt.models.loading import build_skeleton
-from slimgpt.models.weights import Weights, saved_tensors
+from slimgpt.models.weights import Weights, saved_tensors, text_tensors
 from slimgpt.runtime.environment import trim_heap
 
 
@@ -52,7 +52,13 @@ class StreamedModel:
     @contextmanager
     def whole(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
         """Load all weights, in this type, for the duration of the context."""
-        names, dtype = saved_tensors(self.skeleton), dtype or self.weights.dtype
+        with self._holding(
+            list(saved_tensors(self.skeleton)), dtype or self.weights.dtype
+        ) as model:
+            yield model
+
+    @contextmanager
+    def _holding(self, names: Iterable[str], dtype: torch.dtype) -> Iterator[PreTrainedModel]:
         self._fill(self.skeleton, {name: self.weights.read(name).to(dtype) for name in names})
         self.skeleton.tie_weights()
         try:
@@ -63,7 +69,7 @@ class StreamedModel:
 
     @contextmanager
     def after_blocks(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Load the model without its blocks.
+        """Load the model without its blocks and without what surrounds the text model.
 
         Yields
         ------
@@ -72,18 +78,18 @@ class StreamedModel:
             last block (tokens, hidden size).
         """
         decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
-        family = family_of(self.skeleton.config.model_type)
+        family = family_in(self.skeleton.config)
         last = _LastBlock(family.returns_tuple)
         decoder.set_submodule(family.blocks, nn.ModuleList([last]))
 
         def logits(hidden_TC: Tensor) -> Tensor:
             last.hidden = hidden_TC[None].to(self.device)
             tokens = torch.zeros(1, len(hidden_TC), dtype=torch.int64, device=self.device)
-            with autocast(next(model.parameters())):
+            with autocast(next(decoder.parameters())):
                 return model(tokens, use_cache=False).logits[0]
 
         try:
-            with self.whole() as model:
+            with self._holding(text_tensors(self.skeleton), self.weights.dtype) as model:
                 yield logits
         finally:
             decoder.set_submodule(family.blocks, blocks)
@@ -96,10 +102,10 @@ class StreamedModel:
     @contextmanager
     def around_blocks(self) -> Iterator[PreTrainedModel]:
         """Load the weights of the decoder except those of the blocks."""
-        decoder, family = decoder_of(self.skeleton), family_of(self.skeleton.config.model_type)
+        decoder, family = decoder_of(self.skeleton), family_in(self.skeleton.config)
         names = [name for name, _ in decoder.named_parameters()]
         others = [name for name in names if not name.startswith(f"{family.blocks}.")]
-        self._fill(decoder, self._read(family.decoder, others))
+        self._fill(decoder, self._read(decoder_name(self.skeleton), others))
         try:
             yield self.skeleton
         finally:

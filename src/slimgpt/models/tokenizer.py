@@ -1,6 +1,7 @@
 """Load a checkpoint's tokenizer."""
 
 import json
+from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ TOKENIZER_FILES = (
     SENTENCEPIECE_FILE,
     "chat_template.jinja",
     "chat_template.json",
+)
+
+# Of models that see images.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -69,7 +77,20 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_files(source: Source) -> dict[str, Path]:
-    """Find the files of a tokenizer, by name; empty for a GGUF file.
+    """Find the files of a tokenizer, by name; empty for a GGUF file."""
+    return _find_files(source, TOKENIZER_FILES)
+
+
+def copied_files(source: Source) -> dict[str, Path]:
+    """Find the files that are copied into a result: of the tokenizer, and of the image processor.
+
+    Raises the same errors as `tokenizer_files`.
+    """
+    return _find_files(source, TOKENIZER_FILES + PROCESSOR_FILES)
+
+
+def _find_files(source: Source, names: Sequence[str]) -> dict[str, Path]:
+    """Find files of a checkpoint that are copied into a result.
 
     Raises
     ------
@@ -78,7 +99,7 @@ def tokenizer_files(source: Source) -> dict[str, Path]:
     UnsupportedModelError
         If one is a link to a file outside the directory, which must not be copied into a result.
     """
-    files = {name: file for name in TOKENIZER_FILES if (file := find_file(source, name))}
+    files = {name: file for name in names if (file := find_file(source, name))}
     if source.directory:
         root = source.directory.resolve()
         if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):

@@ -12,9 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import UnsupportedModelError
+from slimgpt.models.layout import decoder_name
 from slimgpt.models.loading import load_model, read_stored, weight_files
 from slimgpt.models.source import Source
-from slimgpt.models.stored import DTYPES, StoredTensor, fit_tensors, loading
+from slimgpt.models.stored import (
+    DTYPES,
+    StoredTensor,
+    fit_tensors,
+    loading,
+    with_native_names,
+)
 
 
 class Weights:
@@ -64,10 +71,15 @@ class Weights:
 
     def add_biases(self, skeleton: PreTrainedModel) -> None:
         """Add zero biases where the model has biases and the checkpoint has none."""
+        self._tensors = with_native_names(self._tensors, skeleton)
         for name, parameter in saved_tensors(skeleton).items():
             if name.endswith(".bias") and name not in self._tensors:
                 zeros = partial(torch.zeros, parameter.shape)
                 self._tensors[name] = StoredTensor(zeros, tuple(parameter.shape), "F32")
+
+    def name_in_file(self, name: str) -> str:
+        """Name of a tensor in the checkpoint, which transformers may rename as it loads it."""
+        return self._tensors[name].origin or name
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -93,6 +105,16 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the state of a model without tensors that are tied to others."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def text_tensors(model: PreTrainedModel) -> list[str]:
+    """List the saved tensors of the text decoder and of the head."""
+    decoder, all_but_head = f"{decoder_name(model)}.", f"{model.base_model_prefix}."
+    return [
+        name
+        for name in saved_tensors(model)
+        if name.startswith(decoder) or not name.startswith(all_but_head)
+    ]
 
 
 def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") -> Weights:

@@ -20,7 +20,7 @@ from slimgpt.calibration.activations import Stream, embed, pass_through
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.blocks import Block, Sublayer, bind, decoder_of
-from slimgpt.models.family import family_of
+from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
 from slimgpt.models.units import Kept
@@ -116,7 +116,7 @@ def _check(config: PreTrainedConfig) -> FamilyCheck:
     blocks = list(bind(dense))
     smaller = {kind: _smaller(config, _halved(blocks, kind)) for kind in ("attention", "ffn")}
     stream = _random_stream(dense)
-    returns_tuple = family_of(config.model_type).returns_tuple
+    returns_tuple = family_in(config).returns_tuple
     differences: dict[int, float] = {}
     checks = []
     for block in _distinct(blocks):
@@ -174,7 +174,7 @@ def _random_stream(model: Any) -> Stream:
     embedding = model.get_input_embeddings()
     small = nn.Embedding(VOCABULARY, embedding.weight.shape[1], device="meta", dtype=model.dtype)
     model.set_input_embeddings(small)
-    blocks = f"{family_of(model.config.model_type).blocks}."
+    blocks = f"{family_in(model.config).blocks}."
     decoder = decoder_of(model)
     names = [name for name, _ in decoder.named_parameters() if not name.startswith(blocks)]
     _randomize(decoder, 0, names)

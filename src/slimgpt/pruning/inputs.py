@@ -17,10 +17,11 @@ from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
 from slimgpt.data.samples import READING_BYTES, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
-from slimgpt.errors import MissingDependencyError
+from slimgpt.errors import MissingDependencyError, UnsupportedModelError
 from slimgpt.methods.registry import METHODS, make_method
 from slimgpt.models.blocks import bind
 from slimgpt.models.device import fast_dtype
+from slimgpt.models.layout import has_language_head
 from slimgpt.models.loading import (
     build_skeleton,
     load_config,
@@ -31,7 +32,7 @@ from slimgpt.models.loading import (
 from slimgpt.models.source import Source
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.streaming import StreamedModel
-from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
+from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import open_weights, tensor_names
 from slimgpt.pruning.family_check import check_family
 from slimgpt.pruning.job import Inputs, Job
@@ -64,6 +65,22 @@ def check_inputs(config: PruneConfig) -> None:
         )
 
 
+def _check_headless(source: Source, config: PruneConfig) -> None:
+    """Check that no option needs predictions of tokens, which the model does not make."""
+    needs = {
+        "--calibration self": (SELF in config.calibration, "other texts with --calibration"),
+        "--widths measured": (config.widths == "measured", "--widths scheduled"),
+        f"--method {config.method}": (METHODS[config.method].needs_gradients, "another --method"),
+    }
+    found = {option: instead for option, (needed, instead) in needs.items() if needed}
+    if found:
+        raise UnsupportedModelError(
+            f"{source.name} has no head for language modelling: it predicts no tokens, which "
+            f"{' and '.join(found)} need{'s' if len(found) == 1 else ''}",
+            hint=f"choose {' and '.join(found.values())}",
+        )
+
+
 def open_inputs(
     source: Source, config: PruneConfig, device: torch.device, progress: Progress
 ) -> Inputs:
@@ -76,6 +93,8 @@ def open_inputs(
     """
     stopwatch, method = Stopwatch(), make_method(config)
     base_config = load_config(source)
+    if not has_language_head(base_config):
+        _check_headless(source, config)
     shapes = tuple(shapes_of(base_config))
     initial_widths(shapes, base_config, config)  # raises if the ratio is not feasible
     if is_main():
@@ -112,7 +131,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
     }
     files = {
         "calibration file": [f for name in config.calibration for f in dataset_files(name)],
-        "tokenizer file": tokenizer_files(weights.source).values(),
+        "tokenizer file": copied_files(weights.source).values(),
     }
     return {
         "model": weights.source.title,
@@ -184,7 +203,11 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     if method.needs_gradients:
         whole = 2 * num_params * FLOAT32
     activation = num_own * inputs.seqlen * size
-    stream = activation * skeleton.config.hidden_size * (2 if method.needs_dense else 1)
+    stream = (
+        activation
+        * skeleton.config.get_text_config().hidden_size
+        * (2 if method.needs_dense else 1)
+    )
     if blocks[0].is_parallel:
         stream *= 2
     widest = activation * max(sublayer.output.in_features for sublayer, _ in sublayers)

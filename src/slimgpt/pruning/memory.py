@@ -147,7 +147,7 @@ def size(num_bytes: float) -> str:
 
 def probe_bytes(skeleton: PreTrainedModel, nsamples: int, seqlen: int) -> int:
     """Bytes for the gradient pass: inputs of all blocks, embedding, head and logits."""
-    config, num_tokens = skeleton.config, min(seqlen, PROBE_TOKENS)
+    config, num_tokens = skeleton.config.get_text_config(), min(seqlen, PROBE_TOKENS)
     states = (config.num_hidden_layers + 3) * len(probe_samples(nsamples)) * num_tokens
     numbers = (states + 2 * config.vocab_size) * config.hidden_size
     logits = 6 * num_tokens * config.vocab_size

@@ -13,7 +13,7 @@ from slimgpt.checkpoint.writer import pruned_config, uniform_group_counts
 from slimgpt.config import PruneConfig
 from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
-from slimgpt.models.family import family_of
+from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
 
@@ -111,7 +111,7 @@ def make_plan(
     shapes = [block.shape for block in bind(skeleton)]
     given = sum(r * s.params for r, s in zip(config.layer_ratios, shapes, strict=False))
     prunable = sum(shape.params for shape in shapes)
-    seqlen = min(config.seqlen, base_config.max_position_embeddings)
+    seqlen = min(config.seqlen, base_config.get_text_config().max_position_embeddings)
     removed = [removed_params(s, w) for s, w in zip(shapes, widths, strict=True)]
     extended = make_method(config).extend_config(base_config)
     result = build_skeleton(pruned_config(extended, widths, config.uniform))
@@ -153,8 +153,9 @@ def attention_share(config: Any) -> float:
     a head frees: (2 + 2/g)/4 of its ratio in MHA, which is 1. A query head of a single group frees
     no part of its kv head: 2/4.
     """
-    keys = family_of(config.model_type).widths("attention")
+    keys = family_in(config).widths("attention")
     if not keys:
         return 1.0
-    groups, heads = (getattr(config.per_layer_config[0], key) for key in keys)
+    first = config.get_text_config().per_layer_config[0]
+    groups, heads = (getattr(first, key) for key in keys)
     return (1 + groups / heads) / 2 if groups > 1 else 0.5

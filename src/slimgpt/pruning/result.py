@@ -50,8 +50,12 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         add_older_rope_keys(directory)
         job.generation_config.save_pretrained(directory)
         write_tokenizer(streamed.weights.source, job.tokenizer, directory)
-        tensors = saved_tensors(streamed.skeleton)
-        write_shards(directory, tensors, read, config.max_shard_size)
+        # The stock class reads the names of the original checkpoint, the others those of the model.
+        rename = streamed.weights.name_in_file if config.uniform else str
+        names = {rename(name): name for name in saved_tensors(streamed.skeleton)}
+        state = streamed.skeleton.state_dict()
+        tensors = {stored: state[name] for stored, name in names.items()}
+        write_shards(directory, tensors, lambda n: read(names[n]), config.max_shard_size)
         job.stopwatch.lap("save")
         report["seconds"] = job.stopwatch.seconds | report["seconds"]
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")

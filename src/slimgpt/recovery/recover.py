@@ -32,9 +32,10 @@ from slimgpt.data.examples import training_examples
 from slimgpt.data.samples import evaluation_tokens
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
 from slimgpt.models.comparison import check_same_vocabulary
+from slimgpt.models.layout import check_language_head
 from slimgpt.models.loading import load_config, load_model, usable_seqlen
 from slimgpt.models.source import EMBEDDED_MODELS, Source, find_file, find_model
-from slimgpt.models.tokenizer import load_tokenizer, tokenizer_files
+from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import open_weights, weight_files
 from slimgpt.recovery.trainer import (
     TENSORBOARD_DIR,
@@ -141,6 +142,7 @@ def recover(
     check_dataset(config.eval_data, "evaluation")
     check_packages(config)
     model_config = load_config(source)
+    check_language_head(source.name, model_config)
     seqlen = usable_seqlen(config.seqlen, model_config)
     config = config.model_copy(update={"seqlen": seqlen})
     PartialState(timeout=TIME_LIMIT)  # joins the other processes of torchrun
@@ -172,7 +174,7 @@ def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
         **{
             f"{role}'s {file.name}": describe_file(file)
             for role, model in models.items()
-            for file in (*weight_files(model), *tokenizer_files(model).values())
+            for file in (*weight_files(model), *copied_files(model).values())
         },
         **job.config.model_dump(mode="json", exclude={"teacher", "report_to"}),
         "examples_sha256": _sha256(job.examples),

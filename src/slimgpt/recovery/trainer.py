@@ -26,8 +26,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from slimgpt.config import RecoverConfig
 from slimgpt.data.examples import IGNORED
 from slimgpt.errors import ConfigError, NumericalError
+from slimgpt.models.blocks import linears_of
 from slimgpt.models.device import find_device
-from slimgpt.models.family import family_of
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import Source
 from slimgpt.runtime.distributed import broadcast, training_together
@@ -244,7 +244,7 @@ def trainable(source: Source, config: RecoverConfig) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=family_of(model.config.model_type).linears,
+        target_modules=linears_of(model),
     )
     return get_peft_model(model, lora)
 

@@ -134,12 +134,12 @@ def _prompts(file: Path) -> list[str]:
 def _generate(source: Source, prompts: Sequence[str], config: ReportConfig) -> list[str]:
     tokenizer = load_tokenizer(source)
     model: Any = load_model(source, config.dtype, config.device)
-    end = tokenizer.eos_token_id
+    end, text = tokenizer.eos_token_id, model.config.get_text_config()
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=end)
     texts = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+        length, context = inputs["input_ids"].shape[1], text.max_position_embeddings
         if length + config.new_tokens > context:
             raise ConfigError(
                 f"a prompt of {length} tokens and {config.new_tokens} new ones exceed the context "

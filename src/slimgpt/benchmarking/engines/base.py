@@ -83,10 +83,12 @@ class Engine(ABC):
         import torch
 
         from slimgpt.models.blocks import blocks_of
+        from slimgpt.models.layout import check_language_head
         from slimgpt.models.loading import build_skeleton, load_config
         from slimgpt.models.weights import weight_files
 
         model_config = load_config(source)
+        check_language_head(source.name, model_config)
         skeleton: Any = build_skeleton(model_config)
         size = getattr(torch, config.dtype).itemsize
         head_bytes = skeleton.get_output_embeddings().weight.numel() * size
@@ -99,8 +101,8 @@ class Engine(ABC):
             block_bytes=block_bytes,
             peak_memory_bytes=None,
         )
-        context = model_config.max_position_embeddings
-        return Subject(cost, source.name, model_config.vocab_size, context)
+        text = model_config.get_text_config()
+        return Subject(cost, source.name, text.vocab_size, text.max_position_embeddings)
 
     @abstractmethod
     def __init__(self, model: str, config: BenchConfig) -> None:
