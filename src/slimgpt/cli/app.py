@@ -215,15 +215,20 @@ def inspect_model(
 @app.command()
 def families(as_json: Json = False) -> None:
     """List the model types that can be pruned, and what can be pruned of them."""
+    from slimgpt.exporting.gguf_graphs import graphs_by_model_type
     from slimgpt.models.family import WRAPPER_TYPES, load_families
 
-    found = sorted(load_families().items())
-    table, reasons = Table("model type", "pruned units", "tested with"), {}
-    rows = []
-    for model_type, family in found:
-        tested = family.real_weights.get(model_type, "random weights")
-        table.add_row(model_type, ", ".join(family.units), tested)
-        rows.append({"model_type": model_type, "units": family.units, "tested": tested})
+    graphs, rows = graphs_by_model_type(), []
+    table, reasons = Table("model type", "pruned units", "GGUF graph", "tested with"), {}
+    for model_type, family in sorted(load_families().items()):
+        row = {
+            "model_type": model_type,
+            "units": ", ".join(family.units),
+            "gguf": graphs.get(model_type, ""),
+            "tested": family.real_weights.get(model_type, "random weights"),
+        }
+        rows.append(row)
+        table.add_row(*row.values())
         for reason in family.reasons:
             reasons.setdefault(reason, []).append(model_type)
     lines = [f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()]

@@ -4,12 +4,11 @@ The content of ``gguf_graphs.json``. A new model type needs a line there, and a 
 llama.cpp itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-import gguf
 from pydantic import BaseModel, ConfigDict
 
 from slimgpt.errors import ExportError
@@ -141,6 +140,16 @@ def _table() -> _Table:
     return _Table.model_validate_json(text)
 
 
+def graphs_by_model_type() -> dict[str, str]:
+    """Name the graphs of every model type: for layers of one width, and for layers that differ."""
+    return {
+        name: ", ".join(
+            filter(None, (model.graph, model.per_layer and f"{model.per_layer} per layer"))
+        )
+        for name, model in _table().models.items()
+    }
+
+
 def graph_of(arch: str) -> Graph:
     """Describe the graph with this name."""
     return _table().graphs[arch]
@@ -169,17 +178,3 @@ def no_place(arch: str, name: str) -> ExportError:
     return ExportError(
         f"llama.cpp's graph {arch} has no place for the tensor {name}", hint=NOT_WRITTEN
     )
-
-
-def tensor_names(arch: str, num_layers: int) -> gguf.TensorNameMap:
-    """Map the names of a checkpoint to those of a graph."""
-    return gguf.get_tensor_name_map(_key(arch), num_layers)
-
-
-def tensors_of(arch: str) -> Sequence[gguf.MODEL_TENSOR]:
-    """List the tensors of a graph."""
-    return gguf.MODEL_TENSORS[_key(arch)]
-
-
-def _key(arch: str) -> gguf.MODEL_ARCH:
-    return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)

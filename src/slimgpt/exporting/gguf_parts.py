@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
+import gguf
 import torch
 from gguf import MODEL_TENSOR as T
 from gguf import TENSOR_NAMES
@@ -14,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slimgpt.exporting.gguf_graphs import ModelType, no_place, tensor_names, tensors_of
+from slimgpt.exporting.gguf_graphs import ModelType, no_place
 from slimgpt.models.family import family_of
 from slimgpt.models.weights import Weights
 
@@ -35,6 +36,10 @@ class Widths:
         group = self.heads // self.kv_heads
         kv_heads = _round_up(self.kv_heads, block // math.gcd(block, group * head_dim))
         return Widths(kv_heads * group, kv_heads, _round_up(self.channels, block))
+
+
+def _key(arch: str) -> gguf.MODEL_ARCH:
+    return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
 
 
 def _round_up(width: int, step: int) -> int:
@@ -101,7 +106,8 @@ def find_parts(model: ModelType, arch: str, skeleton: PreTrainedModel, weights: 
     """
     config = skeleton.config
     transposed = {f"{n}.weight" for n, m in skeleton.named_modules() if isinstance(m, Conv1D)}
-    maps = [tensor_names(name, config.num_hidden_layers) for name in (arch, model.graph)]
+    keys = (_key(arch), _key(model.graph))
+    maps = [gguf.get_tensor_name_map(key, config.num_hidden_layers) for key in keys]
     parts: Parts = {}
     for name, shape in weights.shapes.items():
         is_head = name == "lm_head.weight" and config.tie_word_embeddings
@@ -192,7 +198,7 @@ def joined(parts: Parts, arch: str) -> Parts:
     ExportError
         If the graph has no place for a tensor.
     """
-    tensors = tensors_of(arch)
+    tensors = gguf.MODEL_TENSORS[_key(arch)]
     fused = [
         (whole, roles)
         for whole, roles in ((T.ATTN_QKV, _QKV), (T.FFN_UP, _GATE_UP))
