@@ -143,9 +143,7 @@ def _table() -> _Table:
 def graphs_by_model_type() -> dict[str, str]:
     """Name the graphs of every model type: for layers of one width, and for layers that differ."""
     return {
-        name: ", ".join(
-            filter(None, (model.graph, model.per_layer and f"{model.per_layer} per layer"))
-        )
+        name: model.graph + (f", {model.per_layer} per layer" if model.per_layer else "")
         for name, model in _table().models.items()
     }
 

@@ -126,9 +126,9 @@ class Family(BaseModel):
     @property
     def units(self) -> list[str]:
         """Names of the units that can be pruned."""
-        names = {"attention": "kv groups, query heads", "ffn": "channels"}
+        names = {"attention": "groups, heads", "ffn": "channels"}
         return [
-            "kv groups" if spec.couples_units else names[spec.kind]
+            "groups" if spec.couples_units else names[spec.kind]
             for spec in self.sublayers
             if spec.widths
         ]
