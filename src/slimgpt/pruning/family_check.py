@@ -101,7 +101,7 @@ def check_family(config: PreTrainedConfig) -> FamilyCheck:
         If a block computes something else, or another tensor shrinks with the units. The message
         names the block and the tensor, or the difference.
     """
-    key = config.to_json_string()
+    key = config.to_json_string() + family_in(config).model_dump_json()
     if key not in _checked:
         _checked[key] = _check(config)
     return _checked[key]
