@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TEXT, TINY, assert_greedy
 from gguf import GGUFValueType, GGUFWriter
 from llama_cpp import TEXTS, LlamaCpp, check_agreement
 from transformers import (
@@ -17,16 +17,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from slimgpt.errors import UnsupportedModelError
+import slimgpt
+from slimgpt.errors import ExportError, UnsupportedModelError
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
-from slimgpt.models.family import load_families
 from slimgpt.models.loading import load_config, load_model
 from slimgpt.models.source import Source, find_model
 from slimgpt.models.tokenizer import load_tokenizer
-
-needs_family = pytest.mark.skipif(
-    "gemma3_text" not in load_families(), reason="no family has the model type gemma3_text"
-)
 
 IDS = torch.arange(10, 70)[None]
 LAYERS = 7
@@ -151,7 +147,6 @@ VARIANTS = [
 ]
 
 
-@needs_family
 @pytest.mark.parametrize(
     ("values", "options"), [case[1:] for case in VARIANTS], ids=[case[0] for case in VARIANTS]
 )
@@ -171,7 +166,6 @@ def test_a_file_computes_what_its_checkpoint_and_llama_cpp_do(
     check_agreement(file, read, IDS[0].tolist(), 2, tolerance=1e-2)
 
 
-@needs_family
 def test_attention_of_27b_is_scaled_by_the_hidden_size(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -192,7 +186,6 @@ def test_attention_of_27b_is_scaled_by_the_hidden_size(
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "scales its rotary"),
     ],
 )
-@needs_family
 def test_metadata_that_is_not_understood_is_refused(
     values: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -224,6 +217,23 @@ def own_tokenizer(gemma3: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(find_model(gemma3))
 
 
+@pytest.fixture(scope="module")
+def dense(gemma3: str) -> PreTrainedModel:
+    return load_model(find_model(gemma3))
+
+
+@pytest.fixture(scope="module")
+def directory(
+    dense: PreTrainedModel,
+    own_tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    path = tmp_path_factory.mktemp("gemma3")
+    dense.save_pretrained(path)
+    own_tokenizer.save_pretrained(path)
+    return str(path)
+
+
 @pytest.mark.real_model
 class TestEmbedded:
     def test_ids_are_those_of_llama_cpp(
@@ -247,15 +257,14 @@ class TestEmbedded:
         add_tokenizer(writer, find_model(gemma3), config)
         assert len(writer.kv_data[0]["tokenizer.ggml.tokens"].value) == 262_144
 
-    @needs_family
     def test_model_is_that_of_llama_cpp(
-        self, gemma3: str, own_tokenizer: PreTrainedTokenizerBase, engine: LlamaCpp
+        self, dense: PreTrainedModel, own_tokenizer: PreTrainedTokenizerBase, engine: LlamaCpp
     ) -> None:
         """llama.cpp also quantises activations, which alone changes log-probabilities by 0.4.
 
         With the weights in float32 it differs by less than 0.01.
         """
-        model: Any = load_model(find_model(gemma3))
+        model: Any = dense
         assert model.num_parameters() == 268_098_176
         for text in ("The capital of France is", "def f(x):\n    return", TEXTS[5]):
             ids = own_tokenizer(text).input_ids
@@ -268,3 +277,32 @@ class TestEmbedded:
         prompt = own_tokenizer("The capital of France is", return_tensors="pt")
         generated = model.generate(**prompt, max_new_tokens=7, do_sample=False)
         assert own_tokenizer.decode(generated[0, -7:]) == " the capital of the country of France"
+
+    @pytest.mark.parametrize("options", [{"ratio": 0.2}, {"ratio": 0.33, "uniform": True}])
+    def test_pruned(
+        self,
+        options: dict[str, Any],
+        directory: str,
+        own_tokenizer: PreTrainedTokenizerBase,
+        tmp_path: Path,
+    ) -> None:
+        result = slimgpt.prune(
+            directory, tmp_path / "slim", calibration=TEXT, nsamples=8, seqlen=64, widths="scheduled", refit_epochs=0, **options,
+        )  # fmt: skip
+        assert abs(result.plan.block_ratio - options["ratio"]) < 0.005
+        model: Any = AutoModelForCausalLM.from_pretrained(result.output)
+        assert model.num_parameters() == result.plan.params_after
+        prompt = own_tokenizer("import os", return_tensors="pt").input_ids
+        assert_greedy(model, model.generate(prompt, max_new_tokens=4, do_sample=False), 4)
+        (measured,) = slimgpt.evaluate(
+            result.output, data="pydocs", seqlen=128, max_tokens=256
+        ).perplexity
+        assert measured.perplexity < 1000  # of 262,144 tokens
+        if not options.get("uniform"):
+            with pytest.raises(ExportError, match="differ in width"):
+                slimgpt.export(str(result.output), tmp_path / "slim.gguf")
+            return
+        file = slimgpt.export(str(result.output), tmp_path / "slim.gguf", type="f16").output
+        top, log_probs = LlamaCpp(file).top_log_probs(prompt[0].tolist(), 5)
+        ours = model(prompt).logits[0, -1].log_softmax(-1)
+        assert (ours[top] - log_probs).abs().max() < 0.05

@@ -191,10 +191,15 @@ def _sentencepiece_scores(state: dict[str, Any]) -> dict[str, float]:
 
     llama.cpp merges any two neighbours that form a known piece, best score first. This equals
     merging by rank if the merges contain every way to form a piece and are grouped by piece, as in
-    tokenizers converted from a SentencePiece model.
+    tokenizers converted from a SentencePiece model. Merges that make an added token are left out:
+    both find added tokens before they merge.
     """
     vocab = state["model"]["vocab"].keys() - {token["content"] for token in state["added_tokens"]}
-    merges = [tuple(merge) for merge in state["model"]["merges"]]
+    merges = [
+        (left, right)
+        for left, right in state["model"]["merges"]
+        if {left, right, left + right} <= vocab
+    ]
     pieces = [piece for piece, _ in groupby(left + right for left, right in merges)]
     ways = sum(
         piece[:cut] in vocab and piece[cut:] in vocab
