@@ -272,9 +272,9 @@ class PruneConfig(_ModelOptions):
         "as FFN channels.",
     )
     query_heads: bool = Field(
-        True,
+        False,
         description="With measured widths, also remove single query heads, equally many of each "
-        "kv group of a layer, where that costs less than a whole group.",
+        "kv group of a layer, where that seems to cost less than a whole group.",
     )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),

@@ -287,7 +287,8 @@ class TestEmbedded:
         tmp_path: Path,
     ) -> None:
         result = slimgpt.prune(
-            directory, tmp_path / "slim", calibration=TEXT, nsamples=8, seqlen=64, widths="scheduled", refit_epochs=0, **options,
+            directory, tmp_path / "slim", calibration=TEXT, nsamples=8, seqlen=64,
+            widths="scheduled", refit_epochs=0, **options,
         )  # fmt: skip
         assert abs(result.plan.block_ratio - options["ratio"]) < 0.005
         model: Any = AutoModelForCausalLM.from_pretrained(result.output)

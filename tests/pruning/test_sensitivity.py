@@ -90,13 +90,14 @@ def test_costs_are_derivatives(
         assert value == pytest.approx(expected, rel=0.02, abs=1e-4)
 
 
+@pytest.mark.parametrize("query_heads", [False, True], ids=["groups", "query heads"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_units_move_and_the_sum_stays(
-    variant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    variant: str, query_heads: bool, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = str(tiny_checkpoint(variant))
-    planned = slimgpt.plan(model, **OPTIONS)
-    result = slimgpt.prune(model, tmp_path / "slim", **OPTIONS)
+    model, options = str(tiny_checkpoint(variant)), OPTIONS | {"query_heads": query_heads}
+    planned = slimgpt.plan(model, **options)
+    result = slimgpt.prune(model, tmp_path / "slim", **options)
     assert result.plan.widths != planned.widths
     step = planned.shapes[0].sublayers[0].unit_params
     assert abs(result.plan.params_after - planned.params_after) <= step / 2
@@ -104,7 +105,7 @@ def test_units_move_and_the_sum_stays(
     kept = [(len(b.sublayers[0].keep), len(b.sublayers[0].heads)) for b in result.blocks]
     widths = [w[0] if isinstance(w[0], tuple) else (w[0], 0) for w in result.plan.widths]
     assert kept == [(groups, groups * left) for groups, left in widths]
-    assert all(left < heads for _, left in widths)
+    assert all(left < (heads if query_heads else 1) for _, left in widths)
     assert [len(b.sublayers[1].keep) for b in result.blocks] == [w[1] for w in result.plan.widths]
     assert result.report["widths"] == json.loads(json.dumps(result.plan.widths))
 
