@@ -92,10 +92,14 @@ class Stream:
         """Split the stream into batches, which are views."""
         return self.hidden_NTC.split(self.batch_size)
 
+    @property
+    def source(self) -> Tensor:
+        """What the next sublayer reads."""
+        return self.hidden_NTC if self.input_NTC is None else self.input_NTC
+
     def inputs(self) -> tuple[Tensor, ...]:
         """Split what the next sublayer reads in the same way."""
-        source_NTC = self.hidden_NTC if self.input_NTC is None else self.input_NTC
-        return source_NTC.split(self.batch_size)
+        return self.source.split(self.batch_size)
 
     def dense(self) -> "Stream | None":
         """The dense model's stream by itself, if there is one."""
@@ -138,12 +142,8 @@ def embed(
     OSError
         If there is not enough space for the file.
     """
-    decoder, blocks, family = (
-        decoder_of(model),
-        blocks_of(model),
-        family_in(model.config),
-    )
-    config = model.config.get_text_config()
+    decoder, blocks = decoder_of(model), blocks_of(model)
+    family, config = family_in(model.config), model.config.get_text_config()
     device = next(model.get_input_embeddings().parameters()).device
     allocate = partial(_allocate, (*samples_NT.shape, config.hidden_size), model.dtype, directory)
     hidden_NTC = allocate()

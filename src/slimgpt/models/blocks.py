@@ -145,12 +145,13 @@ class Sublayer:
             for kind, rows in segments:
                 params[kind] += rows.numel() * parameter.numel() // parameter.shape[axis]
         unit = next(iter(self.counts))
-        shared = {} if unit == "head" else params  # a single group keeps its keys and values
+        # A single group keeps its keys and values.
+        owned = params[unit] if unit == "head" else sum(params.values())
         heads = self.num_heads
         return SublayerShape(
             self.kind,
             self.num_units,
-            sum((shared or {unit: params[unit]}).values()) // self.num_units,
+            owned // self.num_units,
             not self.spec.widths,
             heads,
             params.get("head", 0) // self.counts["head"] if heads > 1 else 0,

@@ -106,8 +106,7 @@ def _input_and_target(
     """Input and target of the FFN for some tokens; the target is in float32."""
     weight = dense.output.weight
     hidden_TC = stream.hidden_NTC.flatten(0, 1)[rows_T].to(weight.device)
-    source_NTC = stream.hidden_NTC if stream.input_NTC is None else stream.input_NTC
-    input_TC = dense.normed(source_NTC.flatten(0, 1)[rows_T].to(weight.device))
+    input_TC = dense.normed(stream.source.flatten(0, 1)[rows_T].to(weight.device))
     with autocast(weight):
         target_TC = dense.contribution(dense.forward(input_TC)).float()
     if stream.dense_NTC is not None:
