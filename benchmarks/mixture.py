@@ -82,7 +82,7 @@ def main() -> None:
     )
     mixture = make_mixture(dense, samples[:8], args)
     texts = {
-        name: evaluation_tokens(name, tokenizer, args.max_tokens).view(-1, args.window)
+        name: evaluation_tokens(name, tokenizer, args.max_tokens).unfold(0, *[args.window] * 2)
         for name in args.texts
     }
     if args.kind == "copies":
