@@ -20,9 +20,10 @@ from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModel
 from slimgpt.methods import base, loraprune
 from slimgpt.methods.registry import METHODS as REGISTRY
 from slimgpt.methods.registry import make_method
-from slimgpt.models.blocks import Sublayer, bind
+from slimgpt.models.blocks import bind
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import unit_columns
 from slimgpt.pruning import inputs
 

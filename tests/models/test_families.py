@@ -102,7 +102,7 @@ def masked_logits(dense: Path, output: Path) -> Tensor | None:
             if sublayer.spec.couples_units:
                 return None
             output_layer = sublayer.output
-            heads = torch.tensor(decided["heads"]) if decided.get("heads") else None
+            heads = torch.tensor(decided["parts"]) if decided.get("parts") else None
             columns = sublayer.columns(Kept(torch.tensor(decided["keep"]), heads))
             new = tensors[f"{sublayer.output_name}.weight"]
             masked = torch.zeros_like(output_layer.weight)

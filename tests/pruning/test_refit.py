@@ -12,7 +12,8 @@ from torch import Tensor
 
 from slimgpt.calibration.activations import Stream, embed
 from slimgpt.config import PruneConfig
-from slimgpt.models.blocks import Block, Sublayer, bind
+from slimgpt.models.blocks import Block, bind
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 from slimgpt.pruning import refit as module
 from slimgpt.pruning.refit import refit

@@ -101,8 +101,8 @@ def test_units_move_and_the_sum_stays(
     assert result.plan.widths != planned.widths
     step = planned.shapes[0].sublayers[0].unit_params
     assert abs(result.plan.params_after - planned.params_after) <= step / 2
-    heads = planned.shapes[0].sublayers[0].heads
-    kept = [(len(b.sublayers[0].keep), len(b.sublayers[0].heads)) for b in result.blocks]
+    heads = planned.shapes[0].sublayers[0].parts
+    kept = [(len(b.sublayers[0].keep), len(b.sublayers[0].parts)) for b in result.blocks]
     widths = [w[0] if isinstance(w[0], tuple) else (w[0], 0) for w in result.plan.widths]
     assert kept == [(groups, groups * left) for groups, left in widths]
     assert all(left < (heads if query_heads else 1) for _, left in widths)

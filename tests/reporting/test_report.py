@@ -111,8 +111,8 @@ def test_page_of_a_model_with_everything(
     assert "91.00 at first, 61.25 at last" in page
     kept = 0
     for block, shape in zip(pruning["blocks"], pruning["shapes"], strict=True):
-        attention, heads = block["sublayers"][0], shape["sublayers"][0]["heads"]
-        kept += len(attention.get("heads", ())) or heads * len(attention["keep"])
+        attention, heads = block["sublayers"][0], shape["sublayers"][0]["parts"]
+        kept += len(attention.get("parts", ())) or heads * len(attention["keep"])
     assert f"{kept} of 32 are kept" in page
     assert all(prompt in page for prompt in report.PROMPTS)
     assert "--teacher owner/teacher" in page

@@ -11,31 +11,35 @@ class SublayerShape:
     Attributes
     ----------
     kind : str
-        ``attention`` or ``ffn``.
+        ``attention``, ``ffn`` or ``experts``.
     num_units : int
-        Key/value groups of attention, channels of an FFN.
+        Key/value groups of attention, channels of an FFN, or experts.
     unit_params : int
         Parameters of a unit.
     is_fixed : bool
         Whether the sublayer keeps all its units, because its family has no place for fewer.
-    heads, head_params : int
-        Query heads of a group, of which each group can lose equally many, and the parameters of
-        one; 1 and 0 where there is no choice.
+    parts, part_params : int
+        What each unit can lose equally many of, and the parameters of one: query heads of a group;
+        channels of an expert. 1 and 0 where there is no choice.
+    fewest, multiple : int
+        Fewest units that can be left, and what their number must be a multiple of.
     """
 
     kind: str
     num_units: int
     unit_params: int
     is_fixed: bool = False
-    heads: int = 1
-    head_params: int = 0
+    parts: int = 1
+    part_params: int = 0
+    fewest: int = 1
+    multiple: int = 1
 
     def kept_params(self, width: "Width") -> int:
         """Parameters of so many units."""
         if isinstance(width, int):
             return width * self.unit_params
-        groups, heads = width
-        return groups * (self.unit_params - (self.heads - heads) * self.head_params)
+        units, parts = width
+        return units * (self.unit_params - (self.parts - parts) * self.part_params)
 
     def step(self, multiple_of: int) -> int:
         """Step of the sublayer's width: `multiple_of` for channels, 1 for groups."""
@@ -44,8 +48,8 @@ class SublayerShape:
     @property
     def smallest_step(self) -> "Width":
         """Width after the smallest step of attention: one head less, of each group if possible."""
-        if self.heads > 1:
-            return self.num_units, self.heads - 1
+        if self.parts > 1:
+            return self.num_units, self.parts - 1
         return max(self.num_units - 1, 1)
 
     def least(self, multiple_of: int) -> int:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.models.blocks import Block, Sublayer, blocks_of, decoder_of
+from slimgpt.models.blocks import Block, blocks_of, decoder_of
 from slimgpt.models.device import autocast, bfloat16_matmul
 from slimgpt.models.layout import family_in
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.runtime import distributed
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8

@@ -6,10 +6,11 @@ from pathlib import Path
 from torch import nn
 
 from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
-from slimgpt.models.blocks import Projection, Sublayer, bind, decoder_of
+from slimgpt.models.blocks import bind, decoder_of
 from slimgpt.models.layout import is_wrapped
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_file, find_model
+from slimgpt.models.sublayers import Projection, Sublayer
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class _Read(BaseModel):
 class _SublayerShape(_Read):
     kind: Literal["attention", "ffn"]
     num_units: Count
-    heads: Count = 1
+    parts: Count = 1
 
 
 class _Shape(_Read):
@@ -58,7 +58,7 @@ class _Shape(_Read):
 class _Sublayer(_Read):
     kind: Literal["attention", "ffn"]
     keep: list[Count]
-    heads: list[Count] = []
+    parts: list[Count] = []
     relative_error: float
 
 

@@ -21,7 +21,8 @@ from slimgpt.allocation.reallocation import Curve
 from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import PruneConfig
-from slimgpt.models.blocks import Sublayer, bind
+from slimgpt.models.blocks import bind
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept, segment_rows
 from slimgpt.solver.hessian import output_power
 

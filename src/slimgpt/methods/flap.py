@@ -14,8 +14,8 @@ from torch import Tensor
 from slimgpt.calibration.activations import Activations
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.methods.base import ScoringMethod
-from slimgpt.models.blocks import Sublayer
 from slimgpt.models.layout import family_in
+from slimgpt.models.sublayers import Sublayer
 
 
 class Flap(ScoringMethod):

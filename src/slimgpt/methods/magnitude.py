@@ -4,7 +4,7 @@ from torch import Tensor
 
 from slimgpt.calibration.activations import Activations
 from slimgpt.methods.base import ScoringMethod, unit_sums
-from slimgpt.models.blocks import Sublayer
+from slimgpt.models.sublayers import Sublayer
 
 
 class Magnitude(ScoringMethod):

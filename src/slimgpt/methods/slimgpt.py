@@ -12,7 +12,7 @@ from slimgpt.allocation.shapes import Width
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Decision, Method
-from slimgpt.models.blocks import Sublayer
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 from slimgpt.solver.elimination import (
     Elimination,
@@ -59,7 +59,7 @@ class SlimGPT(Method):
         """Remove units; the second value, the errors at other widths, is empty here."""
         config = self.config
         if not isinstance(width, int):
-            heads = HeadCounts(sublayer.num_units, sublayer.num_heads)
+            heads = HeadCounts(sublayer.num_units, sublayer.num_parts)
             return eliminate_heads(problem, heads, HeadCounts(*width), config.head_error), ()
         num_remove = sublayer.num_units - width
         if sublayer.unit_size > 1:
@@ -96,6 +96,6 @@ def _kept(sublayer: Sublayer, width: Width, left: Elimination) -> Kept:
     """The units and query heads to which the remaining columns belong."""
     if isinstance(width, int):
         return Kept(left.kept_K[:: sublayer.unit_size] // sublayer.unit_size)
-    head_size = sublayer.unit_size // sublayer.num_heads
+    head_size = sublayer.unit_size // sublayer.num_parts
     heads = left.kept_K[::head_size] // head_size
-    return Kept(heads[:: width[1]] // sublayer.num_heads, heads)
+    return Kept(heads[:: width[1]] // sublayer.num_parts, heads)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slimgpt.calibration.activations import Activations
 from slimgpt.methods.base import ScoringMethod
-from slimgpt.models.blocks import Sublayer
+from slimgpt.models.sublayers import Sublayer
 
 
 class WandaSP(ScoringMethod):

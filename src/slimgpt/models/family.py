@@ -36,8 +36,8 @@ WRAPPER_TYPES = (
     "smolvlm",
 )
 
-# What rows of a projection belong to: all query heads, all key/value groups, or all channels.
-Segment = Literal["head", "group", "channel"]
+# What rows of a projection belong to: all query heads, key/value groups, channels or experts.
+Segment = Literal["head", "group", "channel", "expert"]
 
 
 class SublayerSpec(BaseModel):
@@ -45,7 +45,7 @@ class SublayerSpec(BaseModel):
 
     Attributes
     ----------
-    kind : {"attention", "ffn"}
+    kind : {"attention", "ffn", "experts"}
         Kind of sublayer.
     norm, post_norm : tuple of str
         The norm before the sublayer, and the one after it: of these, the first that the block has.
@@ -70,12 +70,15 @@ class SublayerSpec(BaseModel):
     bias : str or bool
         Config key that gives these linear layers biases, or whether they have them in all models.
     layer_type : str or None
-        If given, only layers of this type (``layer_types`` in the config) have the sublayer.
+        If given, only layers of this type have the sublayer: those of ``layer_types`` in the
+        config; or ``sparse``, layers with experts, and ``dense``, the others.
+    router : str
+        The module that chooses the experts of each token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["attention", "ffn"]
+    kind: Literal["attention", "ffn", "experts"]
     norm: tuple[str, ...] = ()
     post_norm: tuple[str, ...] = ()
     module: str
@@ -88,6 +91,7 @@ class SublayerSpec(BaseModel):
     reason: str = ""
     bias: str | bool
     layer_type: str | None = None
+    router: str = ""
 
 
 class Family(BaseModel):
@@ -126,11 +130,13 @@ class Family(BaseModel):
     @property
     def units(self) -> list[str]:
         """Names of the units that can be pruned."""
-        names = {"attention": "groups, heads", "ffn": "channels"}
+        names = {"group": "groups", "head": "heads", "channel": "channels", "expert": "experts"}
         return [
-            "groups" if spec.couples_units else names[spec.kind]
+            ", ".join(
+                names[key] for key in spec.widths if not (key == "head" and spec.couples_units)
+            )
             for spec in self.sublayers
-            if spec.widths
+            if spec.widths and spec.layer_type != "dense"
         ]
 
     @property
@@ -147,7 +153,7 @@ class Family(BaseModel):
         return [
             spec
             for spec in self.sublayers
-            if spec.layer_type is None or spec.layer_type == config.layer_types[index]
+            if spec.layer_type in (None, *_layer_types(config, index))
         ]
 
     def widths(self, kind: str) -> list[str]:
@@ -158,6 +164,17 @@ class Family(BaseModel):
         """Whether all sublayers of a block read the input of the block."""
         key = self.parallel
         return key if isinstance(key, bool) else bool(getattr(config, key))
+
+
+def _layer_types(config: Any, index: int) -> list[str]:
+    """Types of a layer, by the keys with which configs describe them."""
+    types = (getattr(config, "layer_types", None) or [""] * (index + 1))[index]
+    is_sparse = (
+        index >= (getattr(config, "first_k_dense_replace", None) or 0)
+        and index not in (getattr(config, "mlp_only_layers", None) or ())
+        and (index + 1) % (getattr(config, "decoder_sparse_step", None) or 1) == 0
+    )
+    return [types, "sparse" if is_sparse else "dense"]
 
 
 @cache

@@ -14,12 +14,13 @@ class Kept(NamedTuple):
     ----------
     units : Tensor
         int64, sorted.
-    heads : Tensor or None
-        int64, sorted: the query heads that these groups keep, where those have lost some too.
+    parts : Tensor or None
+        int64, sorted, if these units lose parts too: the query heads that the groups keep, or the
+        channels that the experts keep, both counted through all units.
     """
 
     units: Tensor
-    heads: Tensor | None = None
+    parts: Tensor | None = None
 
 
 def unit_columns(kept_units: Tensor, unit_size: int) -> Tensor:

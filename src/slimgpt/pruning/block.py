@@ -14,7 +14,8 @@ from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.calibration.activations import Stream, collect, pass_through, propagate
 from slimgpt.errors import NumericalError
 from slimgpt.methods.base import Method
-from slimgpt.models.blocks import Block, Projection, Sublayer
+from slimgpt.models.blocks import Block
+from slimgpt.models.sublayers import Projection, Sublayer
 from slimgpt.models.units import Kept
 from slimgpt.pruning.decisions import BlockPlan, SavedBlock, SublayerPlan
 from slimgpt.pruning.refit import refit
@@ -68,7 +69,7 @@ def replay_block(block: Block, saved: SavedBlock, stream: Stream) -> None:
     stream.enter(block)
     for sublayer, decided in zip(block.sublayers, saved.plan.sublayers, strict=True):
         pass_through(sublayer, stream.dense())
-        if len(decided.keep) == sublayer.num_units and not decided.heads:
+        if len(decided.keep) == sublayer.num_units and not decided.parts:
             pass_through(sublayer, stream)
             continue
         output, name = sublayer.output, sublayer.output_name
@@ -113,7 +114,7 @@ def _prune_sublayer(
             decision.error,
             decision.error / decision.power if decision.power else 0.0,
             decision.damping,
-            () if decision.kept.heads is None else tuple(decision.kept.heads.tolist()),
+            () if decision.kept.parts is None else tuple(decision.kept.parts.tolist()),
             tuple(decision.curve),
         )
         del decision

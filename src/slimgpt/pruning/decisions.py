@@ -34,8 +34,9 @@ class SublayerPlan:
         error divided by E‖y‖². Both are measured before the refit.
     damping : float
         Damping that the Hessian needed; 0 if nothing was removed or no Hessian was factorised.
-    heads : tuple of int
-        Query heads kept, sorted, if the groups lose query heads too; else empty.
+    parts : tuple of int
+        Query heads kept, sorted, if the groups lose query heads too; channels kept, counted through
+        all experts, if the experts lose channels. Else empty.
     curve : tuple
         In a sensitivity pass, smaller and smaller widths with the error at each, damping included.
     refit : float or None
@@ -48,18 +49,18 @@ class SublayerPlan:
     error: float = 0.0
     relative_error: float = 0.0
     damping: float = 0.0
-    heads: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
     curve: tuple[tuple[Width, float], ...] = ()
     refit: float | None = None
 
     def kept(self, device: torch.device) -> Kept:
         """The units kept, as tensors."""
-        heads = torch.tensor(self.heads, device=device) if self.heads else None
-        return Kept(torch.tensor(self.keep, device=device), heads)
+        parts = torch.tensor(self.parts, device=device) if self.parts else None
+        return Kept(torch.tensor(self.keep, device=device), parts)
 
     def __str__(self) -> str:
         """Summarise the kept units and the error."""
-        heads = f" with {len(self.heads)} query heads" if self.heads else ""
+        heads = f" with {len(self.parts)} query heads" if self.parts else ""
         return f"{len(self.keep)} {_UNITS[self.kind]}{heads} kept, error {self.relative_error:.4f}"
 
 

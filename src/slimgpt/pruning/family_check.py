@@ -19,10 +19,11 @@ from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.calibration.activations import Stream, embed, pass_through
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import UnsupportedModelError
-from slimgpt.models.blocks import Block, Sublayer, bind, decoder_of
+from slimgpt.models.blocks import Block, bind, decoder_of
 from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 from slimgpt.pruning.slicing import slice_sublayer
 

@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from slimgpt.calibration.activations import Stream
 from slimgpt.config import PruneConfig
-from slimgpt.models.blocks import Sublayer
 from slimgpt.models.device import autocast, fast_dtype
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.runtime.distributed import all_reduce, shard_batches
 
 STEP_TOKENS, CHUNK_TOKENS = 512, 4096

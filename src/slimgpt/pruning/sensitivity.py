@@ -35,9 +35,10 @@ from slimgpt.calibration.activations import TOKENS_PER_BATCH, Stream, embed, run
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.methods.slimgpt import SlimGPT
-from slimgpt.models.blocks import Block, Sublayer
+from slimgpt.models.blocks import Block
 from slimgpt.models.device import autocast
 from slimgpt.models.streaming import StreamedModel
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.pruning.block import replay_block
 from slimgpt.pruning.decisions import SavedBlock, SublayerPlan
 from slimgpt.pruning.job import Job
@@ -74,7 +75,7 @@ class MeasuringSlimGPT(SlimGPT):
         `slimgpt.solver.elimination.trace_heads` to twice the removed parameters.
         """
         shape, num_units = sublayer.shape, sublayer.num_units
-        if shape.heads > 1 and self.config.query_heads:
+        if shape.parts > 1 and self.config.query_heads:
             left, _ = super().eliminate(problem, sublayer, width)
             removed = shape.kept_params(num_units) - shape.kept_params(width)
             return left, self._path(problem, shape, 2 * removed)
@@ -91,11 +92,11 @@ class MeasuringSlimGPT(SlimGPT):
         return left, tuple((num_units - removed, errors[removed - 1]) for removed in removals)
 
     def _path(self, problem: Problem, shape: SublayerShape, num_params: int) -> Curve:
-        heads = HeadCounts(shape.num_units, shape.heads)
-        params = HeadParams(shape.head_params, shape.unit_params - shape.heads * shape.head_params)
+        heads = HeadCounts(shape.num_units, shape.parts)
+        params = HeadParams(shape.part_params, shape.unit_params - shape.parts * shape.part_params)
         _, *path = trace_heads(problem, heads, params, num_params, self.config.head_error)
         return tuple(
-            (groups if per_group == shape.heads else (groups, per_group), error)
+            (groups if per_group == shape.parts else (groups, per_group), error)
             for (groups, per_group), _, error in path
         )
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slimgpt.models.blocks import Sublayer
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 
 
@@ -36,5 +36,5 @@ def slice_sublayer(sublayer: Sublayer, kept: Kept, output_weight: Tensor) -> Non
         elif isinstance(owner, Conv1D):
             owner.nx, owner.nf = owner.weight.shape
     module: Any = sublayer.module
-    if kept.heads is not None and hasattr(module, "num_key_value_groups"):
-        module.num_key_value_groups = len(kept.heads) // len(kept.units)
+    if kept.parts is not None and hasattr(module, "num_key_value_groups"):
+        module.num_key_value_groups = len(kept.parts) // len(kept.units)

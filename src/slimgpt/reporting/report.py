@@ -264,10 +264,10 @@ def _heads(
         decided, dense = (
             next(s for s in of["sublayers"] if s["kind"] == "attention") for of in (block, shape)
         )
-        per_unit = dense.get("heads", 1)
+        per_unit = dense.get("parts", 1)
         before.append(dense["num_units"] * per_unit)
         units = (range(u * per_unit, (u + 1) * per_unit) for u in decided["keep"])
-        kept.append(decided.get("heads") or [head for unit in units for head in unit])
+        kept.append(decided.get("parts") or [head for unit in units for head in unit])
     return kept, before
 
 
