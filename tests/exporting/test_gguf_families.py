@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import slimgpt
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths, SublayerShape, Width
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import ExportError
 from slimgpt.models.blocks import bind
@@ -63,19 +63,24 @@ EXPECTED = {
     "gpt2": Expected("gpt2"),
     "gpt_neox": Expected("gptneox"),
     "granite": Expected("granite", per_layer="deci"),
+    "granitemoe": Expected("granitemoe"),
     "hunyuan_v1_dense": Expected("hunyuan-dense"),
     "llama": Expected("llama", per_layer="deci"),
     "ministral": Expected("llama", per_layer="deci"),
     "ministral3": Expected("mistral3", per_layer="deci"),
     "mistral": Expected("llama", per_layer="deci"),
+    "mixtral": Expected("llama"),
     "nemotron": Expected("nemotron", SQUARE),
     "olmo": Expected("olmo", SQUARE),
     "olmo2": Expected("olmo2", SQUARE),
     "olmo3": Expected("olmo2", SQUARE),
+    "olmoe": Expected("olmoe", SQUARE),
     "phi": Expected("phi2", SQUARE),
     "phi3": Expected("phi3", "llama", "deci"),
     "qwen2": Expected("qwen2", "llama", "deci"),
+    "qwen2_moe": Expected("qwen2moe", SQUARE),
     "qwen3": Expected("qwen3", per_layer="openelm"),
+    "qwen3_moe": Expected("qwen3moe"),
     "seed_oss": Expected("seed_oss", per_layer="deci"),
     "smollm3": Expected("smollm3"),
     "stablelm": Expected("stablelm"),
@@ -88,6 +93,8 @@ NOT_WRITTEN = "models of type '.*' cannot be written as GGUF"
 # near enough.
 COMMON = {"hidden_size": 64, "initializer_range": 0.1}
 
+KINDS = ("attention", "ffn", "experts")
+
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -99,11 +106,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 12},
     "gemma3_text": {"query_pre_attn_scalar": 12},
     "granite": {"attention_multiplier": 0.2},
+    "granitemoe": {"attention_multiplier": 0.2},
+    "olmoe": {"num_key_value_heads": 8},
+    "qwen2_moe": {"mlp_only_layers": []},
     "qwen3": {"tie_word_embeddings": True},
+    "qwen3_moe": {"mlp_only_layers": []},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
 }
 
-Export = Callable[[PreTrainedConfig], tuple[Path, PreTrainedModel]]
+Export = Callable[..., tuple[Any, PreTrainedModel]]
 
 
 def config_of(model_type: str, **options: Any) -> PreTrainedConfig:
@@ -117,7 +128,7 @@ def config_of(model_type: str, **options: Any) -> PreTrainedConfig:
 def export(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Export:
     """Write a random model with this config."""
 
-    def write(config: PreTrainedConfig) -> tuple[Path, PreTrainedModel]:
+    def write(config: PreTrainedConfig, type_name: str = "f32") -> tuple[Any, PreTrainedModel]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
         for parameter in model.parameters():
@@ -125,7 +136,8 @@ def export(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Export:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
-        return slimgpt.export(str(tmp_path / "model"), tmp_path / "model.gguf", type="f32"), model
+        file = tmp_path / "model.gguf"
+        return slimgpt.export(str(tmp_path / "model"), file, type=type_name), model
 
     return write
 
@@ -140,17 +152,22 @@ def query_heads(model_type: str) -> PreTrainedConfig:
     return type(pruned)(**values)
 
 
-def widths(config: PreTrainedConfig, uniform: bool) -> list[BlockWidths]:
-    """Fewer units in each sublayer that can be pruned."""
+def widths(
+    config: PreTrainedConfig, uniform: bool, kinds: tuple[str, ...] = KINDS
+) -> list[BlockWidths]:
+    """Fewer units in each sublayer of these kinds that can be pruned, and smaller experts."""
     with torch.device("meta"):
         shapes = [block.shape for block in bind(AutoModelForCausalLM.from_config(config))]
+
+    def width(sublayer: SublayerShape, quarters: int) -> Width:
+        if sublayer.is_fixed or sublayer.kind not in kinds:
+            return sublayer.num_units
+        if sublayer.kind == "experts":
+            return sublayer.num_units // 2, sublayer.parts * quarters // 4
+        return sublayer.num_units * quarters // 4
+
     return [
-        tuple(
-            sublayer.num_units
-            if sublayer.is_fixed
-            else sublayer.num_units * (2 if uniform else 1 + index) // 4
-            for sublayer in shape.sublayers
-        )
+        tuple(width(sublayer, 2 if uniform else 1 + index) for sublayer in shape.sublayers)
         for index, shape in enumerate(shapes)
     ]
 
@@ -187,6 +204,29 @@ def test_groups_of_other_sizes_in_each_layer(model_type: str, export: Export) ->
     check_agreement(result.output, model, prompt(config, result.arch))
     heads = GGUFReader(result.output).fields[f"{result.arch}.attention.head_count"]
     assert heads.contents() == [8, 4, 3]
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "qwen2_moe"])
+def test_fewer_and_smaller_experts(model_type: str, export: Export) -> None:
+    """The graphs that need all heads."""
+    config = config_of(model_type)
+    config = pruned_config(config, widths(config, uniform=True, kinds=("experts",)), uniform=True)
+    result, model = export(config)
+    check_agreement(result.output, model, prompt(config, result.arch))
+    fields = GGUFReader(result.output).fields
+    found = ("expert_count", "expert_used_count", "expert_feed_forward_length")
+    width = {"olmoe": 16, "qwen2_moe": 8}[model_type]
+    assert [fields[f"{result.arch}.{key}"].contents() for key in found] == [3, 2, width]
+
+
+def test_experts_are_padded_to_whole_blocks(export: Export) -> None:
+    result, model = export(config_of("qwen2_moe"), "q8_0")
+    shapes = {tensor.name: list(tensor.shape) for tensor in GGUFReader(result.output).tensors}
+    assert shapes["blk.0.ffn_down_exps.weight"] == [32, 64, 6]  # from 16, GGUF's order
+    assert shapes["blk.0.ffn_up_exps.weight"] == [64, 32, 6]
+    assert shapes["blk.0.ffn_down_shexp.weight"] == [32, 64]  # from 24
+    # llama.cpp rounds activations to 8 bits too, which random weights make the most of.
+    check_agreement(result.output, model, list(range(10, 40)), tolerance=0.3)
 
 
 def test_a_head_of_its_own_needs_layers_of_one_width(export: Export) -> None:
@@ -263,6 +303,10 @@ def test_rotary_embeddings(model_type: str, rope: dict[str, Any], export: Export
             {"rope_parameters": {"full_attention": LOCAL, "sliding_attention": FASTER}},
             "base",
         ),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"no place for the tensor model\.layers\.1\.mlp"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "with norm_topk_prob=False"),
+        ("olmoe", {"num_key_value_heads": 4}, "8 query heads share 4 keys and values"),
+        ("phimoe", {}, "does not subtract the mean in norms"),
         ("llama", {"rope_parameters": LOCAL | {"partial_rotary_factor": 0.5}}, "4 of 8 dimensions"),
     ],
 )

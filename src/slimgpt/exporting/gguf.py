@@ -9,11 +9,12 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import MODEL_TENSOR as T
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.gguf_graphs import UNIFORM, ModelType, graph_of, model_type_of
+from slimgpt.exporting.gguf_graphs import NOT_WRITTEN, UNIFORM, ModelType, graph_of, model_type_of
 from slimgpt.exporting.gguf_metadata import add_metadata, check_graph
 from slimgpt.exporting.gguf_parts import (
     Part,
@@ -53,7 +54,7 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
     file : Path
         The file to write. It is overwritten; after an error it is incomplete.
     type_name : {"f32", "f16", "bf16", "q8_0"}
-        Type of the matrices; vectors are float32.
+        Type of the matrices; vectors and the weights of routers are float32.
 
     Returns
     -------
@@ -104,6 +105,12 @@ def _find_arch(config: PreTrainedConfig, model: ModelType, layers: Sequence[Widt
                 hint=hint,
             )
         return model.per_layer
+    if layers[0].heads != layers[0].kv_heads and not graph_of(model.graph).grouped:
+        raise ExportError(
+            f"the {layers[0].heads} query heads share {layers[0].kv_heads} keys and values, and "
+            f"llama.cpp's graph {model.graph} has as many of both",
+            hint=NOT_WRITTEN,
+        )
     columns = layers[0].heads * head_dim_of(config)
     if graph_of(model.graph).square and columns != config.hidden_size:
         if model.fewer_heads is None:
@@ -124,8 +131,9 @@ def _add_scalars(writer: GGUFWriter, model: ModelType, weights: Weights) -> None
 
 def _write_tensors(writer: GGUFWriter, parts: Parts, qtype: GGMLQuantizationType) -> None:
     """Write the file: first everything about the tensors, then one after the other."""
+    full = GGMLQuantizationType.F32
     tensors = [
-        (key.name, part, qtype if len(part.shape) > 1 else GGMLQuantizationType.F32)
+        (key.name, part, full if len(part.shape) == 1 or key.role == T.FFN_GATE_INP else qtype)
         for key, part in parts.items()
     ]
     for name, part, kind in tensors:

@@ -37,6 +37,8 @@ class Graph(BaseModel):
         transformers' names of the activation that it computes in the FFN.
     square : bool
         Whether the query projection must be square.
+    grouped : bool
+        Whether query heads can share keys and values.
     neighbours : bool
         Whether it rotates neighbouring rows of queries and keys, not the halves of a head.
     partial : bool
@@ -66,6 +68,7 @@ class Graph(BaseModel):
     per_layer: bool = False
     activations: tuple[str, ...] = ("silu",)
     square: bool = False
+    grouped: bool = True
     neighbours: bool = False
     partial: bool = False
     unrotated: Unrotated = None
@@ -128,10 +131,13 @@ class ModelType(BaseModel):
 
 
 class _Table(BaseModel):
+    """The content of the file; ``refused`` says what is wrong with the graphs of model types."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     graphs: Mapping[str, Graph]
     models: Mapping[str, ModelType]
+    refused: Mapping[str, str]
 
 
 @cache
@@ -155,8 +161,12 @@ def graph_of(arch: str) -> Graph:
 
 def model_type_of(model_type: str) -> ModelType:
     """Say how models of a type are written; raise ExportError if they are not."""
-    models = _table().models
+    models, refused = _table().models, _table().refused
     name = model_type.removeprefix(PRUNED_PREFIX)
+    if name in refused:
+        raise ExportError(
+            f"models of type {name!r} cannot be written as GGUF: {refused[name]}", hint=NOT_WRITTEN
+        )
     if name not in models:
         raise ExportError(
             f"models of type {name!r} cannot be written as GGUF",

@@ -99,7 +99,7 @@ def add_metadata(
     """
     columns = [list(column) for column in zip(*map(astuple, layers), strict=True)]
     alike = len(set(layers)) == 1
-    heads, kv_heads, channels = (column[0] if alike else column for column in columns)
+    heads, kv_heads, channels, *_ = (column[0] if alike else column for column in columns)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(_context(writer, config, graph))
@@ -110,6 +110,7 @@ def add_metadata(
     writer.add_feed_forward_length(channels)
     writer.add_key_length(head_dim_of(config))
     writer.add_value_length(head_dim_of(config))
+    _add_experts(writer, config, layers[0])
     _add_rope(writer, config, graph)
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -123,6 +124,17 @@ def add_metadata(
             raise ExportError(
                 f"llama.cpp's graph {writer.arch} needs a value for {value}", hint=NOT_WRITTEN
             )
+
+
+def _add_experts(writer: GGUFWriter, config: Any, layer: Widths) -> None:
+    """Add the numbers and widths of experts, which are those of all layers."""
+    if not layer.experts:
+        return
+    writer.add_expert_count(layer.experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(layer.channels)
+    if layer.shared:
+        writer.add_expert_shared_feed_forward_length(layer.shared)
 
 
 def _context(writer: GGUFWriter, config: Any, graph: Graph) -> int:

@@ -21,21 +21,36 @@ from slimgpt.models.weights import Weights
 
 _QKV = (T.ATTN_Q, T.ATTN_K, T.ATTN_V)
 _GATE_UP = (T.FFN_GATE, T.FFN_UP)
+_EXPERTS_GATE_UP = (T.FFN_GATE_EXP, T.FFN_UP_EXP)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of a layer: query heads, key/value heads, channels of the FFN."""
+    """Widths of a layer.
+
+    Attributes
+    ----------
+    heads, kv_heads : int
+        Query heads, key/value heads.
+    channels : int
+        Channels of the FFN, or of each expert.
+    experts, shared : int
+        Experts, and channels of the expert that all tokens use; 0 without any.
+    """
 
     heads: int
     kv_heads: int
     channels: int
+    experts: int = 0
+    shared: int = 0
 
     def padded(self, head_dim: int, block: int) -> "Widths":
         """Widths that llama.cpp can load: never zero, output projections with whole blocks."""
         group = self.heads // self.kv_heads
         kv_heads = _round_up(self.kv_heads, block // math.gcd(block, group * head_dim))
-        return Widths(kv_heads * group, kv_heads, _round_up(self.channels, block))
+        channels = _round_up(self.channels, block)
+        shared = _round_up(self.shared, block) if self.shared else 0
+        return Widths(kv_heads * group, kv_heads, channels, self.experts, shared)
 
 
 def _key(arch: str) -> gguf.MODEL_ARCH:
@@ -106,24 +121,45 @@ def find_parts(model: ModelType, arch: str, skeleton: PreTrainedModel, weights: 
     """
     config = skeleton.config
     transposed = {f"{n}.weight" for n, m in skeleton.named_modules() if isinstance(m, Conv1D)}
-    keys = (_key(arch), _key(model.graph))
-    maps = [gguf.get_tensor_name_map(key, config.num_hidden_layers) for key in keys]
+    archs = (_key(arch), _key(model.graph))
+    maps = [gguf.get_tensor_name_map(key, config.num_hidden_layers) for key in archs]
+    experts = _expert_keys(config)
     parts: Parts = {}
     for name, shape in weights.shapes.items():
         is_head = name == "lm_head.weight" and config.tie_word_embeddings
         if is_head or name.endswith(tuple(model.scalars.values())):
             continue
-        found = [names.get_type_and_name(name, (".weight", ".bias")) for names in maps]
-        role, gguf_name = found[0] or found[1] or (None, "")
-        if role is None:
+        key = experts.get(name) or _key_of(name, maps)
+        if key is None:
             raise no_place(arch, name)
-        if role == T.ATTN_ROT_EMBD:  # in old checkpoints; follows from the config
+        if key.role == T.ATTN_ROT_EMBD:  # in old checkpoints; follows from the config
             continue
-        prefix, index, *_ = gguf_name.split(".")
-        key = Key(role, int(index) if prefix == "blk" else None, name[name.rindex(".") :])
         part = Part(name, shape, partial(weights.read, name))
         parts[key] = part.then(torch.t, shape[::-1]) if name in transposed else part
     return _taken_apart(parts, config, model.by_group)
+
+
+def _key_of(name: str, maps: Sequence[gguf.TensorNameMap]) -> Key | None:
+    """Find a tensor under the names of the graphs."""
+    for names in maps:
+        if found := names.get_type_and_name(name, (".weight", ".bias")):
+            prefix, index, *_ = found[1].split(".")
+            layer = int(index) if prefix == "blk" else None
+            return Key(found[0], layer, name[name.rindex(".") :])
+    return None
+
+
+def _expert_keys(config: PreTrainedConfig) -> dict[str, Key]:
+    """Name the tensors of experts and routers; gate and up projections still count as one."""
+    family, keys = family_of(config.model_type), {}
+    for layer in range(config.num_hidden_layers):
+        for spec in family.layer(config, layer):
+            if spec.kind == "experts":
+                module = f"{family.decoder}.{family.blocks}.{layer}.{spec.module}"
+                keys[f"{module}.{spec.router}.weight"] = Key(T.FFN_GATE_INP, layer)
+                keys[f"{module}.experts.gate_up_proj"] = Key(T.FFN_GATE_EXP, layer)
+                keys[f"{module}.experts.down_proj"] = Key(T.FFN_DOWN_EXP, layer)
+    return keys
 
 
 def _taken_apart(parts: Parts, config: PreTrainedConfig, by_group: bool) -> Parts:
@@ -132,6 +168,10 @@ def _taken_apart(parts: Parts, config: PreTrainedConfig, by_group: bool) -> Part
     gated = {name for modules in inputs for name, s in modules.items() if s == ("channel",) * 2}
     separate: Parts = {}
     for key, part in parts.items():
+        if key.role == T.FFN_GATE_EXP:
+            for half, role in enumerate(_EXPERTS_GATE_UP):
+                separate[replace(key, role=role)] = _half_of_experts(part, half)
+            continue
         roles, rows = (key.role,), torch.arange(part.shape[0])
         pieces: Sequence[Tensor] = (rows,)
         if key.role == T.ATTN_QKV:
@@ -150,16 +190,28 @@ def _taken_apart(parts: Parts, config: PreTrainedConfig, by_group: bool) -> Part
     return separate
 
 
+def _half_of_experts(part: Part, half: int) -> Part:
+    """Select the gate (0) or the up projections (1) of all experts."""
+    experts, rows, columns = part.shape
+    return part.then(lambda t: t.chunk(2, dim=1)[half], (experts, rows // 2, columns))
+
+
 def widths_of(parts: Parts, head_dim: int) -> list[Widths]:
     """Read the widths of all layers from the shapes of their tensors."""
-    layers = sorted({key.layer for key in parts if key.layer is not None})
+
+    def size(layer: int, role: T, axis: int) -> int:
+        part = parts.get(Key(role, layer))
+        return part.shape[axis] if part else 0
+
     return [
         Widths(
-            parts[Key(T.ATTN_OUT, layer)].shape[1] // head_dim,
-            parts[Key(T.ATTN_K, layer)].shape[0] // head_dim,
-            parts[Key(T.FFN_DOWN, layer)].shape[1],
+            size(layer, T.ATTN_OUT, 1) // head_dim,
+            size(layer, T.ATTN_K, 0) // head_dim,
+            size(layer, T.FFN_DOWN, 1) or size(layer, T.FFN_DOWN_EXP, 2),
+            size(layer, T.FFN_DOWN_EXP, 0),
+            size(layer, T.FFN_DOWN_SHEXP, 1),
         )
-        for layer in layers
+        for layer in sorted({key.layer for key in parts if key.layer is not None})
     ]
 
 
@@ -181,6 +233,12 @@ def _pad(key: Key, part: Part, widths: Sequence[Widths], head_dim: int) -> Part:
         T.FFN_GATE: (0, layer.channels),
         T.FFN_UP: (0, layer.channels),
         T.FFN_DOWN: (1, layer.channels),
+        T.FFN_GATE_EXP: (1, layer.channels),
+        T.FFN_UP_EXP: (1, layer.channels),
+        T.FFN_DOWN_EXP: (2, layer.channels),
+        T.FFN_GATE_SHEXP: (0, layer.shared),
+        T.FFN_UP_SHEXP: (0, layer.shared),
+        T.FFN_DOWN_SHEXP: (1, layer.shared),
     }
     axis, size = sizes.get(key.role, (0, part.shape[0]))
     if axis >= len(part.shape) or part.shape[axis] == size:  # true for an output's bias

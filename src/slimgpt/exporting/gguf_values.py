@@ -42,6 +42,8 @@ def converted(parts: Parts, config: Any, model: ModelType, arch: str) -> Parts:
             _check_bias(key, part, arch)
         elif key.role.name.endswith("NORM") and model.norm_offset:
             changed[key] = part.then(lambda tensor: tensor + model.norm_offset)
+        elif key.role == T.FFN_GATE_INP_SHEXP:  # one row
+            changed[key] = part.then(Tensor.flatten, part.shape[1:])
         if key.role in (T.ATTN_Q, T.ATTN_K) and graph.neighbours and not model.neighbours:
             changed[key] = part.then(reorder)
         if key.role in scales:

@@ -192,6 +192,8 @@ def check_model_config(model: str, values: Mapping[str, Any], hint: str = _CONFI
     effective = defaults | dict(values)
     renamed = config_class.attribute_map.items()  # GPT-2 calls hidden_size n_embd
     effective |= {key: effective[own] for key, own in renamed if own in effective}
+    if effective.get("use_sliding_window") is False and effective.get("sliding_window") == 0:
+        effective["sliding_window"] = None  # Qwen2-MoE writes 0 for none
     problems = list(_foreign_keys(config_class, fields, values))
     try:
         _ModelConfig.model_validate(effective)
