@@ -130,7 +130,7 @@ def ffn_inputs(model: PreTrainedModel, samples: Tensor) -> list[Tensor]:
         layer.mlp.register_forward_pre_hook(lambda _, given: found.append(given[0].flatten(0, 1)))
         for layer in model.model.layers
     ]
-    model(samples, use_cache=False)
+    model.model(samples, use_cache=False)
     for handle in handles:
         handle.remove()
     return found
@@ -163,7 +163,7 @@ def split_channels(dense: Any, sparse: Any, inputs_TC: Tensor) -> None:
     for expert, rows in enumerate(groups):
         experts.gate_up_proj[expert] = torch.cat([gate[rows], up[rows]])
         experts.down_proj[expert] = down[:, rows] * sparse.top_k
-    weights_CE = torch.linalg.lstsq(inputs_TC, norms_TE / norms_TE.std()).solution
+    weights_CE = torch.linalg.lstsq(inputs_TC, norms_TE / norms_TE.std(), driver="gels").solution
     sparse.gate.weight.copy_(FLAT * weights_CE.T)
 
 
