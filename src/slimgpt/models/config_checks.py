@@ -339,8 +339,9 @@ def _tokens_beyond(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
 
 
 def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -> Iterator[str]:
-    family = family_of(model_type)
-    known = {key for spec in family.sublayers for key in spec.widths.values()}
+    family, renamed = family_of(model_type), CONFIG_MAPPING[model_type].attribute_map
+    keys = [key for spec in family.sublayers for key in spec.widths.values()]
+    known = {*keys, *(renamed.get(key, key) for key in keys)}
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"
         if not (index.isdecimal() and int(index) < num_layers):
