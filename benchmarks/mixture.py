@@ -5,7 +5,7 @@ computes what the dense model computes, which is checked; then it is trained for
 that the experts differ. ``split``: each expert has some of the FFN's channels, clustered by their
 activations; the router is a linear prediction of the norms of the experts' outputs. Only experts
 and routers are trained, with a loss that balances the load. An interrupted run goes on from the
-last state in OUTPUT. Usage:
+last state in OUTPUT if it is started with the same options. Usage:
 
     python benchmarks/mixture.py OUTPUT --text c4.jsonl --texts wikitext.txt pydocs
     python benchmarks/mixture.py OUTPUT --text c4.jsonl --kind split --experts 16 --top-k 12 \
@@ -89,14 +89,12 @@ def main() -> None:
         check_same(dense, mixture, samples[:1])
     results = {"untrained": measure(mixture, dense, texts)}
     args.output.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
     history = train(mixture, samples, args) if args.steps else []
-    seconds = time.monotonic() - start
     results["trained"] = measure(mixture, dense, texts) if args.steps else results["untrained"]
     loads = loads_of(routed(mixture, samples[:8]))
     mixture.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    report(results, loads, {"seconds": seconds, "steps": history}, args)
+    report(results, loads, history, args)
 
 
 def make_mixture(dense: PreTrainedModel, samples: Tensor, args: argparse.Namespace) -> Any:
@@ -293,7 +291,7 @@ def measure(mixture: Any, dense: PreTrainedModel, texts: dict[str, Tensor]) -> l
 def report(
     results: dict[str, list[dict[str, Any]]],
     loads: Tensor,
-    training: dict[str, Any],
+    history: list[dict[str, Any]],
     args: argparse.Namespace,
 ) -> None:
     """Print the perplexities and loads, and write them as JSON."""
@@ -313,13 +311,14 @@ def report(
     Console(width=120).print(table)
     print("load of each expert, mean of the layers:", *(f"{x:.3f}" for x in loads.mean(dim=0)))
     print(f"in one layer from {loads.min():.3f} to {loads.max():.3f}")
+    print(f"training took {sum(step['seconds'] for step in history):.0f} s")
     if args.json:
         content = {
             "protocol": title,
             "environment": environment(),
             "results": results,
             "loads": loads.tolist(),
-            "training": training,
+            "steps": history,
         }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
