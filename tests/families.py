@@ -34,6 +34,32 @@ _NO_GROUPS = {"head_dim": None, "num_key_value_heads": None}
 
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
+_EXPERTS = {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2}
+
+# One layer of three has no experts.
+_FINE_EXPERTS = _EXPERTS | {"moe_intermediate_size": 16, "mlp_only_layers": [1]}
+
+_GROUPED_EXPERTS = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+# Attention through low-rank projections.
+_LATENT = {
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
 # What a model type has beside the common sizes. None leaves out a key that it lacks.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -73,6 +99,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         }
     },
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _FINE_EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": _FINE_EXPERTS | {"norm_topk_prob": True},
+    "olmoe": _EXPERTS | {"intermediate_size": 32, "head_dim": None},
+    "granitemoe": _EXPERTS | {"residual_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "phimoe": _EXPERTS,
+    "glm4_moe": _GROUPED_EXPERTS | {"partial_rotary_factor": 0.5},
+    "deepseek_v2": _GROUPED_EXPERTS | _LATENT | {"topk_method": "greedy", "n_group": 1},
+    "deepseek_v3": _GROUPED_EXPERTS | _LATENT,
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 }
 

@@ -35,7 +35,11 @@ Preset = Literal["default", "exact", "paper"]
 
 Widths = Literal["measured", "scheduled"]
 
-Method = Literal["slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random"]
+Method = Literal[
+    "slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random", "reap"
+]
+
+ExpertUnits = Literal["channels", "experts", "both"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -275,6 +279,11 @@ class PruneConfig(_ModelOptions):
         False,
         description="With measured widths, also remove single query heads, equally many of each "
         "kv group of a layer, where that seems to cost less than a whole group.",
+    )
+    expert_units: ExpertUnits = Field(
+        "channels",
+        description="What a layer with experts loses: channels, equally many of each expert; whole "
+        "experts; or the same number of parameters of both.",
     )
     layer_ratios: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], _Listed] = Field(
         (),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, SublayerShape, Width, removed_params
 from slimgpt.errors import ConfigError
 
 
@@ -78,11 +78,39 @@ class WidthRules:
         collection. The ratios must be uniform too.
     attention_share : float
         Attention's pruning ratio relative to its block's, from 0 to 1.
+    expert_units : {"channels", "experts", "both"}
+        What a sublayer with experts loses: channels of each expert, whole experts, or of both the
+        same number of parameters.
     """
 
     multiple_of: int = 8
     group_counts: Collection[int] | None = None
     attention_share: float = 1.0
+    expert_units: str = "channels"
+
+    def loses_channels(self, shape: SublayerShape) -> bool:
+        """Whether the experts of a sublayer lose channels."""
+        return shape.parts > 1 and self.expert_units != "experts"
+
+    def loses_experts(self, shape: SublayerShape) -> bool:
+        """Whether a sublayer loses whole experts, because of the option or of its family."""
+        return shape.parts == 1 or self.expert_units != "channels"
+
+    def least(self, shape: SublayerShape) -> Width:
+        """Smallest width of a sublayer."""
+        if shape.kind != "experts" or shape.is_fixed:
+            return shape.least(self.multiple_of)
+        units = shape.fewest if self.loses_experts(shape) else shape.num_units
+        step = min(self.multiple_of, shape.parts)
+        return (units, step) if self.loses_channels(shape) else units
+
+    def step_params(self, shape: SublayerShape) -> int:
+        """Parameters of a sublayer's smallest step."""
+        if shape.kind != "experts":
+            return shape.step(self.multiple_of) * shape.unit_params
+        if self.loses_channels(shape):
+            return self.multiple_of * shape.num_units * shape.part_params
+        return shape.multiple * shape.unit_params
 
 
 def scheduled_widths(
@@ -163,7 +191,7 @@ def given_widths(
 
 def largest_ratio(shape: BlockShape, rules: WidthRules) -> float:
     """Pruning ratio of a block that keeps as few units as possible in each sublayer."""
-    least = [sub.least(rules.multiple_of) for sub in shape.sublayers]
+    least = [rules.least(sub) for sub in shape.sublayers]
     if rules.group_counts is not None:
         least[0] = min(rules.group_counts)
     return removed_params(shape, least) / shape.params
@@ -181,9 +209,9 @@ def _limits(shapes: Sequence[BlockShape], rules: WidthRules) -> list[float]:
 def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRules) -> BlockWidths:
     """Round each sublayer's units up from the exact number; the last sublayer absorbs the rest."""
     *others, last = shape.sublayers
-    step = last.step(rules.multiple_of)
-    least = last.least(rules.multiple_of)
-    widths = []
+    step = rules.step_params(last) / last.unit_params
+    least = last.kept_params(rules.least(last)) / last.unit_params
+    widths: list[Width] = []
     for sublayer in others:
         share = rules.attention_share if sublayer.kind == "attention" else 1.0
         exact = sublayer.num_units * (1 - share * ratio) - 1e-9
@@ -198,10 +226,34 @@ def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRu
         count = min(preferences)[-1]
         budget -= (sublayer.num_units - count) * sublayer.unit_params
         widths.append(count)
-    left = last.num_units - budget / last.unit_params
-    lower = max(math.floor(left / step) * step, least)
-    steps = (min(lower + step, last.num_units), min(lower, last.num_units))
-    return (*widths, min(steps, key=lambda candidate: abs(candidate - left)))
+    return (*widths, _absorbed(last, budget, rules))
+
+
+def _absorbed(shape: SublayerShape, budget: float, rules: WidthRules) -> Width:
+    """Width of a sublayer that loses about as many parameters."""
+    if shape.kind != "experts" or shape.is_fixed:
+        left = shape.num_units - budget / shape.unit_params
+        step, least = shape.step(rules.multiple_of), shape.least(rules.multiple_of)
+        return _nearest(left, step, range(least, shape.num_units + 1))
+    loses_channels, num_experts = rules.loses_channels(shape), shape.num_units
+    if rules.loses_experts(shape):
+        share = budget / 2 if loses_channels else budget
+        left = shape.num_units - share / shape.unit_params
+        num_experts = _nearest(left, shape.multiple, range(shape.fewest, shape.num_units + 1))
+    if not loses_channels:
+        return num_experts
+    rest = budget - (shape.num_units - num_experts) * shape.unit_params
+    left = shape.parts - rest / (num_experts * shape.part_params)
+    step = min(rules.multiple_of, shape.parts)
+    channels = _nearest(left, step, range(step, shape.parts + 1))
+    return num_experts if channels == shape.parts else (num_experts, channels)
+
+
+def _nearest(exact: float, step: int, allowed: range) -> int:
+    """The multiple of a step nearest to a number; the largest allowed one counts as a multiple."""
+    lower = max(math.floor(exact / step) * step, allowed[0])
+    candidates = (min(lower + step, allowed[-1]), min(lower, allowed[-1]))
+    return min(candidates, key=lambda candidate: abs(candidate - exact))
 
 
 def _largest_feasible(

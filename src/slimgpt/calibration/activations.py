@@ -13,7 +13,7 @@ import inspect
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 
 from slimgpt.models.blocks import Block, blocks_of, decoder_of
 from slimgpt.models.device import autocast, bfloat16_matmul
+from slimgpt.models.experts import Experts
 from slimgpt.models.layout import family_in
-from slimgpt.models.sublayers import Sublayer
+from slimgpt.models.sublayers import Projection, Sublayer
 from slimgpt.runtime import distributed
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
@@ -184,12 +185,20 @@ def run_sublayer(sublayer: Sublayer, stream: Stream, hidden_NTC: Tensor) -> Tens
     Tensor
         batch_NTI, on the device of the block.
     """
+    with autocast(sublayer.weight):
+        normed_NTC = sublayer.normed(hidden_NTC.to(sublayer.weight.device))
+    return output_input(sublayer, normed_NTC, stream.kwargs[sublayer.block])
+
+
+def output_input(
+    sublayer: Sublayer, normed: Tensor, kwargs: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Compute the input of the output projection from that of the sublayer, after the norm."""
     name, projection = sublayer.spec.output, sublayer.output
-    hidden_NTC = hidden_NTC.to(projection.weight.device)
     sublayer.module.set_submodule(name, nn.Identity())
     try:
         with autocast(projection.weight):
-            return sublayer.forward(sublayer.normed(hidden_NTC), stream.kwargs[sublayer.block])
+            return sublayer.forward(normed, kwargs)
     finally:
         sublayer.module.set_submodule(name, projection.module)
 
@@ -242,44 +251,82 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
     budget : int
         Maximum bytes of activations to keep.
     """
-    size, device = sublayer.output.in_features, sublayer.output.weight.device
-    if device.type == "mps":  # which has no float64
-        device = torch.device("cpu")
-    total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
-    sum_I, num_tokens = total_II.new_zeros(size), total_II.new_zeros(())
-    cross_OI = target_O = None
-    if stream.dense_NTC is not None:
-        target_O = total_II.new_zeros(sublayer.output.out_features)
-        cross_OI = total_II.new_zeros(len(target_O), size)
     kept: list[Tensor] = []
-    panels = [(start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)]
-    for input_NTC, target_NTC in zip_longest(stream.inputs(), _targets(sublayer, stream)):
+    sums = Sums(sublayer.output, has_target=stream.dense_NTC is not None)
+    for input_NTC, target_NTC in zip_longest(stream.inputs(), targets(sublayer, stream)):
         batch_NTI = run_sublayer(sublayer, stream, input_NTC)
-        rows_TI = batch_NTI.flatten(0, 1).float()
-        with bfloat16_matmul(batch_NTI):
-            for start, stop in panels:
-                product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
-                total_II[start:stop, start:] += product.to(device)
-        if cross_OI is not None and target_O is not None:
-            target_TO = target_NTC.flatten(0, 1).to(rows_TI)
+        target_TO = None
+        if target_NTC is not None:
+            target_TO = target_NTC.flatten(0, 1).to(batch_NTI.device, torch.float32)
             if sublayer.output.bias is not None:
                 target_TO -= sublayer.output.bias
-            cross_OI += (target_TO.T @ rows_TI).to(device)
-            target_O += target_TO.sum(dim=0).to(device)
-        sum_I += rows_TI.sum(dim=0).to(device)
-        num_tokens += len(rows_TI)
+        sums.add(batch_NTI.flatten(0, 1), target_TO)
         budget -= batch_NTI.nbytes
         if budget >= 0:
             kept.append(batch_NTI)
-    for start, stop in panels:
-        total_II[stop:, start:stop] = total_II[start:stop, stop:].T
-    distributed.all_reduce(num_tokens)
-    hessian_II = distributed.all_reduce(total_II).div_(num_tokens)
-    mean_I = distributed.all_reduce(sum_I).div_(num_tokens)
-    if cross_OI is not None and target_O is not None:
-        distributed.all_reduce(cross_OI).div_(num_tokens)
-        distributed.all_reduce(target_O).div_(num_tokens)
-    return Activations(hessian_II, mean_I, kept, cross_OI, target_O)
+    return sums.average(kept)
+
+
+class Sums:
+    """Sums over the tokens of this process, of which `Activations` are the averages.
+
+    Parameters
+    ----------
+    output : Projection
+        The output projection, for its shape and device.
+    has_target : bool
+        Whether the output has a target.
+    """
+
+    def __init__(self, output: Projection, has_target: bool) -> None:
+        size, device = output.in_features, output.weight.device
+        if device.type == "mps":  # which has no float64
+            device = torch.device("cpu")
+        self._total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._sum_I = self._total_II.new_zeros(size)
+        self.num_tokens = self._total_II.new_zeros(())
+        self._cross_OI = self._target_O = None
+        if has_target:
+            self._target_O = self._total_II.new_zeros(output.out_features)
+            self._cross_OI = self._total_II.new_zeros(output.out_features, size)
+        self._panels = [
+            (start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)
+        ]
+
+    def add(self, batch_TI: Tensor, target_TO: Tensor | None = None) -> None:
+        """Add inputs of the output projection, with their targets in float32 if there are any."""
+        rows_TI, device = batch_TI.float(), self._total_II.device
+        with bfloat16_matmul(batch_TI):
+            for start, stop in self._panels:
+                product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
+                self._total_II[start:stop, start:] += product.to(device)
+        if self._cross_OI is not None and self._target_O is not None and target_TO is not None:
+            self._cross_OI += (target_TO.T @ rows_TI).to(device)
+            self._target_O += target_TO.sum(dim=0).to(device)
+        self._sum_I += rows_TI.sum(dim=0).to(device)
+        self.num_tokens += len(rows_TI)
+
+    def average(self, kept: list[Tensor], num_tokens: Tensor | None = None) -> Activations:
+        """Average over the tokens of all processes; afterwards the sums are used up.
+
+        Parameters
+        ----------
+        kept : list of Tensor
+            See `Activations`.
+        num_tokens : Tensor, optional
+            Divide by this number, if not by that of the added tokens.
+        """
+        total_II = self._total_II
+        for start, stop in self._panels:
+            total_II[stop:, start:stop] = total_II[start:stop, stop:].T
+        distributed.all_reduce(self.num_tokens)
+        number = self.num_tokens if num_tokens is None else num_tokens
+        hessian_II = distributed.all_reduce(total_II).div_(number)
+        mean_I = distributed.all_reduce(self._sum_I).div_(number)
+        if self._cross_OI is not None and self._target_O is not None:
+            distributed.all_reduce(self._cross_OI).div_(number)
+            distributed.all_reduce(self._target_O).div_(number)
+        return Activations(hessian_II, mean_I, kept, self._cross_OI, self._target_O)
 
 
 @torch.no_grad()
@@ -326,14 +373,21 @@ def pass_through(sublayer: Sublayer, stream: Stream | None) -> None:
 def _outputs(sublayer: Sublayer, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
     """Move a residual stream past a sublayer; yield each batch of its output, and of the stream."""
     for input_NTC, hidden_NTC in zip(stream.inputs(), stream.batches(), strict=True):
-        batch_NTI = run_sublayer(sublayer, stream, input_NTC)
-        with autocast(sublayer.output.weight):
-            output_NTO = sublayer.output.module(batch_NTI)
+        output_NTO = _output(sublayer, stream, input_NTC)
+        with autocast(sublayer.weight):
             hidden_NTC.add_(sublayer.contribution(output_NTO).to(hidden_NTC.device))
         yield output_NTO, hidden_NTC
 
 
-def _targets(sublayer: Sublayer, stream: Stream) -> Iterator[Tensor]:
+def _output(sublayer: Sublayer, stream: Stream, input_NTC: Tensor) -> Tensor:
+    if isinstance(sublayer, Experts):
+        return sublayer.forward(sublayer.normed(input_NTC.to(sublayer.weight.device)))
+    batch_NTI = run_sublayer(sublayer, stream, input_NTC)
+    with autocast(sublayer.weight):
+        return sublayer.output.module(batch_NTI)
+
+
+def targets(sublayer: Sublayer, stream: Stream) -> Iterator[Tensor]:
     """Target of the output projection for each batch, see `Activations`; none without a dense one.
 
     The dense model's stream moves on past the sublayer.

@@ -7,6 +7,7 @@ from torch import nn
 
 from slimgpt.checkpoint.results import REPORT_FILE, PruningReport, read_report
 from slimgpt.models.blocks import bind, decoder_of
+from slimgpt.models.experts import Experts
 from slimgpt.models.layout import is_wrapped
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_file, find_model
@@ -15,11 +16,12 @@ from slimgpt.models.sublayers import Projection, Sublayer
 
 @dataclass(frozen=True)
 class BlockSummary:
-    """Widths and parameters of one block."""
+    """Widths and parameters of one block; with experts, the channels are those of each expert."""
 
     num_heads: int
     num_kv_heads: int
     num_channels: int
+    num_experts: int
     attention_params: int
     ffn_params: int
 
@@ -88,6 +90,7 @@ def inspect(model: str | Path) -> ModelSummary:
     layers = config.get_text_config().per_layer_config
     for block, layer in zip(bind(skeleton), layers, strict=True):
         attention, ffn = block.sublayers
+        is_sparse = isinstance(ffn, Experts)
         num_heads = layer.num_attention_heads
         num_kv_heads = attention.counts.get("group", num_heads)
         head_dim = attention.output.in_features // num_heads
@@ -95,9 +98,12 @@ def inspect(model: str | Path) -> ModelSummary:
             BlockSummary(
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
-                num_channels=ffn.num_units,
+                num_channels=ffn.num_parts if is_sparse else ffn.num_units,
+                num_experts=ffn.num_units if is_sparse else 0,
                 attention_params=_count(attention.module),
-                ffn_params=sum(_count(layer.module) for layer in _linears(ffn)),
+                ffn_params=_count(ffn.module)
+                if is_sparse
+                else sum(_count(layer.module) for layer in _linears(ffn)),
             )
         )
     total = skeleton.num_parameters()

@@ -46,7 +46,7 @@ class _Read(BaseModel):
 
 
 class _SublayerShape(_Read):
-    kind: Literal["attention", "ffn"]
+    kind: Literal["attention", "ffn", "experts"]
     num_units: Count
     parts: Count = 1
 
@@ -55,11 +55,19 @@ class _Shape(_Read):
     sublayers: list[_SublayerShape] = Field(min_length=1)
 
 
+class _Routing(_Read):
+    rerouted: FiniteFloat
+    load_shift: FiniteFloat
+    samples_factor: FiniteFloat
+    few_tokens: list[Count] = []
+
+
 class _Sublayer(_Read):
-    kind: Literal["attention", "ffn"]
+    kind: Literal["attention", "ffn", "experts"]
     keep: list[Count]
     parts: list[Count] = []
     relative_error: float
+    routing: _Routing | None = None
 
 
 class _Block(_Read):
@@ -146,8 +154,10 @@ class PruningReport(_Read):
             raise ValueError(f"different numbers of layers: {lengths}")
         for entry in (*self.shapes, *self.blocks):
             kinds = [sublayer.kind for sublayer in entry.sublayers]
-            if kinds != ["attention", "ffn"]:
-                raise ValueError(f"a block has the sublayers {kinds}, not attention and ffn")
+            if kinds not in (["attention", "ffn"], ["attention", "experts"]):
+                raise ValueError(
+                    f"a block has the sublayers {kinds}, not attention and ffn or experts"
+                )
         if any(len(width) != 2 for width in self.widths):
             raise ValueError("a block has not two widths")
         return self

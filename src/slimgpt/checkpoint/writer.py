@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _pruned_text_config(
     if family_of(model_type).widths("attention") and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
-        return AutoConfig.for_model(model_type, **values | layers[0])
+        return AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
     config_class = pruned_classes(model_type)["AutoConfig"]
     result = config_class(**values, per_layer_config=dict(enumerate(layers)))
     result.blocks_path = family_of(model_type).blocks
@@ -191,6 +192,10 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
 
 def _sublayer_widths(config: Any, keys: Mapping[Any, str], width: Width) -> dict[str, int]:
     """Config entries of a sublayer that keeps fewer units, by config key."""
+    keys = {kind: config.attribute_map.get(key, key) for kind, key in keys.items()}
+    if "expert" in keys:
+        kept = (width,) if isinstance(width, int) else width
+        return {keys[kind]: number for kind, number in zip(keys, kept, strict=False)}
     if isinstance(width, int) and "channel" in keys:
         return {keys["channel"]: width}
     groups, heads = getattr(config, keys["group"]), getattr(config, keys["head"])

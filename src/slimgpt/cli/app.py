@@ -204,7 +204,7 @@ def inspect_model(
         _emit(found, check_lines(found), as_json)
         return
     summary = slimgpt.inspect(model)
-    table = Table("block", "heads", "kv heads", "channels", "attention params", "ffn params")
+    table = Table("block", "heads", "kv heads", "channels", "experts", "attention", "ffn params")
     for index, block in enumerate(summary.blocks):
         table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())

@@ -68,11 +68,13 @@ def check_lines(found: "slimgpt.FamilyCheck") -> tuple[Any, ...]:
 
 def plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     """Show the widths of every block."""
-    names = {"attention": "kv groups", "ffn": "channels"}
-    kinds = [names[sublayer.kind] for sublayer in planned.shapes[0].sublayers]
-    table = rich.Table("block", *kinds, "removed")
+    kinds = {sublayer.kind for shape in planned.shapes for sublayer in shape.sublayers}
+    others = {"ffn": "channels", "experts": "experts × channels"}
+    header = " or ".join(name for kind, name in others.items() if kind in kinds)
+    table = rich.Table("block", "kv groups", header, "removed")
     for index, (width, ratio) in enumerate(zip(planned.widths, planned.layer_ratios, strict=True)):
-        table.add_row(str(index), *map(str, width), f"{ratio:.1%}")
+        cells = (str(w) if isinstance(w, int) else " × ".join(map(str, w)) for w in width)
+        table.add_row(str(index), *cells, f"{ratio:.1%}")
     return table, *ratio_lines(planned)
 
 

@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from slimgpt.allocation.reallocation import Curve
 from slimgpt.allocation.shapes import BlockWidths, Width
-from slimgpt.calibration.activations import Activations
+from slimgpt.calibration.activations import Activations, Stream
 from slimgpt.config import PruneConfig
 from slimgpt.models.blocks import bind
+from slimgpt.models.experts import Experts
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept, segment_rows
 from slimgpt.solver.hessian import output_power
@@ -66,6 +67,11 @@ class Method(ABC):
         Whether `score_model` takes gradients of the whole model, which is then in memory.
     needs_dense : bool
         Whether calibration also runs the dense model's residual stream.
+    removes : frozenset of str
+        What the method can remove: ``groups`` of attention, ``channels`` of FFNs, ``channels of
+        experts``, and whole ``experts``.
+    compensates : bool
+        Whether the kept weights are updated for what is gone.
     refit_epochs : int
         Epochs of the refit of each pruned FFN.
     scores : dict of str to Tensor
@@ -74,6 +80,8 @@ class Method(ABC):
 
     package: ClassVar[str | None] = None
     needs_gradients: ClassVar[bool] = False
+    removes: ClassVar[frozenset[str]] = frozenset({"groups", "channels", "channels of experts"})
+    compensates: ClassVar[bool] = False
     needs_dense: bool = False
     refit_epochs: int = 0
 
@@ -108,6 +116,18 @@ class Method(ABC):
         -------
         dict
             scores_U, by the sublayer's name.
+        """
+        raise NotImplementedError
+
+    def score_experts(self, experts: Experts, stream: Stream) -> Tensor:
+        """Score whole experts, for methods that can remove them: scores_E.
+
+        Parameters
+        ----------
+        experts : Experts
+            The dense sublayer.
+        stream : Stream
+            The residual stream before it.
         """
         raise NotImplementedError
 

@@ -29,6 +29,7 @@ class LoRAPrune(ScoringMethod):
 
     package = "peft"
     needs_gradients = True
+    removes = frozenset({"groups", "channels"})
 
     def score_model(
         self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]

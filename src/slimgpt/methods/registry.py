@@ -6,6 +6,7 @@ from slimgpt.methods.flap import Flap
 from slimgpt.methods.loraprune import LoRAPrune
 from slimgpt.methods.magnitude import Magnitude
 from slimgpt.methods.random import Random
+from slimgpt.methods.reap import Reap
 from slimgpt.methods.slimgpt import SlimGPT
 from slimgpt.methods.taylor import Taylor
 from slimgpt.methods.wanda_sp import WandaSP
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "taylor": Taylor,
     "loraprune": LoRAPrune,
     "random": Random,
+    "reap": Reap,
 }
 
 

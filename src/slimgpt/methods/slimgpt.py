@@ -7,11 +7,15 @@ Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 
 
 import logging
 
+from torch import Tensor
+
 from slimgpt.allocation.reallocation import Curve
 from slimgpt.allocation.shapes import Width
-from slimgpt.calibration.activations import Activations
+from slimgpt.calibration.activations import Activations, Stream
+from slimgpt.calibration.routing import rerouting_errors
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Decision, Method
+from slimgpt.models.experts import Experts
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 from slimgpt.solver.elimination import (
@@ -31,10 +35,17 @@ log = logging.getLogger(__name__)
 class SlimGPT(Method):
     """Optimal Brain Surgeon on the output projection of each sublayer."""
 
+    removes = Method.removes | {"experts"}
+    compensates = True
+
     def __init__(self, config: PruneConfig) -> None:
         super().__init__(config)
         self.needs_dense = config.correction > 0
         self.refit_epochs = config.refit_epochs
+
+    def score_experts(self, experts: Experts, stream: Stream) -> Tensor:
+        """Error of leaving out each expert and routing its tokens again."""
+        return rerouting_errors(experts, stream)
 
     def decide(self, sublayer: Sublayer, width: Width, activations: Activations) -> Decision:
         """Eliminate the units with the smallest error, see `slimgpt.methods.base.Method.decide`."""

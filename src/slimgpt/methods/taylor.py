@@ -19,6 +19,7 @@ class Taylor(ScoringMethod):
     """First-order importance of the weights, summed over each unit."""
 
     needs_gradients = True
+    removes = frozenset({"groups", "channels"})
 
     def score_model(
         self, model: PreTrainedModel, samples_NT: Tensor, widths: Sequence[BlockWidths]

@@ -24,6 +24,10 @@ _Size = Annotated[int, Field(ge=1, le=2**24)]
 
 _Length = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
+_Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+_Experts = Annotated[int, Field(ge=1, le=2**16)]
+
 _Width = Annotated[int, Field(ge=0, le=2**24)]
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -98,9 +102,22 @@ class _ModelConfig(_Checked):
     rope_parameters: _Rope | None = None
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
     use_sliding_window: bool | None = None
-    sliding_window: _Length | None = None
+    sliding_window: _Count | None = None  # 0 for none, in Qwen 2 mixtures
     max_window_layers: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     layer_types: list[str] | None = None
+    num_experts: _Experts | None = None
+    num_local_experts: _Experts | None = None
+    n_routed_experts: _Experts | None = None
+    num_experts_per_tok: _Experts | None = None
+    moe_intermediate_size: _Size | None = None
+    shared_expert_intermediate_size: _Size | None = None
+    n_shared_experts: _Count | None = None
+    n_group: _Experts | None = None
+    topk_group: _Experts | None = None
+    first_k_dense_replace: _Count | None = None
+    decoder_sparse_step: _Length | None = None
+    mlp_only_layers: list[_Count] | None = None
+    num_nextn_predict_layers: _Count | None = None
     bos_token_id: _TokenIds = None
     eos_token_id: _TokenIds = None
     pad_token_id: int | None = None
@@ -192,8 +209,6 @@ def check_model_config(model: str, values: Mapping[str, Any], hint: str = _CONFI
     effective = defaults | dict(values)
     renamed = config_class.attribute_map.items()  # GPT-2 calls hidden_size n_embd
     effective |= {key: effective[own] for key, own in renamed if own in effective}
-    if effective.get("use_sliding_window") is False and effective.get("sliding_window") == 0:
-        effective["sliding_window"] = None  # Qwen2-MoE writes 0 for none
     problems = list(_foreign_keys(config_class, fields, values))
     try:
         _ModelConfig.model_validate(effective)
@@ -323,6 +338,14 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             known = ("default", "mrope", *ROPE_INIT_FUNCTIONS)
             if isinstance(kind, str) and kind not in known:
                 yield f"{key}.rope_type={_short(kind)} is unknown to transformers"
+    experts = [
+        _count(values.get(k)) for k in ("num_experts", "num_local_experts", "n_routed_experts")
+    ]
+    num_experts, used = next(filter(None, experts), None), _count(values.get("num_experts_per_tok"))
+    if num_experts and used and used > num_experts:
+        yield f"num_experts_per_tok={used}, but there are {num_experts} experts"
+    if num_experts and num_experts % (_count(values.get("n_group")) or 1):
+        yield f"n_group={values['n_group']} does not divide the {num_experts} experts"
     if vocab_size:
         yield from _tokens_beyond(values, vocab_size)
     if layers and isinstance(widths := values.get("per_layer_config"), dict):
@@ -339,9 +362,10 @@ def _tokens_beyond(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
 
 
 def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -> Iterator[str]:
-    family, renamed = family_of(model_type), CONFIG_MAPPING[model_type].attribute_map
+    family = family_of(model_type)
+    renamed = CONFIG_MAPPING[model_type.removeprefix(PRUNED_PREFIX)].attribute_map
     keys = [key for spec in family.sublayers for key in spec.widths.values()]
-    known = {*keys, *(renamed.get(key, key) for key in keys)}
+    known = {renamed.get(key, key) for key in keys}
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"
         if not (index.isdecimal() and int(index) < num_layers):

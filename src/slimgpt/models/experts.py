@@ -52,7 +52,15 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True)
 class Experts(Sublayer):
-    """A sublayer with experts. Its units are the experts, the parts of a unit their channels."""
+    """A sublayer with experts. Its units are the experts, the parts of a unit their channels.
+
+    Attributes
+    ----------
+    routed_E : Tensor or None
+        int64, sorted: tokens are routed as if there were only these experts.
+    """
+
+    routed_E: Tensor | None = None
 
     @property
     def router(self) -> Any:
@@ -63,6 +71,11 @@ class Experts(Sublayer):
     def weights(self) -> Any:
         """Has ``gate_up_proj`` (E, 2 · channels, C) and ``down_proj`` (E, C, channels)."""
         return self.module.get_submodule("experts")
+
+    @property
+    def weight(self) -> Tensor:
+        """The output projections of all experts, for their device and type."""
+        return self.weights.down_proj
 
     @property
     def num_parts(self) -> int:
@@ -79,7 +92,7 @@ class Experts(Sublayer):
         """The prunable units."""
         gate_up_ECC = self.weights.gate_up_proj
         per_channel = 3 * gate_up_ECC.shape[2]
-        router = self.router.weight.shape[1] + hasattr(self.router, _CORRECTION_BIAS)
+        router = self.router.weight.shape[1]
         per_group = -(-self.router.top_k // (getattr(self.router, "topk_group", None) or 1))
         if hasattr(self.router, "num_group"):  # the two best experts of a group decide about it
             per_group = max(per_group, 2)
@@ -101,26 +114,18 @@ class Experts(Sublayer):
         counts = {"channel": self.num_parts}
         return Sublayer(self.block, name, _EXPERT, None, None, module, counts, 1.0)
 
-    def route(self, normed_TC: Tensor, kept_E: Tensor | None = None) -> Routing:
-        """Choose the experts of each token, as the stock class does.
-
-        Parameters
-        ----------
-        normed_TC : Tensor
-            Input of the sublayer.
-        kept_E : Tensor, optional
-            int64, sorted: route as if there were only these experts.
-        """
-        if kept_E is None:
+    def route(self, normed_TC: Tensor) -> Routing:
+        """Choose the experts of each token, as the stock class does."""
+        if self.routed_E is None:
             _, weight_TK, index_TK = self.router(normed_TC)
             return Routing(index_TK, weight_TK)
         router = copy.deepcopy(self.router)
         bias_E = getattr(router, _CORRECTION_BIAS, None)
         if bias_E is None:
-            slice_router(router, kept_E)
+            slice_router(router, self.routed_E)
             _, weight_TK, index_TK = router(normed_TC)
-            return Routing(kept_E[index_TK], weight_TK)
-        others_E = torch.ones_like(bias_E, dtype=torch.bool).index_fill_(0, kept_E, False)
+            return Routing(self.routed_E[index_TK], weight_TK)
+        others_E = torch.ones_like(bias_E, dtype=torch.bool).index_fill_(0, self.routed_E, False)
         bias_E.masked_fill_(others_E, -torch.inf)  # the experts stay in their groups
         _, weight_TK, index_TK = router(normed_TC)
         return Routing(index_TK, weight_TK)
@@ -141,23 +146,31 @@ class Experts(Sublayer):
         for index in routing.index_TK.unique().tolist():
             tokens_T, weight_T1 = routing.tokens_of(index)
             expert = self.expert(index)
-            with autocast(self.weights.down_proj):
+            with autocast(self.weight):
                 output_TC = expert.forward(normed_TC[tokens_T])
             sum_TC.index_add_(0, tokens_T, (output_TC * weight_T1).to(dtype))
         return sum_TC
 
-    def forward(
-        self,
-        normed: Tensor,
-        kwargs: Mapping[str, Any] | None = None,
-        kept_E: Tensor | None = None,
-    ) -> Tensor:
-        """Run the sublayer, see `Sublayer.forward`; with `kept_E`, as in `route`."""
+    def forward(self, normed: Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
+        """Run the sublayer, see `Sublayer.forward`."""
         with torch.autocast(normed.device.type, enabled=False):  # rounding would move tokens
             normed_TC = normed.reshape(-1, normed.shape[-1])
-            routing, others_TC = self.route(normed_TC, kept_E), self.others(normed_TC)
+            routing, others_TC = self.route(normed_TC), self.others(normed_TC)
             sum_TC = self.combine(normed_TC, routing) + others_TC
         return sum_TC.to(normed.dtype).view_as(normed)
+
+    def channels(self, kept: Kept) -> Tensor:
+        """Channels that each of the kept experts keeps: int64, (kept experts, kept channels)."""
+        if kept.parts is None:
+            return torch.arange(self.num_parts, device=kept.units.device).expand(
+                len(kept.units), -1
+            )
+        return kept.parts.view(len(kept.units), -1) - kept.units[:, None] * self.num_parts
+
+    def kept_output(self, kept: Kept) -> Tensor:
+        """The output projections of the kept units: (kept experts, C, kept channels)."""
+        down_ECI, channels_EI = self.weights.down_proj[kept.units], self.channels(kept)
+        return down_ECI.gather(2, channels_EI[:, None].expand(-1, down_ECI.shape[1], -1))
 
     def slice(self, kept: Kept, down_proj: Tensor) -> None:
         """Slice to the kept experts and channels, in place.
@@ -169,15 +182,14 @@ class Experts(Sublayer):
         down_proj : Tensor
             (kept experts, C, kept channels), the new output projections.
         """
-        weights, units_E = self.weights, kept.units.to(self.weights.gate_up_proj.device)
+        weights, units_E = self.weights, kept.units
+        channels_EI = self.channels(kept)
+        rows_EI = torch.cat([channels_EI, channels_EI + self.num_parts], dim=1)
         gate_up_ECC = weights.gate_up_proj[units_E]
-        if kept.parts is not None:
-            channels_EI = kept.parts.to(units_E.device).view(len(units_E), -1)
-            channels_EI = channels_EI - (units_E * self.num_parts)[:, None]
-            rows_EI = torch.cat([channels_EI, channels_EI + self.num_parts], dim=1)
-            shape = (-1, -1, gate_up_ECC.shape[2])
-            gate_up_ECC = gate_up_ECC.gather(1, rows_EI[:, :, None].expand(shape))
-        weights.gate_up_proj = nn.Parameter(gate_up_ECC.contiguous(), requires_grad=False)
+        gate_up_ECC = gate_up_ECC.gather(
+            1, rows_EI[:, :, None].expand(-1, -1, gate_up_ECC.shape[2])
+        )
+        weights.gate_up_proj = nn.Parameter(gate_up_ECC, requires_grad=False)
         weights.down_proj = nn.Parameter(down_proj.contiguous(), requires_grad=False)
         weights.num_experts, _, weights.intermediate_dim = down_proj.shape
         slice_router(self.router, units_E)

@@ -63,10 +63,10 @@ class SublayerSpec(BaseModel):
     output : str
         The linear layer that loses columns.
     widths : mapping of str to str
-        Config keys of the number of units, then of what else scales with them. Without any, the
-        sublayer cannot be pruned, and `reason` says why.
+        Config keys of the number of units, then of what else scales with them, or of the channels
+        of each expert. Without any, the sublayer cannot be pruned.
     reason : str
-        Why the sublayer cannot be pruned.
+        Why the sublayer, or a part of it, cannot be pruned.
     bias : str or bool
         Config key that gives these linear layers biases, or whether they have them in all models.
     layer_type : str or None
@@ -142,11 +142,7 @@ class Family(BaseModel):
     @property
     def reasons(self) -> list[str]:
         """Say what cannot be pruned, and why."""
-        return [
-            f"{spec.layer_type or spec.kind}: {spec.reason}"
-            for spec in self.sublayers
-            if not spec.widths
-        ]
+        return [f"{_what_stays(spec)}: {spec.reason}" for spec in self.sublayers if spec.reason]
 
     def layer(self, config: Any, index: int) -> list[SublayerSpec]:
         """List the sublayers of one block of a model with this config."""
@@ -164,6 +160,10 @@ class Family(BaseModel):
         """Whether all sublayers of a block read the input of the block."""
         key = self.parallel
         return key if isinstance(key, bool) else bool(getattr(config, key))
+
+
+def _what_stays(spec: SublayerSpec) -> str:
+    return f"channels of {spec.kind}" if spec.widths else spec.layer_type or spec.kind
 
 
 def _layer_types(config: Any, index: int) -> list[str]:

@@ -3,7 +3,7 @@
 Everything but the text model is copied unchanged, and the same auto class loads the result.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import (
     AutoModelForCausalLM,
@@ -81,7 +81,25 @@ def decoder_name(model: Any) -> str:
     return next(name for name, module in model.named_modules() if module is decoder)
 
 
-def native_names(model: Any, names: list[str]) -> dict[str, str]:
+class NativeName(NamedTuple):
+    """What a tensor of a checkpoint is in the model.
+
+    Attributes
+    ----------
+    name : str
+        Name of the tensor, or of the one that is made from it and others.
+    converter : WeightConverter or None
+        Makes it, in transformers.
+    pattern : str or None
+        Which input of the converter the tensor is.
+    """
+
+    name: str
+    converter: WeightConverter | None
+    pattern: str | None
+
+
+def native_names(model: Any, names: list[str]) -> dict[str, NativeName]:
     """Find what tensors of a checkpoint are called in the model.
 
     Parameters
@@ -95,26 +113,17 @@ def native_names(model: Any, names: list[str]) -> dict[str, str]:
     -------
     dict
         The names in the model, by those in the checkpoint.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If transformers also computes something from a tensor.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
     found, state = {}, model.state_dict()
     for name in names:
-        native, converter = rename_source_key(
+        native, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state
         )
-        if converter is not None:
-            raise UnsupportedModelError(
-                f"transformers converts the tensor {name} as it loads it, to {native}",
-                hint="this form of checkpoint cannot be pruned",
-            )
-        found[name] = native
+        found[name] = NativeName(native, by_pattern[pattern] if pattern else None, pattern)
     return found
 
 

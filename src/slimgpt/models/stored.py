@@ -1,7 +1,10 @@
 """Read the headers of a checkpoint's weight files, and check that they fit a model."""
 
+import copy
+import logging
 import re
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,11 +18,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from slimgpt.errors import ConfigError, SlimGPTError, UnsupportedModelError
 from slimgpt.models.config_checks import explain, read_object
 from slimgpt.models.family import family_of
-from slimgpt.models.layout import is_wrapped, native_names
+from slimgpt.models.layout import NativeName, is_wrapped, native_names
+
+log = logging.getLogger(__name__)
 
 # What transformers raises for files that are missing, broken or need another package.
 LOAD_ERRORS = (
@@ -75,12 +81,15 @@ class StoredTensor:
         Its safetensors type name.
     origin : str
         Its name in the file, if transformers renames it.
+    is_converted : bool
+        Whether it is made of several tensors in the file.
     """
 
     read: Callable[[], Tensor]
     shape: tuple[int, ...]
     dtype: str
     origin: str = ""
+    is_converted: bool = False
 
 
 class _ShardIndex(BaseModel):
@@ -239,6 +248,7 @@ def match_config(
             for name, tensor in stored.items()
         }
     block = re.compile(rf"{re.escape(prefix + family.blocks)}\.(\d+)\.")
+    stored = _without_predictors(model, stored, block, config)
     found = [int(match[1]) for match in map(block.match, stored) if match]
     number = max(found, default=-1) + 1
     if number != config.num_hidden_layers:
@@ -248,6 +258,27 @@ def match_config(
             hint="correct config.json, or download or write the checkpoint again",
         )
     return dict(stored)
+
+
+def _without_predictors(
+    model: str,
+    stored: Mapping[str, StoredTensor],
+    block: re.Pattern[str],
+    config: PreTrainedConfig,
+) -> dict[str, StoredTensor]:
+    """Leave out the layers for multi-token prediction, which transformers does not load."""
+    first = config.num_hidden_layers
+    last = first + (getattr(config, "num_nextn_predict_layers", None) or 0)
+    extra = [n for n in stored if (match := block.match(n)) and first <= int(match[1]) < last]
+    if extra:
+        log.warning(
+            "%s: the result has no layers for multi-token prediction; %d tensors are left out, "
+            "first %s",
+            model,
+            len(extra),
+            min(extra),
+        )
+    return {name: tensor for name, tensor in stored.items() if name not in set(extra)}
 
 
 def fit_tensors(
@@ -311,20 +342,51 @@ def with_native_names(
 ) -> dict[str, StoredTensor]:
     """List stored tensors by their names in the model, see `slimgpt.models.layout.native_names`.
 
+    Where transformers makes one tensor of several, as of the weights of all experts, so does this.
+
     Raises
     ------
     UnsupportedModelError
         If two of them have the same name there.
     """
     native: dict[str, StoredTensor] = {}
+    sources: dict[str, list[tuple[str, NativeName]]] = defaultdict(list)
     for name, own in native_names(skeleton, list(stored)).items():
-        if own in native:
+        if own.converter:
+            sources[own.name].append((name, own))
+            continue
+        if own.name in native:
+            other = native[own.name].origin or own.name
             raise UnsupportedModelError(
-                f"{name} and {native[own].origin or own} are the same tensor of the model",
+                f"{name} and {other} are the same tensor of the model",
                 hint="remove one of them from the checkpoint",
             )
-        native[own] = stored[name] if name == own else replace(stored[name], origin=name)
+        tensor = stored[name]
+        native[own.name] = tensor if name == own.name else replace(tensor, origin=name)
+    for name, parts in sources.items():
+        native[name] = _converted(name, sorted(parts, key=lambda p: dot_natural_key(p[0])), stored)
     return native
+
+
+def _converted(
+    name: str, parts: Sequence[tuple[str, NativeName]], stored: Mapping[str, StoredTensor]
+) -> StoredTensor:
+    """Make one tensor of the model from several stored ones, as transformers does."""
+
+    def convert(read: Callable[[StoredTensor], Tensor]) -> Tensor:
+        converter: Any = copy.deepcopy(parts[0][1].converter)
+        for source, own in parts:
+            converter.add_tensor(name, source, own.pattern, partial(read, stored[source]))
+        (tensor,) = converter.convert(name).values()
+        return tensor
+
+    def empty(tensor: StoredTensor) -> Tensor:
+        return torch.empty(tensor.shape, device="meta")
+
+    with loading(f"{len(parts)} tensors that make {name}"):
+        shape = tuple(convert(empty).shape)
+    dtype = stored[parts[0][0]].dtype
+    return StoredTensor(partial(convert, lambda t: t.read()), shape, dtype, is_converted=True)
 
 
 def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:

@@ -132,7 +132,7 @@ class StreamedModel:
                 trim_heap()
 
     def _read_block(self, block: Block) -> dict[str, Tensor]:
-        return self._read(block.name, [name for name, _ in block.module.named_parameters()])
+        return self._read(block.name, block.module.state_dict())
 
     def _read(self, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = {name: self.weights.read(f"{prefix}.{name}") for name in names}

@@ -110,6 +110,11 @@ class Sublayer:
         return max(self.counts.get("head", 1) // self.num_units, 1)
 
     @property
+    def weight(self) -> Tensor:
+        """The weight of the output projection, as stored: for its device and type."""
+        return cast(Tensor, self.output.module.weight)
+
+    @property
     def output(self) -> Projection:
         """The output projection, which loses columns and is compensated by the solver."""
         return projection_of(self.module, self.spec.output)
@@ -179,6 +184,10 @@ class Sublayer:
             name: (axis, torch.cat([owned(*segment).flatten() for segment in segments]))
             for name, (axis, segments) in self._axes().items()
         }
+
+    def kept_output(self, kept: Kept) -> Tensor:
+        """The output projection without the columns of removed units."""
+        return self.output.weight[:, self.columns(kept)]
 
     def columns(self, kept: Kept) -> Tensor:
         """Columns of the output projection that belong to the kept units, sorted."""

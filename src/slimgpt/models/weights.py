@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.layout import decoder_name
@@ -48,6 +49,7 @@ class Weights:
     ) -> None:
         self.source, self.dtype = source, dtype
         self._tensors, self.files = dict(tensors), files
+        self._precise: set[str] = set()  # modules that stay in float32
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -68,6 +70,7 @@ class Weights:
             See `slimgpt.models.stored.fit_tensors`.
         """
         self._tensors = fit_tensors(self.source.name, self._tensors, skeleton)
+        self._precise = set(skeleton._keep_in_fp32_modules_strict or ())
 
     def add_biases(self, skeleton: PreTrainedModel) -> None:
         """Add zero biases where the model has biases and the checkpoint has none."""
@@ -77,9 +80,21 @@ class Weights:
                 zeros = partial(torch.zeros, parameter.shape)
                 self._tensors[name] = StoredTensor(zeros, tuple(parameter.shape), "F32")
 
-    def name_in_file(self, name: str) -> str:
-        """Name of a tensor in the checkpoint, which transformers may rename as it loads it."""
-        return self._tensors[name].origin or name
+    def as_in_file(self, name: str, tensor: Tensor, skeleton: PreTrainedModel) -> dict[str, Tensor]:
+        """Name a tensor as the checkpoint does, or split it as there.
+
+        Parameters
+        ----------
+        name : str
+            Its name in the model; transformers may rename or convert what it loads.
+        tensor : Tensor
+            A new value, perhaps of another shape.
+        skeleton : PreTrainedModel
+            The model.
+        """
+        if self._tensors[name].is_converted:
+            return revert_weight_conversion(skeleton, {name: tensor})
+        return {self._tensors[name].origin or name: tensor}
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -92,7 +107,8 @@ class Weights:
             If the tensor has non-finite values.
         """
         with loading(f"the tensor {name} of {self.source.name}"):
-            tensor = self._tensors[name].read().to(self.dtype)
+            is_precise = not self._precise.isdisjoint(name.split("."))
+            tensor = self._tensors[name].read().to(torch.float32 if is_precise else self.dtype)
         if not tensor.isfinite().all():
             raise UnsupportedModelError(
                 f"{self.source.name}: the tensor {name} has values that are not finite",

@@ -15,9 +15,11 @@ from slimgpt.calibration.activations import Stream, collect, pass_through, propa
 from slimgpt.errors import NumericalError
 from slimgpt.methods.base import Method
 from slimgpt.models.blocks import Block
+from slimgpt.models.experts import Experts
 from slimgpt.models.sublayers import Projection, Sublayer
 from slimgpt.models.units import Kept
 from slimgpt.pruning.decisions import BlockPlan, SavedBlock, SublayerPlan
+from slimgpt.pruning.experts import prune_experts
 from slimgpt.pruning.refit import refit
 from slimgpt.pruning.slicing import slice_sublayer
 from slimgpt.runtime.distributed import broadcast, broadcast_tensor, is_main
@@ -72,8 +74,13 @@ def replay_block(block: Block, saved: SavedBlock, stream: Stream) -> None:
         if len(decided.keep) == sublayer.num_units and not decided.parts:
             pass_through(sublayer, stream)
             continue
+        kept = decided.kept(sublayer.weight.device)
+        if isinstance(sublayer, Experts):
+            weight = saved.read(f"{sublayer.name}.experts.down_proj")
+            slice_sublayer(sublayer, kept, weight.to(sublayer.weight))
+            pass_through(sublayer, stream)
+            continue
         output, name = sublayer.output, sublayer.output_name
-        kept = decided.kept(output.weight.device)
         if output.bias is not None:
             _set_bias(output, saved.read(f"{name}.bias"))
         new_weight = output.oriented(saved.read(f"{name}.weight")).to(output.weight.device)
@@ -94,6 +101,11 @@ def _prune_sublayer(
         pass_through(sublayer, stream.dense())
         pass_through(sublayer, stream)
         return SublayerPlan(sublayer.kind, tuple(range(sublayer.num_units)))
+    if isinstance(sublayer, Experts):
+        plan, weight = prune_experts(sublayer, width, stream, method)
+        slice_sublayer(sublayer, plan.kept(weight.device), weight)
+        pass_through(sublayer, stream)
+        return plan
     is_refit = method.refit_epochs > 0 and sublayer.kind == "ffn"
     # A refit changes the input projections, so kept activations would be stale.
     activations = collect(sublayer, stream, 0 if is_refit else activation_memory)

@@ -16,7 +16,32 @@ from slimgpt.models.units import Kept
 from slimgpt.models.weights import read_metadata
 from slimgpt.runtime.files import reading
 
-_UNITS = {"attention": "kv groups", "ffn": "channels"}
+_UNITS = {"attention": "kv groups", "ffn": "channels", "experts": "experts"}
+
+_PARTS = {"attention": "query heads", "experts": "channels"}
+
+
+@dataclass(frozen=True)
+class RoutingChange:
+    """How the tokens of a sublayer with experts are routed after pruning.
+
+    Attributes
+    ----------
+    rerouted : float
+        Fraction of the choices of an expert for a token that fell on experts that are gone.
+    load_shift : float
+        Total variation distance, 0 to 1, between the loads of the kept experts before and after.
+    few_tokens : tuple of int
+        Experts with fewer calibration tokens than twice their channels. Their statistics lean on
+        those of other tokens.
+    samples_factor : float
+        With so many times the samples, each of them that had tokens would have had enough.
+    """
+
+    rerouted: float
+    load_shift: float
+    samples_factor: float = 1.0
+    few_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,9 +51,9 @@ class SublayerPlan:
     Attributes
     ----------
     kind : str
-        ``attention`` or ``ffn``.
+        ``attention``, ``ffn`` or ``experts``.
     keep : tuple of int
-        Units kept: key/value groups or FFN channels, sorted.
+        Units kept: key/value groups, FFN channels or experts, sorted.
     error, relative_error : float
         Mean squared change of the sublayer's output over the calibration tokens, E‖Δy‖², and this
         error divided by E‖y‖². Both are measured before the refit.
@@ -42,6 +67,8 @@ class SublayerPlan:
     refit : float or None
         Error ratio of the refit: squared error after the refit over that before. None without a
         refit.
+    routing : RoutingChange or None
+        Of a sublayer with experts.
     """
 
     kind: str
@@ -52,6 +79,7 @@ class SublayerPlan:
     parts: tuple[int, ...] = ()
     curve: tuple[tuple[Width, float], ...] = ()
     refit: float | None = None
+    routing: RoutingChange | None = None
 
     def kept(self, device: torch.device) -> Kept:
         """The units kept, as tensors."""
@@ -60,8 +88,8 @@ class SublayerPlan:
 
     def __str__(self) -> str:
         """Summarise the kept units and the error."""
-        heads = f" with {len(self.parts)} query heads" if self.parts else ""
-        return f"{len(self.keep)} {_UNITS[self.kind]}{heads} kept, error {self.relative_error:.4f}"
+        parts = f" with {len(self.parts)} {_PARTS[self.kind]}" if self.parts else ""
+        return f"{len(self.keep)} {_UNITS[self.kind]}{parts} kept, error {self.relative_error:.4f}"
 
 
 @dataclass(frozen=True)

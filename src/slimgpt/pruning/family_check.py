@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.calibration.activations import Stream, embed, pass_through
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import UnsupportedModelError
@@ -25,7 +25,7 @@ from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
-from slimgpt.pruning.slicing import slice_sublayer
+from slimgpt.pruning.slicing import masked_sublayer, slice_sublayer
 
 NUM_SAMPLES, NUM_TOKENS, VOCABULARY = 2, 8, 16
 
@@ -113,9 +113,13 @@ _checked: dict[str, FamilyCheck] = {}
 
 @torch.no_grad()
 def _check(config: PreTrainedConfig) -> FamilyCheck:
-    dense = build_skeleton(config, torch.float64)  # its products are never in bfloat16
+    dense = _skeleton(config)
     blocks = list(bind(dense))
-    smaller = {kind: _smaller(config, _halved(blocks, kind)) for kind in ("attention", "ffn")}
+    kinds = {sublayer.kind for block in blocks for sublayer in block.sublayers}
+    removals = [(kind, False) for kind in sorted(kinds)] + [("experts", True)] * (
+        "experts" in kinds
+    )
+    smaller = {removal: _smaller(config, _halved(blocks, *removal)) for removal in removals}
     stream = _random_stream(dense)
     returns_tuple = family_in(config).returns_tuple
     differences: dict[int, float] = {}
@@ -124,29 +128,50 @@ def _check(config: PreTrainedConfig) -> FamilyCheck:
         _randomize(block.module, block.index)
         differences[block.index] = _check_form(block, stream, returns_tuple)
         for sublayer in block.sublayers:
-            small = smaller[sublayer.kind][block.index]
-            checks.append(_check_units(block, sublayer, small, stream))
-            small.module.to("meta")
+            for kind, parts in removals:
+                if kind == sublayer.kind:
+                    small = smaller[kind, parts][block.index]
+                    checks.append(_check_units(block, sublayer, small, stream, parts))
+                    small.module.to("meta")
         block.module.to("meta")
     return FamilyCheck(config.model_type, differences, tuple(checks))
 
 
 def _smaller(config: PreTrainedConfig, widths: Sequence[BlockWidths]) -> list[Block]:
-    model = build_skeleton(pruned_config(config, widths, uniform=False), torch.float64)
-    return list(bind(model))
+    return list(bind(_skeleton(pruned_config(config, widths, uniform=False))))
 
 
-def _halved(blocks: Sequence[Block], kind: str) -> list[BlockWidths]:
-    """Widths of a model that keeps every second unit of one kind of sublayer."""
-    return [
-        tuple(len(_kept(s).units) if s.kind == kind else s.num_units for s in block.sublayers)
-        for block in blocks
-    ]
+def _skeleton(config: Any) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"  # the others take no float64
+    return build_skeleton(config, torch.float64)  # its products are never in bfloat16
 
 
-def _kept(sublayer: Sublayer) -> Kept:
-    """Every second unit, or all if none can be removed."""
-    return Kept(torch.arange(0, sublayer.num_units, 2 if sublayer.spec.widths else 1))
+def _halved(blocks: Sequence[Block], kind: str, parts: bool) -> list[BlockWidths]:
+    """Widths of a model that keeps every second unit, or part, of one kind of sublayer."""
+
+    def width(sublayer: Sublayer) -> Width:
+        if sublayer.kind != kind:
+            return sublayer.num_units
+        kept = _kept(sublayer, parts)
+        num_units = len(kept.units)
+        return num_units if kept.parts is None else (num_units, len(kept.parts) // num_units)
+
+    return [tuple(map(width, block.sublayers)) for block in blocks]
+
+
+def _kept(sublayer: Sublayer, parts: bool) -> Kept:
+    """Every second unit, or every second part of all units; or all if none can be removed."""
+    shape = sublayer.shape
+    all_units = torch.arange(sublayer.num_units)
+    if parts and shape.parts > 1:
+        kept_parts = torch.arange(0, shape.parts, 2)
+        return Kept(all_units, (all_units[:, None] * shape.parts + kept_parts).flatten())
+    if parts or shape.is_fixed:
+        return Kept(all_units)
+    groups = all_units.view(shape.multiple, -1)  # each keeps equally many
+    number = max(groups.shape[1] + 1, 2 * shape.fewest // shape.multiple) // 2
+    return Kept(groups[:, ::2][:, :number].flatten())
 
 
 def _distinct(blocks: Sequence[Block]) -> Iterator[Block]:
@@ -226,16 +251,18 @@ def _check_form(block: Block, stream: Stream, returns_tuple: bool) -> float:
     return difference
 
 
-def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream) -> SublayerCheck:
+def _check_units(
+    block: Block, sublayer: Sublayer, small: Block, stream: Stream, parts: bool
+) -> SublayerCheck:
     """Compare a block that was built with half of a sublayer's units with one that was sliced."""
     place = f"block {block.index}, {sublayer.kind}"
-    kept, module = _kept(sublayer), copy.deepcopy(sublayer.module)
-    sliced = replace(sublayer, module=module)
-    weight_OK = sublayer.output.weight[:, sublayer.columns(kept)]
-    slice_sublayer(sliced, kept, weight_OK)
+    kept, module = _kept(sublayer, parts), copy.deepcopy(sublayer.module)
+    sliced, kept_output = replace(sublayer, module=module), sublayer.kept_output(kept)
+    slice_sublayer(sliced, kept, kept_output)
     prefix = sublayer.name.removeprefix(block.name).removeprefix(".")
-    state = block.module.state_dict()
-    state |= {f"{prefix}.{k}".removeprefix("."): v for k, v in module.state_dict().items()}
+    dense = block.module.state_dict()
+    changed = {f"{prefix}.{k}".removeprefix("."): v for k, v in module.state_dict().items()}
+    state = dense | changed
     wanted = {name: tuple(tensor.shape) for name, tensor in small.module.state_dict().items()}
     for name in sorted(wanted.keys() | state.keys()):
         found = tuple(state[name].shape) if name in state else None
@@ -245,14 +272,11 @@ def _check_units(block: Block, sublayer: Sublayer, small: Block, stream: Stream)
                 f"{wanted.get(name)}, but the description of its family gives {found}",
                 hint="name the tensor and its segments in the family's file",
             )
-    tensors = tuple(sublayer.slices(kept))
-    if len(kept.units) == sublayer.num_units:
+    tensors = tuple(name for name in changed if state[name].shape != dense[name].shape)
+    if not tensors:
         return SublayerCheck(block.index, sublayer.kind, tensors, None)
     if not sublayer.spec.couples_units:  # then the removed units can be masked
-        sliced = replace(sublayer, module=copy.deepcopy(sublayer.module))
-        masked_OI = torch.zeros_like(sublayer.output.weight)
-        masked_OI[:, sublayer.columns(kept)] = weight_OK
-        sliced.output.weight.copy_(masked_OI)
+        sliced = masked_sublayer(sublayer, kept, kept_output)
     small.module.load_state_dict(state, assign=True)
     own_NTC = _first(_forward(small, stream, f"{place}, with half of the units"))
     sublayers = tuple(sliced if s is sublayer else s for s in block.sublayers)

@@ -11,16 +11,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from slimgpt.allocation.reallocation import samples_needed
-from slimgpt.allocation.shapes import BlockWidths, removed_params
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
 from slimgpt.data.samples import READING_BYTES, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
-from slimgpt.errors import MissingDependencyError, UnsupportedModelError
+from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from slimgpt.methods.base import Method
 from slimgpt.methods.registry import METHODS, make_method
 from slimgpt.models.blocks import bind
 from slimgpt.models.device import fast_dtype
+from slimgpt.models.experts import Experts
 from slimgpt.models.layout import has_language_head
 from slimgpt.models.loading import (
     build_skeleton,
@@ -81,6 +83,25 @@ def _check_headless(source: Source, config: PruneConfig) -> None:
         )
 
 
+def _check_method(
+    method: Method, shapes: Sequence[BlockShape], widths: Sequence[BlockWidths]
+) -> None:
+    """Check that the method can remove the units that are to go."""
+    wanted, units = set(), {"attention": "groups", "ffn": "channels", "experts": "experts"}
+    for shape, block in zip(shapes, widths, strict=True):
+        for sublayer, width in zip(shape.sublayers, block, strict=True):
+            if sublayer.kind == "experts" and not isinstance(width, int):
+                wanted.add("channels of experts")
+            if (width if isinstance(width, int) else width[0]) < sublayer.num_units:
+                wanted.add(units[sublayer.kind])
+    if left := wanted - method.removes:
+        raise ConfigError(
+            f"the method {method.config.method} cannot remove {' or '.join(sorted(left))} of this "
+            f"model, only {' and '.join(sorted(method.removes))}",
+            hint="choose other --expert-units, --attention-share 0, or another --method",
+        )
+
+
 def open_inputs(
     source: Source, config: PruneConfig, device: torch.device, progress: Progress
 ) -> Inputs:
@@ -96,7 +117,8 @@ def open_inputs(
     if not has_language_head(base_config):
         _check_headless(source, config)
     shapes = tuple(shapes_of(base_config))
-    initial_widths(shapes, base_config, config)  # raises if the ratio is not feasible
+    widths = initial_widths(shapes, base_config, config)  # raises if the ratio is not feasible
+    _check_method(method, shapes, widths)
     if is_main():
         check_family(base_config)
     model_config = method.extend_config(base_config)
@@ -181,10 +203,19 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         for block, block_widths in zip(blocks, widths, strict=True)
         for sublayer, width in zip(block.sublayers, block_widths, strict=True)
     ]
+    tokens, widest = num_own * inputs.seqlen, 0
     for sublayer, width in sublayers:
-        shape, output = sublayer.shape, sublayer.output
+        shape = sublayer.shape
         whole, kept = shape.num_units * shape.unit_params, shape.kept_params(width)
         num_removed += whole - kept
+        if isinstance(sublayer, Experts):
+            num_out, num_in = sublayer.weight.shape[1:]
+            # The rest of the target for all tokens, and the input of an expert that has them all.
+            held = tokens * (num_out + num_in) * FLOAT32
+            solvers.append(solver_bytes(num_out, num_in, num_in, True) + held)
+            continue
+        output = sublayer.output
+        widest = max(widest, output.in_features)
         columns = output.in_features - sublayer.num_columns(width)
         if measures:  # and further ones
             columns = 2 * (output.in_features if shape.kind == "attention" else columns)
@@ -202,7 +233,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         whole = max(whole, num_params * size)
     if method.needs_gradients:
         whole = 2 * num_params * FLOAT32
-    activation = num_own * inputs.seqlen * size
+    activation = tokens * size
     stream = (
         activation
         * skeleton.config.get_text_config().hidden_size
@@ -210,8 +241,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     )
     if blocks[0].is_parallel:
         stream *= 2
-    widest = activation * max(sublayer.output.in_features for sublayer, _ in sublayers)
-    is_mapped, kept = divide_memory(stream, widest, config.activation_memory)
+    is_mapped, kept = divide_memory(stream, activation * widest, config.activation_memory)
     return MemoryEstimate(
         stream,
         is_mapped,

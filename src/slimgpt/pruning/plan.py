@@ -96,6 +96,7 @@ def initial_widths(
         config.multiple_of,
         uniform_group_counts(base_config) if config.uniform else None,
         attention_share(base_config) if share is None else share,
+        config.expert_units,
     )
     if config.layer_ratios:
         return given_widths(shapes, config.layer_ratios, rules)
@@ -132,7 +133,12 @@ def make_plan(
 def is_measured(
     shapes: Sequence[BlockShape], widths: Sequence[BlockWidths], seqlen: int, config: PruneConfig
 ) -> bool:
-    """Whether a sensitivity pass runs: requested, something to remove, and enough samples."""
+    """Whether a sensitivity pass runs: requested, something to remove, and enough samples.
+
+    It does not measure experts.
+    """
+    if any(sub.kind == "experts" for shape in shapes for sub in shape.sublayers):
+        return False
     removed = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, seqlen)
     return config.widths == "measured" and removed and config.nsamples >= needed

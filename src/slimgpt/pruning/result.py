@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,18 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         add_older_rope_keys(directory)
         job.generation_config.save_pretrained(directory)
         write_tokenizer(streamed.weights.source, job.tokenizer, directory)
-        # The stock class reads the names of the original checkpoint, the others those of the model.
-        rename = streamed.weights.name_in_file if config.uniform else str
-        names = {rename(name): name for name in saved_tensors(streamed.skeleton)}
-        state = streamed.skeleton.state_dict()
-        tensors = {stored: state[name] for stored, name in names.items()}
-        write_shards(directory, tensors, lambda n: read(names[n]), config.max_shard_size)
+        state = saved_tensors(streamed.skeleton)
+
+        @lru_cache(maxsize=1)
+        def stored(name: str, with_values: bool) -> dict[str, Tensor]:
+            tensor = read(name) if with_values else state[name].to("meta")
+            if not config.uniform:  # then the result's own class reads the names of the model
+                return {name: tensor}
+            return streamed.weights.as_in_file(name, tensor, streamed.skeleton)
+
+        parts = {part: name for name in state for part in stored(name, False)}
+        tensors = {part: stored(name, False)[part] for part, name in parts.items()}
+        write_shards(directory, tensors, lambda n: stored(parts[n], True)[n], config.max_shard_size)
         job.stopwatch.lap("save")
         report["seconds"] = job.stopwatch.seconds | report["seconds"]
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -1,10 +1,14 @@
-"""Slicing: remove the rows and columns of pruned units from a live sublayer."""
+"""Slicing: remove the rows and columns of pruned units from a live sublayer; or mask them."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from slimgpt.models.experts import Experts
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 
@@ -19,8 +23,12 @@ def slice_sublayer(sublayer: Sublayer, kept: Kept, output_weight: Tensor) -> Non
     kept : Kept
         The units to keep.
     output_weight : Tensor
-        (out features, kept columns), the compensated weight of the output projection.
+        (out features, kept columns), the compensated weight of the output projection; of experts,
+        those of all kept experts, see `slimgpt.models.experts.Experts.slice`.
     """
+    if isinstance(sublayer, Experts):
+        sublayer.slice(kept, output_weight)
+        return
     output = f"{sublayer.spec.output}.weight"
     for name, (axis, indices) in sublayer.slices(kept).items():
         path, _, attribute = name.rpartition(".")
@@ -38,3 +46,26 @@ def slice_sublayer(sublayer: Sublayer, kept: Kept, output_weight: Tensor) -> Non
     module: Any = sublayer.module
     if kept.parts is not None and hasattr(module, "num_key_value_groups"):
         module.num_key_value_groups = len(kept.parts) // len(kept.units)
+
+
+def masked_sublayer(sublayer: Sublayer, kept: Kept, output_weight: Tensor) -> Sublayer:
+    """Copy a sublayer with all its units, of which the removed ones have no effect.
+
+    It computes the same as the sliced sublayer, except where the units depend on each other.
+
+    Parameters
+    ----------
+    sublayer, kept, output_weight
+        As in `slice_sublayer`.
+    """
+    masked = replace(sublayer, module=copy.deepcopy(sublayer.module))
+    if isinstance(masked, Experts):
+        masked = replace(masked, routed_E=kept.units)
+        zeros_ECI = torch.zeros_like(masked.weight[kept.units])
+        columns_ECI = masked.channels(kept)[:, None].expand_as(output_weight)
+        masked.weight.index_copy_(0, kept.units, zeros_ECI.scatter_(2, columns_ECI, output_weight))
+        return masked
+    masked_OI = torch.zeros_like(masked.output.weight)
+    masked_OI[:, sublayer.columns(kept)] = output_weight
+    masked.output.weight.copy_(masked_OI)
+    return masked

@@ -191,16 +191,17 @@ def _drawn(
 
     blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
 
-    def each(entries: list[dict[str, Any]], kind: str, key: str) -> list[Any]:
-        """List a value of all sublayers of a kind."""
-        return [s[key] for entry in entries for s in entry["sublayers"] if s["kind"] == kind]
-
     errors = {
-        "attention": each(blocks, "attention", "relative_error"),
-        "FFN": each(blocks, "ffn", "relative_error"),
+        name: [block["sublayers"][place]["relative_error"] for block in blocks]
+        for place, name in enumerate(("attention", "FFN"))
     }
     kept, before = _heads(blocks, pruning["shapes"])
-    widths = list(map(len, each(blocks, "ffn", "keep")))
+    dense = [shape["sublayers"][1] for shape in pruning["shapes"]]
+    parts = [sublayer.get("parts", 1) for sublayer in dense]  # channels of an expert
+    widths = [
+        len(decided.get("parts") or ()) or len(decided["keep"]) * number
+        for decided, number in zip((b["sublayers"][1] for b in blocks), parts, strict=True)
+    ]
     drawn = {
         "ratios": inline(
             f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
@@ -219,7 +220,12 @@ def _drawn(
         "widths": inline(
             f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
             f"{widths[-1]:,} in the last.",
-            bars({"kept": widths, "before": each(pruning["shapes"], "ffn", "num_units")}),
+            bars(
+                {
+                    "kept": widths,
+                    "before": [s["num_units"] * n for s, n in zip(dense, parts, strict=True)],
+                }
+            ),
         ),
         "errors": inline(
             "Curves of the relative error of attention and FFN in each block; the largest is "

@@ -1,0 +1,95 @@
+"""Scores of whole experts: what their outputs are worth to the sublayer.
+
+Shape suffixes: ``T`` tokens, ``C`` hidden size, ``E`` experts, ``K`` experts of a token, ``P``
+pairs of a token and an expert.
+
+References
+----------
+Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression",
+arXiv 2510.13999.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from slimgpt.calibration.activations import Stream
+from slimgpt.models.device import autocast
+from slimgpt.models.experts import Experts, Routing
+from slimgpt.runtime.distributed import all_reduce
+
+
+@torch.no_grad()
+def rerouting_errors(experts: Experts, stream: Stream) -> Tensor:
+    """Squared change of the output if one expert is left out and its tokens go to the others.
+
+    The tokens are routed as the stock class does without this expert. An expert without tokens has
+    the error 0.
+
+    Returns
+    -------
+    Tensor
+        errors_E, float64, summed over the tokens of all processes.
+    """
+    num_experts = experts.num_units
+    errors_E = torch.zeros(num_experts, dtype=torch.float64)
+    for input_NTC in stream.inputs():
+        normed_TC = experts.normed(input_NTC.flatten(0, 1).to(experts.weight.device))
+        dense = experts.route(normed_TC)
+        is_used_TE = torch.zeros(len(normed_TC), num_experts, dtype=torch.bool)
+        is_used_TE = is_used_TE.to(normed_TC.device).scatter_(1, dense.index_TK, True)
+        rerouted = {}
+        for index in dense.index_TK.unique().tolist():
+            tokens_T, _ = dense.tokens_of(index)
+            rest_E = torch.tensor([e for e in range(num_experts) if e != index])
+            without = replace(experts, routed_E=rest_E.to(tokens_T.device))
+            rerouted[index] = tokens_T, without.route(normed_TC[tokens_T])
+            is_used_TE[tokens_T[:, None], rerouted[index][1].index_TK] = True
+        outputs_PC, pair_TE = _outputs(experts, normed_TC, is_used_TE)
+
+        def mixed(tokens_T: Tensor, routing: Routing) -> Tensor:
+            pairs_TK = pair_TE[tokens_T[:, None], routing.index_TK]  # noqa: B023
+            return (outputs_PC[pairs_TK] * routing.weight_TK[..., None]).sum(dim=1)  # noqa: B023
+
+        for index, (tokens_T, routing) in rerouted.items():
+            before = Routing(dense.index_TK[tokens_T], dense.weight_TK[tokens_T])
+            change_TC = mixed(tokens_T, routing) - mixed(tokens_T, before)
+            errors_E[index] += float(change_TC.double().square().sum())
+    return all_reduce(errors_E)
+
+
+@torch.no_grad()
+def weighted_norms(experts: Experts, stream: Stream) -> Tensor:
+    """Mean of router weight times norm of the output over the tokens of an expert (REAP, eq. 9).
+
+    Returns
+    -------
+    Tensor
+        scores_E, float64; 0 for an expert without tokens.
+    """
+    sums_E, numbers_E = torch.zeros(2, experts.num_units, dtype=torch.float64)
+    for input_NTC in stream.inputs():
+        normed_TC = experts.normed(input_NTC.flatten(0, 1).to(experts.weight.device))
+        routing = experts.route(normed_TC)
+        for index in routing.index_TK.unique().tolist():
+            tokens_T, factor_T1 = routing.tokens_of(index)
+            norms_T = _output(experts, index, normed_TC[tokens_T]).norm(dim=1)
+            sums_E[index] += float((factor_T1[:, 0] * norms_T).double().sum())
+            numbers_E[index] += len(tokens_T)
+    return all_reduce(sums_E) / all_reduce(numbers_E).clamp(min=1)
+
+
+def _output(experts: Experts, index: int, normed_TC: Tensor) -> Tensor:
+    with autocast(experts.weight):
+        return experts.expert(index).forward(normed_TC).float()
+
+
+def _outputs(experts: Experts, normed_TC: Tensor, is_used_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs of the pairs of tokens and experts that are used, and the place of each pair."""
+    outputs = [
+        _output(experts, index, normed_TC[is_used_TE[:, index]])
+        for index in range(experts.num_units)
+    ]
+    pair_ET = is_used_TE.T.flatten().cumsum(dim=0).view_as(is_used_TE.T) - 1
+    return torch.cat(outputs), pair_ET.T
