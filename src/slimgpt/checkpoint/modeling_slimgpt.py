@@ -64,12 +64,24 @@ class _SlimModel:
     def _blocks(self) -> nn.ModuleList:
         return self._decoder.get_submodule(self._blocks_path)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.__bases__[1]._can_set_experts_implementation()
+
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Switch the attention implementation, in the layers' own configs too."""
         super().set_attn_implementation(*args, **kwargs)
+        self._switch("_attn_implementation_internal")
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the implementation of experts, in the layers' own configs too."""
+        super().set_experts_implementation(*args, **kwargs)
+        self._switch("_experts_implementation_internal")
+
+    def _switch(self, key: str) -> None:
         for module in self._blocks.modules():
             if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-                config._attn_implementation_internal = self._decoder.config._attn_implementation
+                setattr(config, key, getattr(self._decoder.config, key))
 
 
 def _pruned_class(stock: type) -> Any:
