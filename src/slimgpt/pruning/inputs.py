@@ -15,7 +15,7 @@ from slimgpt.allocation.shapes import BlockWidths, removed_params
 from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
-from slimgpt.data.samples import READING_BYTES, calibration_tokens
+from slimgpt.data.samples import READING_BYTES, SampleOptions, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
 from slimgpt.errors import MissingDependencyError, UnsupportedModelError
 from slimgpt.methods.registry import METHODS, make_method
@@ -241,14 +241,16 @@ def _samples(inputs: Inputs, run: Run) -> Tensor:
     num_texts, samples = len(config.calibration), []
     for index, name in enumerate(config.calibration):
         bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
-        draw = (inputs.tokenizer, bounds[1] - bounds[0], inputs.seqlen, config.seed)
+        options = SampleOptions(
+            bounds[1] - bounds[0], inputs.seqlen, config.seed, config.text_field
+        )
 
-        def make(name: str = name, draw: Any = draw) -> bytes:
+        def make(name: str = name, options: SampleOptions = options) -> bytes:
             if name == SELF:
                 with streamed.whole(fast_dtype(streamed.device, streamed.weights.dtype)) as model:
-                    drawn = sample_from_model(model, *draw)
+                    drawn = sample_from_model(model, inputs.tokenizer, options)
             else:
-                drawn = calibration_tokens(name, *draw, text_field=config.text_field)
+                drawn = calibration_tokens(name, inputs.tokenizer, options)
             return save({"tokens": drawn})
 
         file = GENERATED_FILE if name == SELF else f"samples-{index}.safetensors"
