@@ -251,7 +251,10 @@ def match_config(
 
 
 def fit_tensors(
-    model: str, stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
+    model: str,
+    stored: Mapping[str, StoredTensor],
+    skeleton: PreTrainedModel,
+    adds_biases: bool = False,
 ) -> dict[str, StoredTensor]:
     """Check that the stored tensors are exactly those of a model.
 
@@ -263,11 +266,13 @@ def fit_tensors(
         From `match_config`.
     skeleton : PreTrainedModel
         The model without weights.
+    adds_biases : bool
+        Whether biases that are not stored are zero.
 
     Returns
     -------
     dict
-        The stored tensors; tied ones are listed under both names.
+        The stored tensors by their names in the model; tied ones are listed under both names.
 
     Raises
     ------
@@ -275,7 +280,7 @@ def fit_tensors(
         If tensors are missing, have another shape or are unused, or if tensors differ that the
         config ties.
     """
-    stored, wanted = with_native_names(stored, skeleton), skeleton.state_dict()
+    stored, wanted = _with_native_names(stored, skeleton), skeleton.state_dict()
     for name, origin in skeleton.all_tied_weights_keys.items():
         if name in stored:
             first = stored.setdefault(origin, stored[name])
@@ -285,6 +290,12 @@ def fit_tensors(
                     hint="set tie_word_embeddings to false in its config.json",
                 )
         wanted.pop(name)
+    if adds_biases:
+        stored |= {
+            name: _zeros(tuple(tensor.shape))
+            for name, tensor in wanted.items()
+            if name.endswith(".bias") and name not in stored
+        }
     _check_no_others(model, stored, skeleton)
     problems = [
         f"{name} ({_described(tensor.shape)}, but {_described(stored[name].shape)} in the file)"
@@ -306,7 +317,7 @@ def fit_tensors(
     return stored
 
 
-def with_native_names(
+def _with_native_names(
     stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
 ) -> dict[str, StoredTensor]:
     """List stored tensors by their names in the model, see `slimgpt.models.layout.native_names`.
@@ -325,6 +336,10 @@ def with_native_names(
             )
         native[own] = stored[name] if name == own else replace(stored[name], origin=name)
     return native
+
+
+def _zeros(shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor(partial(torch.zeros, shape), shape, "F32")
 
 
 def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:

@@ -104,8 +104,7 @@ def open_inputs(
     generation_config = load_generation_config(source, model_config)
     weights = open_weights(source, model_config, config.dtype)
     skeleton = build_skeleton(model_config, weights.dtype)
-    if model_config is not base_config:
-        weights.add_biases(skeleton)
+    weights.check(skeleton, adds_biases=model_config is not base_config)
     streamed = StreamedModel(skeleton, weights, device)
     seqlen = usable_seqlen(config.seqlen, model_config)
     return Inputs(
