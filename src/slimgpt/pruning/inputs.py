@@ -187,9 +187,8 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         columns = output.in_features - sublayer.num_columns(width)
         if measures:  # and further ones
             columns = 2 * (output.in_features if shape.kind == "attention" else columns)
-        solvers.append(
-            solver_bytes(output.out_features, output.in_features, columns, method.needs_dense)
-        )
+        sizes, has_bias = (output.out_features, output.in_features), output.bias is not None
+        solvers.append(solver_bytes(*sizes, columns, method.needs_dense, has_bias))
         if method.refit_epochs and shape.kind == "ffn" and kept < whole:
             solvers.append(refit_bytes(whole, kept, size))
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
