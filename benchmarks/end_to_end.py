@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import slimgpt
-from slimgpt.data.samples import calibration_tokens
+from slimgpt.data.samples import SampleOptions, calibration_tokens
 from slimgpt.models.blocks import bind, decoder_of
 from slimgpt.models.device import autocast
 from slimgpt.models.loading import load_model
@@ -90,7 +90,9 @@ def main() -> None:
     options = {name: getattr(args, name) for name in names}
     source = find_model(args.model)
     text = args.calibration.removesuffix(",self")
-    samples = calibration_tokens(text, load_tokenizer(source), args.nsamples, args.seqlen)
+    samples = calibration_tokens(
+        text, load_tokenizer(source), SampleOptions(args.nsamples, args.seqlen)
+    )
     model = load_model(source)
     rounds = [
         {

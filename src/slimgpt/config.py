@@ -147,6 +147,16 @@ OWN_OPTIONS = {
 }
 
 
+_ADAPTER_OPTIONS = {"rank", "alpha", "dropout"}
+
+# Options that only some of the recovery methods read.
+RECOVERY_OPTIONS = {
+    "lora": _ADAPTER_OPTIONS,
+    "full": set(),
+    "distill": _ADAPTER_OPTIONS | {"teacher", "kl_weight"},
+}
+
+
 def is_baseline(method: str) -> bool:
     """Whether a method is there for comparison only."""
     return method not in OWN_OPTIONS
@@ -529,15 +539,13 @@ class RecoverConfig(_ModelOptions):
             )
         if self.data == "self":
             raise ValueError("data='self' is text for calibration, not for training")
-        if self.teacher and self.method != "distill":
-            raise ValueError(f"method={self.method!r} has no teacher; did you mean 'distill'?")
-        others = {
-            "lora": {"kl_weight"},
-            "full": {"kl_weight", "rank", "alpha", "dropout"},
-            "distill": set(),
-        }
-        if idle := others[self.method] & self.model_fields_set:
-            raise ValueError(f"method={self.method!r} has no {', '.join(sorted(idle))}")
+        others = set().union(*RECOVERY_OPTIONS.values()) - RECOVERY_OPTIONS[self.method]
+        if idle := others & self.model_fields_set:
+            having = [name for name, options in RECOVERY_OPTIONS.items() if idle <= options]
+            raise ValueError(
+                f"method={self.method!r} has no {', '.join(sorted(idle))}; "
+                f"did you mean {' or '.join(map(repr, having))}?"
+            )
         if {"max_steps", "epochs"} <= self.model_fields_set and self.max_steps is not None:
             raise ValueError(f"max_steps={self.max_steps} leaves nothing to decide to epochs")
         return self

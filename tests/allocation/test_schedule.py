@@ -317,6 +317,27 @@ def test_uniform_widths(data, shape, num_blocks, ratio):
         assert abs(miss) <= 4 * shape.channel_params * (1 + 1e-6)
 
 
+@fixed
+@given(st.data(), block_shapes(), st.integers(0, 4), st.integers(1, 4), st.floats(0, 0.6))
+def test_uniform_widths_of_a_hybrid(data, shape, before, after, ratio):
+    """Blocks whose attention is fixed lose as many channels as the others, and no more."""
+    hybrid = BlockShape((SublayerShape("attention", 1, 5000, is_fixed=True), shape.sublayers[1]))
+    shapes = data.draw(st.permutations([hybrid] * before + [shape] * after))
+    counts = range(1, shape.num_groups + 1)
+    rules = WidthRules(8, counts)
+    try:
+        widths = module.scheduled_widths(shapes, Schedule(ratio, "uniform"), rules)
+    except ConfigError:
+        assume(False)
+    assert len({channels for _, channels in widths}) == 1
+    groups = {groups for shape, (groups, _) in zip(shapes, widths, strict=True) if shape != hybrid}
+    assert len(groups) == 1
+    assert all(width[0] == 1 for s, width in zip(shapes, widths, strict=True) if s == hybrid)
+    if 8 < widths[0][1] < shape.num_channels:
+        miss = total_removed(shapes, widths) - ratio * total_params(shapes)
+        assert abs(miss) <= 4 * len(shapes) * shape.channel_params * (1 + 1e-6)
+
+
 def test_uniform_widths_need_equal_blocks():
     shapes = [Shape(4, 1000, 512, 100), Shape(4, 1000, 504, 100)]
     with pytest.raises(ConfigError, match="differ") as caught:

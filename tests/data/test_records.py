@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from slimgpt.data import chats, documents, records, tokenization
 from slimgpt.data.datasets import BLANK_LINE, check_dataset, dataset_files, describe_dataset
 from slimgpt.data.examples import IGNORED, training_examples
-from slimgpt.data.samples import MAX_TOKENS, calibration_tokens, evaluation_tokens
+from slimgpt.data.samples import MAX_TOKENS, SampleOptions, calibration_tokens, evaluation_tokens
 from slimgpt.data.self_generated import sample_from_model
 from slimgpt.data.tokenization import tokenize
 from slimgpt.errors import ConfigError, DataError, SlimGPTError
@@ -49,7 +49,9 @@ TEXTS = [f"document number {i}" for i in range(9)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
 # Each is a way to the tokens; the arguments ask for more text than a small file has.
 USES: dict[str, Callable[[str, PreTrainedTokenizerFast], Any]] = {
-    "calibration": lambda name, tokenizer: calibration_tokens(name, tokenizer, 2, 16),
+    "calibration": lambda name, tokenizer: calibration_tokens(
+        name, tokenizer, SampleOptions(2, 16)
+    ),
     "evaluation": evaluation_tokens,
     "training": lambda name, tokenizer: training_examples(name, tokenizer, 16),
 }
@@ -107,7 +109,7 @@ def test_forms_of_a_file_give_the_same_text(
     file = write(tmp_path / name, content)
     check_dataset(file, "calibration")
     assert tokenizer.decode(evaluation_tokens(file, tokenizer)) == "\n\n".join(TEXTS)
-    assert calibration_tokens(file, tokenizer, 2, 16).shape == (2, 16)
+    assert calibration_tokens(file, tokenizer, SampleOptions(2, 16)).shape == (2, 16)
     assert training_examples(file, tokenizer, 16)
     assert dataset_files(file) == [Path(file)]
 
@@ -347,7 +349,7 @@ def test_chats_are_in_the_models_template(
         write(Path(file), 2 * (json.dumps(record) + "\n"))
     text = f"<s>{RENDERED}"  # this tokenizer adds no BOS itself
     assert chat_tokenizer.decode(evaluation_tokens(file, chat_tokenizer)) == f"{text}\n\n{text}"
-    drawn = chat_tokenizer.decode(calibration_tokens(file, chat_tokenizer, 1, 64)[0])
+    drawn = chat_tokenizer.decode(calibration_tokens(file, chat_tokenizer, SampleOptions(1, 64))[0])
     assert drawn in f"{text}\n\n{text}\n\n"
 
 
@@ -437,7 +439,7 @@ def test_small_files_are_drawn_as_ever(tokenizer: PreTrainedTokenizerFast, tmp_p
                 break
         windows = torch.tensor(stream[: len(stream) // 16 * 16]).view(-1, 16)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        drawn = calibration_tokens(file, tokenizer, 10, 16, seed)
+        drawn = calibration_tokens(file, tokenizer, SampleOptions(10, 16, seed))
         assert torch.equal(drawn, windows[order[:10]])
 
 
@@ -461,7 +463,7 @@ def test_of_a_large_file_a_part_is_in_memory(
     del content, packed
     tracemalloc.start()
     try:
-        assert calibration_tokens(file, tokenizer, 4, 64).shape == (4, 64)
+        assert calibration_tokens(file, tokenizer, SampleOptions(4, 64)).shape == (4, 64)
         assert evaluation_tokens(file, tokenizer, 256).shape == (256,)
         assert len(training_examples(file, tokenizer, 64, max_examples=4)) == 4
         _, peak = tracemalloc.get_traced_memory()
@@ -488,7 +490,7 @@ def test_records_without_text_end(
     for value in ("null", '""'):
         file = write(tmp_path / "a.jsonl", f'{{"text": {value}}}\n' * 200)
         with pytest.raises(DataError, match=r"100 records up to .* have no text"):
-            calibration_tokens(file, tokenizer, 1, 16)
+            calibration_tokens(file, tokenizer, SampleOptions(1, 16))
 
 
 def test_parquet_bombs(
@@ -541,7 +543,7 @@ def test_odd_text_fields(
 def test_numbers_that_do_not_fit(tokenizer: PreTrainedTokenizerFast) -> None:
     for nsamples, seqlen in ((10**6, 10**6), (10**30, 2), (1, MAX_TOKENS + 1)):
         with pytest.raises(DataError, match=f"at most {MAX_TOKENS} can be used"):
-            calibration_tokens("pydocs", tokenizer, nsamples, seqlen)
+            calibration_tokens("pydocs", tokenizer, SampleOptions(nsamples, seqlen))
     whole = evaluation_tokens("pydocs", tokenizer)
     assert torch.equal(evaluation_tokens("pydocs", tokenizer, max_tokens=10**30), whole)
 
@@ -554,7 +556,7 @@ def test_models_that_write_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_tiny_model("llama")
     model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(NumericalError, match="not finite in float32") as caught:
-        sample_from_model(model, tokenizer, 1, 8)
+        sample_from_model(model, tokenizer, SampleOptions(1, 8))
     assert "--dtype float32" in str(caught.value.hint)
     with pytest.raises(DataError, match="at most"):
-        sample_from_model(model, tokenizer, 10**9, 10**9)
+        sample_from_model(model, tokenizer, SampleOptions(10**9, 10**9))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from slimgpt.data.documents import instruction_prompt
 from slimgpt.data.examples import IGNORED, training_examples
-from slimgpt.data.samples import calibration_tokens, evaluation_tokens
+from slimgpt.data.samples import SampleOptions, calibration_tokens, evaluation_tokens
 from slimgpt.data.self_generated import TEXT_LENGTH, _Draw, sample_from_model
 from slimgpt.errors import DataError
 
@@ -25,7 +25,7 @@ def test_samples_are_windows_of_the_text(
 ) -> None:
     text = " ".join(f"word {i}" for i in range(400))
     name = write(tmp_path / "text.txt", text)
-    samples = calibration_tokens(name, tokenizer, nsamples=5, seqlen=16, seed=3)
+    samples = calibration_tokens(name, tokenizer, SampleOptions(nsamples=5, seqlen=16, seed=3))
     tokens = tokenizer(text + "\n\n").input_ids
     windows = [tokens[i : i + 16] for i in range(0, len(tokens) - 15, 16)]
     assert samples.shape == (5, 16)
@@ -35,7 +35,9 @@ def test_samples_are_windows_of_the_text(
 
 
 def test_seed_decides_the_samples(tokenizer: PreTrainedTokenizerFast) -> None:
-    draws = [calibration_tokens("pydocs", tokenizer, 4, 64, seed) for seed in (0, 0, 1)]
+    draws = [
+        calibration_tokens("pydocs", tokenizer, SampleOptions(4, 64, seed)) for seed in (0, 0, 1)
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -142,7 +144,7 @@ def test_bad_files(
 ) -> None:
     name = write(tmp_path / f"bad{suffix}", content)
     with pytest.raises(DataError, match=message):
-        calibration_tokens(name, tokenizer, nsamples=4, seqlen=32)
+        calibration_tokens(name, tokenizer, SampleOptions(nsamples=4, seqlen=32))
 
 
 def test_hub_failure_names_the_local_alternatives(
@@ -155,7 +157,7 @@ def test_hub_failure_names_the_local_alternatives(
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match="no route to the hub") as caught:
-        calibration_tokens("c4", tokenizer, nsamples=1, seqlen=8)
+        calibration_tokens("c4", tokenizer, SampleOptions(nsamples=1, seqlen=8))
     assert "pydocs" in str(caught.value.hint)
     assert ".jsonl" in str(caught.value.hint)
 
@@ -192,9 +194,9 @@ def test_the_model_draws_from_its_distribution() -> None:
 def test_texts_of_the_model_are_joined_to_samples(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_tiny_model("llama", max_position_embeddings=TEXT_LENGTH)
     nsamples, seqlen = 2, TEXT_LENGTH + 10
-    samples = sample_from_model(model, tokenizer, nsamples, seqlen, seed=3)
+    samples = sample_from_model(model, tokenizer, SampleOptions(nsamples, seqlen, seed=3))
     assert samples.shape == (nsamples, seqlen)
     assert (samples.flatten()[::TEXT_LENGTH] == tokenizer.bos_token_id).all()
     assert not (samples == tokenizer.eos_token_id).any()
-    again = sample_from_model(model, tokenizer, nsamples, seqlen, seed=3)
+    again = sample_from_model(model, tokenizer, SampleOptions(nsamples, seqlen, seed=3))
     assert torch.equal(samples, again)

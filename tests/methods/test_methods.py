@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import slimgpt
 from slimgpt.calibration.activations import Activations
 from slimgpt.config import Method, PruneConfig
-from slimgpt.data.samples import calibration_tokens
+from slimgpt.data.samples import SampleOptions, calibration_tokens
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from slimgpt.methods import base, loraprune
 from slimgpt.methods.registry import METHODS as REGISTRY
@@ -175,7 +175,7 @@ def test_checkpoint_of_each_method_loads(
     source, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
     result = slimgpt.prune(source, output, ratio=0.4, min_ratio=0, method=method, **OPTIONS)
     in_memory = load_model(find_model(source))
-    samples = calibration_tokens(TEXT, AutoTokenizer.from_pretrained(output), 6, 32)
+    samples = calibration_tokens(TEXT, AutoTokenizer.from_pretrained(output), SampleOptions(6, 32))
     config = PruneConfig.create(method=method)
     prune_blocks(in_memory, samples, result.plan.widths, config)
     loaded = AutoModelForCausalLM.from_pretrained(output)

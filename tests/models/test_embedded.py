@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import BinaryIO
 
 import pytest
 
@@ -47,6 +48,20 @@ def test_parts_are_joined_once(packages: Sequence[Path]) -> None:
     before = file.stat()
     assert joined() == file
     assert file.stat() == before
+
+
+def test_a_file_is_hashed_once(packages: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, digest = [], hashlib.file_digest
+
+    def look(opened: BinaryIO, name: str) -> object:
+        hashed.append(opened.name)
+        return digest(opened, name)
+
+    file = joined()
+    monkeypatch.setattr(hashlib, "file_digest", look)
+    for _ in range(3):
+        joined()
+    assert hashed == [str(file)]
 
 
 @pytest.mark.parametrize("content", [b"", WHOLE[:-1], b"y" * len(WHOLE)])

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import slimgpt
-from slimgpt.errors import ConfigError
 from slimgpt.models.blocks import bind
 from slimgpt.models.units import Kept
 
@@ -142,13 +142,19 @@ def test_uniform_results_load_with_the_stock_class(
     model_type: str, dense: Make, tmp_path: Path
 ) -> None:
     options = OPTIONS | {"min_ratio": None, "uniform": True, "method": "magnitude"}
-    if model_type == "qwen3_5_text":  # only its full attention can lose groups
-        with pytest.raises(ConfigError, match="the blocks of this model differ"):
-            slimgpt.prune(str(dense(model_type)), tmp_path / "slim", ratio=0.4, **options)
-        return
     result = slimgpt.prune(str(dense(model_type)), tmp_path / "slim", ratio=0.4, **options)
     model = AutoModelForCausalLM.from_pretrained(result.output)
     assert model.config.model_type == model_type
+    plan, widths = result.plan, {}
+    for sublayer, width in zip(
+        chain.from_iterable(shape.sublayers for shape in plan.shapes),
+        chain.from_iterable(plan.widths),
+        strict=True,
+    ):
+        if not sublayer.is_fixed:
+            assert width < sublayer.num_units
+            widths.setdefault(sublayer.kind, set()).add(width)
+    assert all(len(found) == 1 for found in widths.values())
     expected = masked_logits(dense(model_type), result.output)
     if expected is not None:
         logits = model(sample_tokens(2, 16), use_cache=False).logits

@@ -360,7 +360,9 @@ def test_the_sensitivity_pass_needs_no_vision_tower(
     source = find_model(pruned("llava").dense)
     config = load_config(source)
     weights = open_weights(source, config)
-    streamed = StreamedModel(build_skeleton(config), weights, torch.device("cpu"))
+    skeleton = build_skeleton(config)
+    weights.check(skeleton)
+    streamed = StreamedModel(skeleton, weights, torch.device("cpu"))
     read, names = weights.read, []
     monkeypatch.setattr(weights, "read", lambda name: names.append(name) or read(name))
     with streamed.after_blocks() as logits:

@@ -1,5 +1,7 @@
 """A description that is wrong is refused before any work, with the tensor or the difference."""
 
+import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,23 @@ from conftest import TEXT, Run
 from families import MODEL_TYPES, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import slimgpt
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models import family as module
-from slimgpt.models.family import Family, load_families
+from slimgpt.models.family import (
+    TESTED_VERSIONS,
+    WRAPPER_TYPES,
+    Family,
+    load_families,
+    load_unsupported,
+)
+from slimgpt.models.loading import load_config
+from slimgpt.models.source import Source
 from slimgpt.pruning.family_check import check_family
+
+ROOT = Path(__file__).parents[2]
 
 
 def changed(family: Family, kind: str = "", **values: Any) -> Family:
@@ -153,3 +165,27 @@ def test_command_line(run: Run, tmp_path: Path) -> None:
     assert code == 0
     assert all(model_type in out for model_type in MODEL_TYPES)
     assert "Gemma 3 270M" in out
+    assert "all tested with random weights on transformers 5.16.0 and 5.23.0" in out
+    for reason, types in load_unsupported().items():
+        assert f"{', '.join(types)}: {reason}" in " ".join(out.split())
+
+
+def test_the_tested_versions_are_those_that_are_allowed_and_used() -> None:
+    oldest, newest = TESTED_VERSIONS
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"transformers>={oldest.removesuffix('.0')}" in project["dependencies"]
+    assert f"transformers=={newest}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+UNSUPPORTED = [(t, reason) for reason, types in load_unsupported().items() for t in types]
+
+
+@pytest.mark.parametrize(("model_type", "reason"), UNSUPPORTED)
+def test_types_that_are_refused_with_a_reason(model_type: str, reason: str, tmp_path: Path) -> None:
+    assert model_type in CONFIG_MAPPING
+    assert model_type not in (*load_families(), *WRAPPER_TYPES)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UnsupportedModelError) as error:
+        load_config(Source("m", str(tmp_path)))
+    assert str(error.value) == f"models of type {model_type!r} are not supported: {reason}"
+    assert "supported model types: apertus" in str(error.value.hint)

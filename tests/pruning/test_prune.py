@@ -29,7 +29,7 @@ import slimgpt
 from slimgpt.calibration import activations
 from slimgpt.calibration.activations import collect, embed
 from slimgpt.config import PruneConfig
-from slimgpt.data.samples import calibration_tokens
+from slimgpt.data.samples import SampleOptions, calibration_tokens
 from slimgpt.errors import ConfigError
 from slimgpt.methods import slimgpt as slimgpt_method
 from slimgpt.methods.registry import make_method
@@ -278,7 +278,7 @@ def test_checkpoint_loads_with_the_logits_of_the_model_in_memory(
 
     in_memory = load_model(find_model(str(source)))
     tokenizer = AutoTokenizer.from_pretrained(output)
-    samples = slimgpt.data.samples.calibration_tokens(TEXT, tokenizer, 6, 32)
+    samples = slimgpt.data.samples.calibration_tokens(TEXT, tokenizer, SampleOptions(6, 32))
     prune_blocks(in_memory, samples, result.plan.widths, PruneConfig.create())
     tokens = sample_tokens(2, 24)
     expected = in_memory(tokens).logits
@@ -383,7 +383,7 @@ def test_texts_give_equal_numbers_of_samples(
     options = {"calibration": "pydocs,self", "nsamples": 7, "seqlen": 16}
     options["widths"] = "scheduled"
     result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
-    pydocs = calibration_tokens("pydocs", tokenizer, 3, 16)
+    pydocs = calibration_tokens("pydocs", tokenizer, SampleOptions(3, 16))
     assert torch.equal(seen[0][:3], pydocs)
     assert seen[0].shape == (7, 16)
     assert (seen[0][3:, 0] == tokenizer.bos_token_id).all()

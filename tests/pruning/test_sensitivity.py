@@ -55,7 +55,9 @@ def test_costs_are_derivatives(
     plans = prune_blocks(small, samples, widths, PruneConfig.create(refit_epochs=0))
     source = find_model(str(tiny_checkpoint(variant)))
     weights = open_weights(source, model.config)
-    streamed = StreamedModel(build_skeleton(model.config), weights, torch.device("cpu"))
+    skeleton = build_skeleton(model.config)
+    weights.check(skeleton)
+    streamed = StreamedModel(skeleton, weights, torch.device("cpu"))
     saved = [SavedBlock(plan, small.get_parameter) for plan in plans]
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     values = list(chain.from_iterable(sensitivities(streamed, saved, samples)))

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,10 +17,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import slimgpt
-from slimgpt.config import RecoverConfig
+from slimgpt.config import RECOVERY_OPTIONS, RecoverConfig, RecoverMethod
 from slimgpt.data.examples import IGNORED
 from slimgpt.errors import ConfigError, MissingDependencyError, NumericalError, RunStateError
 from slimgpt.recovery import recover, trainer
+from slimgpt.recovery.methods.distill import Distiller
+from slimgpt.recovery.methods.registry import RECOVERY_METHODS
 from slimgpt.runtime.run_directory import CHECKSUMS_FILE, STATE_DIR
 
 pytest.importorskip("peft")
@@ -70,6 +72,10 @@ def run(slim: Path, output: Path, data: str, **options: Any) -> dict[str, Any]:
 
 def weights(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / "model.safetensors")
+
+
+def test_options_and_registry_have_the_same_methods() -> None:
+    assert set(RECOVERY_METHODS) == set(RECOVERY_OPTIONS) == set(get_args(RecoverMethod))
 
 
 def test_adapters_are_merged_exactly(
@@ -308,7 +314,7 @@ def test_loss_of_the_distiller(tmp_path: Path) -> None:
     """Negative log-likelihood plus divergence, both per token with a label."""
     model, teacher = make_tiny_model("llama"), make_tiny_model("llama-mha")
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    distiller = trainer.Distiller(teacher, 0.7, model=model, args=arguments)
+    distiller = Distiller(teacher, 0.7, model=model, args=arguments)
     examples = [
         {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, 7, 8, 9]},
         {"input_ids": [10, 11, 12], "labels": [IGNORED, 11, 12]},
@@ -375,7 +381,7 @@ def test_mistakes(
         run(slim, output, data, micro_batch_size=3)
     with pytest.raises(ConfigError, match="is text for calibration"):
         run(slim, output, "self")
-    with pytest.raises(ConfigError, match="has no teacher"):
+    with pytest.raises(ConfigError, match=r"has no teacher; did you mean 'distill'\?"):
         run(slim, output, data, teacher="smollm2-135m")
     with pytest.raises(MissingDependencyError, match="'clearml'"):
         run(slim, output, data, report_to="clearml")

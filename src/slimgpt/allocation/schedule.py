@@ -74,8 +74,8 @@ class WidthRules:
     multiple_of : int
         FFN widths are multiples of this, or the original width.
     group_counts : collection of int, optional
-        If given, all blocks get the same widths, with a number of key/value groups from this
-        collection. The ratios must be uniform too.
+        If given, all blocks get the same widths, apart from sublayers that cannot be pruned, with
+        a number of key/value groups from this collection. The ratios must be uniform too.
     attention_share : float
         Attention's pruning ratio relative to its block's, from 0 to 1.
     expert_units : {"channels", "experts", "both"}
@@ -99,10 +99,17 @@ class WidthRules:
     def least(self, shape: SublayerShape) -> Width:
         """Smallest width of a sublayer."""
         if shape.kind != "experts" or shape.is_fixed:
-            return shape.least(self.multiple_of)
+            return min(self.counts(shape))
         units = shape.fewest if self.loses_experts(shape) else shape.num_units
         step = min(self.multiple_of, shape.parts)
         return (units, step) if self.loses_channels(shape) else units
+
+    def counts(self, shape: SublayerShape) -> Collection[int]:
+        """Numbers of units that a sublayer other than experts may keep."""
+        if self.group_counts is not None and shape.kind == "attention":
+            return self.group_counts
+        least, step = shape.least(self.multiple_of), shape.step(self.multiple_of)
+        return [*range(least, shape.num_units, step), shape.num_units]
 
     def step_params(self, shape: SublayerShape) -> int:
         """Parameters of a sublayer's smallest step."""
@@ -134,9 +141,41 @@ def scheduled_widths(
     ------
     ConfigError
         If a block cannot lose as much; the hint names the largest feasible ratio. Also if uniform
-        widths are requested and the blocks differ.
+        widths are requested and the blocks have different numbers of units.
     """
-    limits = _limits(shapes, rules)
+    if rules.group_counts is None:
+        return _scheduled_widths(shapes, schedule, rules)
+    whole = _joined(shapes)
+    (width,) = _scheduled_widths([whole], schedule, rules)
+    kept = {sub.kind: units for sub, units in zip(whole.sublayers, width, strict=True)}
+    return [
+        tuple(sub.num_units if sub.is_fixed else kept[sub.kind] for sub in shape.sublayers)
+        for shape in shapes
+    ]
+
+
+def _joined(shapes: Sequence[BlockShape]) -> BlockShape:
+    """Join blocks to one, whose units are units of all blocks that have the sublayer."""
+    prunable = [[sub for sub in shape.sublayers if not sub.is_fixed] for shape in shapes]
+    every = [sub for sublayers in prunable for sub in sublayers]
+    kinds = list(dict.fromkeys(sub.kind for sub in every))
+    if len({(sub.kind, sub.num_units, sub.parts) for sub in every}) > len(kinds):
+        raise ConfigError(
+            "uniform widths need as many units in all blocks, but the blocks of this model differ",
+            hint="prune the original model, or leave out --uniform",
+        )
+    joined = []
+    for kind in kinds:
+        alike = [sub for sub in every if sub.kind == kind]
+        unit, part = sum(sub.unit_params for sub in alike), sum(sub.part_params for sub in alike)
+        joined.append(replace(alike[0], unit_params=unit, part_params=part))
+    return BlockShape(tuple(joined))
+
+
+def _scheduled_widths(
+    shapes: Sequence[BlockShape], schedule: Schedule, rules: WidthRules
+) -> list[BlockWidths]:
+    limits = [largest_ratio(shape, rules) for shape in shapes]
     ratios = layer_ratios(shapes, schedule)
     worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
     if ratios[worst] > limits[worst]:
@@ -153,8 +192,7 @@ def scheduled_widths(
     for shape, ratio in zip(shapes, ratios, strict=True):
         budget = ratio * shape.params + carried
         width = _block_widths(shape, ratio, budget, rules)
-        if rules.group_counts is None:
-            carried = budget - removed_params(shape, width)
+        carried = budget - removed_params(shape, width)
         widths.append(width)
     return widths
 
@@ -174,7 +212,7 @@ def given_widths(
             f"layer_ratios has {len(ratios)} ratios, but there are {len(shapes)} layers",
             hint=f"give {len(shapes)} ratios at most",
         )
-    limits = _limits(shapes, rules)
+    limits = [largest_ratio(shape, rules) for shape in shapes]
     worst = max(range(len(ratios)), key=lambda i: ratios[i] - limits[i])
     if ratios[worst] > limits[worst]:
         raise ConfigError(
@@ -192,18 +230,7 @@ def given_widths(
 def largest_ratio(shape: BlockShape, rules: WidthRules) -> float:
     """Pruning ratio of a block that keeps as few units as possible in each sublayer."""
     least = [rules.least(sub) for sub in shape.sublayers]
-    if rules.group_counts is not None:
-        least[0] = min(rules.group_counts)
     return removed_params(shape, least) / shape.params
-
-
-def _limits(shapes: Sequence[BlockShape], rules: WidthRules) -> list[float]:
-    if rules.group_counts is not None and len(set(shapes)) > 1:
-        raise ConfigError(
-            "uniform widths need blocks that are all alike, but the blocks of this model differ",
-            hint="prune the original model, or leave out --uniform",
-        )
-    return [largest_ratio(shape, rules) for shape in shapes]
 
 
 def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRules) -> BlockWidths:
@@ -215,8 +242,7 @@ def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRu
     for sublayer in others:
         share = rules.attention_share if sublayer.kind == "attention" else 1.0
         exact = sublayer.num_units * (1 - share * ratio) - 1e-9
-        fewest = sublayer.least(rules.multiple_of)
-        counts = rules.group_counts or range(fewest, sublayer.num_units + 1)
+        counts = rules.counts(sublayer)
         preferences = []
         for count in counts:
             rest = budget - (sublayer.num_units - count) * sublayer.unit_params

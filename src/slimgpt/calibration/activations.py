@@ -28,6 +28,7 @@ from slimgpt.models.blocks import Block, blocks_of, decoder_of
 from slimgpt.models.device import autocast, bfloat16_matmul
 from slimgpt.models.experts import Experts
 from slimgpt.models.layout import family_in
+from slimgpt.models.streaming import BlockStandIn
 from slimgpt.models.sublayers import Projection, Sublayer
 from slimgpt.runtime import distributed
 
@@ -38,21 +39,19 @@ CHUNK = 2**24  # bytes
 PANEL_SIZE = 256  # of the symmetric products, of which only the upper half is computed
 
 
-class Recorder(nn.Module):
-    """Placeholder for a block: returns the hidden states and records its arguments by name."""
+class Recorder(BlockStandIn):
+    """Takes the place of a block: returns the hidden states and records its arguments by name."""
 
     def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
+        super().__init__(returns_tuple)
         self._signature = inspect.signature(block.forward)
-        self._returns_tuple = returns_tuple
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         """Record the arguments."""
-        (_, hidden), *others = self._signature.bind(*args, **kwargs).arguments.items()
-        self.hidden: Tensor = hidden
+        (_, self.hidden), *others = self._signature.bind(*args, **kwargs).arguments.items()
         self.kwargs: dict[str, Any] = dict(others)
         self.kwargs |= self.kwargs.pop("kwargs", {})
-        return (self.hidden,) if self._returns_tuple else self.hidden
+        return super().forward()
 
 
 @dataclass

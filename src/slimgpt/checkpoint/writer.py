@@ -106,11 +106,17 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     keys = family_in(config).widths("attention")
     if not keys:
         return [1]
-    first, accepted = config.get_text_config().per_layer_config[0], []
-    groups, heads = (getattr(first, key) for key in keys)
+    text, accepted = config.get_text_config(), []
+    groups, heads = (getattr(text.per_layer_config[0], key) for key in keys)
+    layers = (family_in(config).layer(text, index) for index in range(text.num_hidden_layers))
+    before = next(  # layers whose attention cannot be pruned
+        index
+        for index, specs in enumerate(layers)
+        if any(spec.kind == "attention" and spec.widths for spec in specs)
+    )
     for count in range(1, (heads if groups == 1 else groups) + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
-            pruned_config(config, [(count,)], uniform=True)
+            pruned_config(config, [*[()] * before, (count,)], uniform=True)
             accepted.append(count)
     return accepted
 

@@ -216,7 +216,12 @@ def inspect_model(
 def families(as_json: Json = False) -> None:
     """List the model types that can be pruned, and what can be pruned of them."""
     from slimgpt.exporting.gguf_graphs import graphs_by_model_type
-    from slimgpt.models.family import WRAPPER_TYPES, load_families
+    from slimgpt.models.family import (
+        TESTED_VERSIONS,
+        WRAPPER_TYPES,
+        load_families,
+        load_unsupported,
+    )
 
     graphs, rows = graphs_by_model_type(), []
     table, reasons = Table("model type", "pruned units", "GGUF graph", "tested with"), {}
@@ -231,8 +236,13 @@ def families(as_json: Json = False) -> None:
         table.add_row(*row.values())
         for reason in family.reasons:
             reasons.setdefault(reason, []).append(model_type)
-    lines = [f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()]
-    lines.append(f"the text model inside {', '.join(WRAPPER_TYPES)} is pruned, all else is copied")
+    lines = [
+        f"all tested with random weights on transformers {' and '.join(TESTED_VERSIONS)}",
+        *(f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()),
+        f"the text model inside {', '.join(WRAPPER_TYPES)} is pruned, all else is copied",
+        "not supported:",
+        *(f"  {', '.join(types)}: {reason}" for reason, types in load_unsupported().items()),
+    ]
     _emit(rows, (table, *lines), as_json)
 
 

@@ -4,6 +4,7 @@ import itertools
 import random
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,18 +25,33 @@ SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # size of the shuffle b
 READING_BYTES = 2**29
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """What calibration samples are drawn.
+
+    Attributes
+    ----------
+    nsamples, seqlen : int
+        Number of samples and tokens in each.
+    seed : int
+        Random seed.
+    text_field : str or None
+        Field with the text in local data files; by default ``text``, a chat or an instruction.
+    """
+
+    nsamples: int
+    seqlen: int
+    seed: int = 0
+    text_field: str | None = None
+
+
 def calibration_tokens(
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    nsamples: int,
-    seqlen: int,
-    seed: int = 0,
-    text_field: str | None = None,
+    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
 ) -> Tensor:
     """Draw calibration samples.
 
     Documents are shuffled and joined until there are enough tokens. The text is cut into
-    non-overlapping windows, of which `nsamples` are chosen at random. Chats are rendered in the
+    non-overlapping windows, of which ``nsamples`` are chosen at random. Chats are rendered in the
     model's own template. The shuffle buffer holds at most `SHUFFLED_DOCUMENTS` documents and about
     `SHUFFLED_CHARACTERS` characters. A document longer than
     `slimgpt.data.documents.LONGEST_DOCUMENT` characters counts as several.
@@ -46,12 +62,8 @@ def calibration_tokens(
         See `check_dataset`; not ``self``.
     tokenizer : PreTrainedTokenizerBase
         The model's tokenizer.
-    nsamples, seqlen : int
-        Number of samples and tokens in each.
-    seed : int
-        Random seed of the shuffling and of the choice of windows.
-    text_field : str, optional
-        Field with the text in local data files; by default ``text``, a chat or an instruction.
+    options : SampleOptions
+        Its seed is that of the shuffling and of the choice of windows.
 
     Returns
     -------
@@ -63,8 +75,9 @@ def calibration_tokens(
     DataError
         If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are requested.
     """
+    nsamples, seqlen, seed = options.nsamples, options.seqlen, options.seed
     needed = tokens_needed(nsamples, seqlen)
-    documents = read_documents(name, "calibration", text_field)
+    documents = read_documents(name, "calibration", options.text_field)
     texts = filter(str.strip, (_text(document, tokenizer) for document in documents))
     tokens = array("q")
     for text in _shuffled(texts, seed):

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from slimgpt.data.samples import tokens_needed
+from slimgpt.data.samples import SampleOptions, tokens_needed
 from slimgpt.errors import DataError, NumericalError
 
 log = logging.getLogger(__name__)
@@ -22,11 +22,7 @@ TEXT_LENGTH, TEXTS_AT_ONCE = 128, 128  # tokens in a generated text; texts in a 
 
 @torch.no_grad()
 def sample_from_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    nsamples: int,
-    seqlen: int,
-    seed: int = 0,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
 ) -> Tensor:
     """Generate calibration samples with the dense model, at temperature 1.
 
@@ -37,8 +33,8 @@ def sample_from_model(
     ----------
     model, tokenizer
         The model and its tokenizer, which must define a token to start from (BOS, else EOS).
-    nsamples, seqlen, seed : int
-        Number of samples, tokens in each, random seed.
+    options : SampleOptions
+        Without a text field.
 
     Returns
     -------
@@ -58,12 +54,13 @@ def sample_from_model(
             "the tokenizer has neither BOS nor EOS, so the model cannot start a text",
             hint="give --calibration other texts than self",
         )
+    nsamples, seqlen = options.nsamples, options.seqlen
     needed, length = tokens_needed(nsamples, seqlen), min(TEXT_LENGTH, seqlen)
     prompts = torch.tensor([[first]] * -(-needed // length))
     generate: Any = model.generate
     texts = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         for prompt in prompts.to(model.device).split(TEXTS_AT_ONCE):
             log.info("generating calibration text %d of %d", len(texts), len(prompts))
             texts += generate(

@@ -6,6 +6,7 @@ output projection, and adds its output to the stream. Its units (key/value group
 rows of the input projections and columns of the output projection.
 """
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -35,6 +36,9 @@ WRAPPER_TYPES = (
     "qwen3_vl",
     "smolvlm",
 )
+
+# Versions of transformers with which all model types were tested, oldest and newest.
+TESTED_VERSIONS = ("5.16.0", "5.23.0")
 
 # What rows of a projection belong to: all query heads, key/value groups, channels or experts.
 Segment = Literal["head", "group", "channel", "expert"]
@@ -189,19 +193,29 @@ def load_families() -> dict[str, Family]:
     return {model_type: family for family in found for model_type in family.model_types}
 
 
+@cache
+def load_unsupported() -> dict[str, list[str]]:
+    """Load the model types that cannot be pruned, by reason; others are just not described."""
+    file = files("slimgpt.models").joinpath("unsupported.json")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def family_of(model_type: str) -> Family:
     """Find the family of a model type; pruned types belong to the family of the original type.
 
     Raises
     ------
     UnsupportedModelError
-        If no family has this model type. The hint lists the supported types.
+        If no family has this model type, with the reason if it is known. The hint lists the
+        supported types.
     """
     families = load_families()
     family = families.get(model_type.removeprefix(PRUNED_PREFIX))
     if family is None:
+        unsupported = load_unsupported().items()
+        reasons = [f": {reason}" for reason, types in unsupported if model_type in types]
         raise UnsupportedModelError(
-            f"models of type {model_type!r} are not supported",
+            f"models of type {model_type!r} are not supported{''.join(reasons)}",
             hint=f"supported model types: {', '.join([*sorted(families), *WRAPPER_TYPES])}",
         )
     return family

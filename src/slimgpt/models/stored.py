@@ -282,7 +282,10 @@ def _without_predictors(
 
 
 def fit_tensors(
-    model: str, stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
+    model: str,
+    stored: Mapping[str, StoredTensor],
+    skeleton: PreTrainedModel,
+    adds_biases: bool = False,
 ) -> dict[str, StoredTensor]:
     """Check that the stored tensors are exactly those of a model.
 
@@ -294,11 +297,13 @@ def fit_tensors(
         From `match_config`.
     skeleton : PreTrainedModel
         The model without weights.
+    adds_biases : bool
+        Whether biases that are not stored are zero.
 
     Returns
     -------
     dict
-        The stored tensors; tied ones are listed under both names.
+        The stored tensors by their names in the model; tied ones are listed under both names.
 
     Raises
     ------
@@ -306,7 +311,7 @@ def fit_tensors(
         If tensors are missing, have another shape or are unused, or if tensors differ that the
         config ties.
     """
-    stored, wanted = with_native_names(stored, skeleton), skeleton.state_dict()
+    stored, wanted = _with_native_names(stored, skeleton), skeleton.state_dict()
     for name, origin in skeleton.all_tied_weights_keys.items():
         if name in stored:
             first = stored.setdefault(origin, stored[name])
@@ -316,6 +321,12 @@ def fit_tensors(
                     hint="set tie_word_embeddings to false in its config.json",
                 )
         wanted.pop(name)
+    if adds_biases:
+        stored |= {
+            name: _zeros(tuple(tensor.shape))
+            for name, tensor in wanted.items()
+            if name.endswith(".bias") and name not in stored
+        }
     _check_no_others(model, stored, skeleton)
     problems = [
         f"{name} ({_described(tensor.shape)}, but {_described(stored[name].shape)} in the file)"
@@ -337,7 +348,7 @@ def fit_tensors(
     return stored
 
 
-def with_native_names(
+def _with_native_names(
     stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
 ) -> dict[str, StoredTensor]:
     """List stored tensors by their names in the model, see `slimgpt.models.layout.native_names`.
@@ -387,6 +398,10 @@ def _converted(
         shape = tuple(convert(empty).shape)
     dtype = stored[parts[0][0]].dtype
     return StoredTensor(partial(convert, lambda t: t.read()), shape, dtype, is_converted=True)
+
+
+def _zeros(shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor(partial(torch.zeros, shape), shape, "F32")
 
 
 def incomplete(model: str, problems: Sequence[str]) -> UnsupportedModelError:

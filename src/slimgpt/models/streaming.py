@@ -18,8 +18,8 @@ from slimgpt.models.weights import Weights, saved_tensors, text_tensors
 from slimgpt.runtime.environment import trim_heap
 
 
-class _LastBlock(nn.Module):
-    """Takes the place of all blocks: returns given hidden states."""
+class BlockStandIn(nn.Module):
+    """Takes the place of a block: returns given hidden states in the form in which blocks do."""
 
     hidden: Tensor
 
@@ -40,13 +40,12 @@ class StreamedModel:
     skeleton : PreTrainedModel
         The model with its parameters on the meta device.
     weights : Weights
-        The checkpoint to read from.
+        The checkpoint to read from; its tensors have been checked.
     device : torch.device
         Device of the loaded part.
     """
 
     def __init__(self, skeleton: PreTrainedModel, weights: Weights, device: torch.device) -> None:
-        weights.check(skeleton)
         self.skeleton, self.weights, self.device = skeleton, weights, device
 
     @contextmanager
@@ -79,7 +78,7 @@ class StreamedModel:
         """
         decoder, blocks = decoder_of(self.skeleton), blocks_of(self.skeleton)
         family = family_in(self.skeleton.config)
-        last = _LastBlock(family.returns_tuple)
+        last = BlockStandIn(family.returns_tuple)
         decoder.set_submodule(family.blocks, nn.ModuleList([last]))
 
         def logits(hidden_TC: Tensor) -> Tensor:

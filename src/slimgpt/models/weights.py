@@ -16,13 +16,7 @@ from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.layout import decoder_name
 from slimgpt.models.loading import load_model, read_stored, weight_files
 from slimgpt.models.source import Source
-from slimgpt.models.stored import (
-    DTYPES,
-    StoredTensor,
-    fit_tensors,
-    loading,
-    with_native_names,
-)
+from slimgpt.models.stored import DTYPES, StoredTensor, fit_tensors, loading
 
 
 class Weights:
@@ -56,29 +50,23 @@ class Weights:
         """Shapes of all tensors, by name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def check(self, skeleton: PreTrainedModel) -> None:
+    def check(self, skeleton: PreTrainedModel, adds_biases: bool = False) -> None:
         """Check that the tensors are exactly those of a model.
 
         Parameters
         ----------
         skeleton : PreTrainedModel
             The model without weights.
+        adds_biases : bool
+            Whether biases that the checkpoint lacks are zero.
 
         Raises
         ------
         UnsupportedModelError
             See `slimgpt.models.stored.fit_tensors`.
         """
-        self._tensors = fit_tensors(self.source.name, self._tensors, skeleton)
+        self._tensors = fit_tensors(self.source.name, self._tensors, skeleton, adds_biases)
         self._precise = set(skeleton._keep_in_fp32_modules_strict or ())
-
-    def add_biases(self, skeleton: PreTrainedModel) -> None:
-        """Add zero biases where the model has biases and the checkpoint has none."""
-        self._tensors = with_native_names(self._tensors, skeleton)
-        for name, parameter in saved_tensors(skeleton).items():
-            if name.endswith(".bias") and name not in self._tensors:
-                zeros = partial(torch.zeros, parameter.shape)
-                self._tensors[name] = StoredTensor(zeros, tuple(parameter.shape), "F32")
 
     def as_in_file(self, name: str, tensor: Tensor, skeleton: PreTrainedModel) -> dict[str, Tensor]:
         """Name a tensor as the checkpoint does, or split it as there.

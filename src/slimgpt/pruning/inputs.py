@@ -15,7 +15,7 @@ from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
 from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
-from slimgpt.data.samples import READING_BYTES, calibration_tokens
+from slimgpt.data.samples import READING_BYTES, SampleOptions, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from slimgpt.methods.base import Method
@@ -126,8 +126,7 @@ def open_inputs(
     generation_config = load_generation_config(source, model_config)
     weights = open_weights(source, model_config, config.dtype)
     skeleton = build_skeleton(model_config, weights.dtype)
-    if model_config is not base_config:
-        weights.add_biases(skeleton)
+    weights.check(skeleton, adds_biases=model_config is not base_config)
     streamed = StreamedModel(skeleton, weights, device)
     seqlen = usable_seqlen(config.seqlen, model_config)
     return Inputs(
@@ -212,16 +211,15 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
             num_out, num_in = sublayer.weight.shape[1:]
             # The rest of the target for all tokens, and the input of an expert that has them all.
             held = tokens * (num_out + num_in) * FLOAT32
-            solvers.append(solver_bytes(num_out, num_in, num_in, True) + held)
+            solvers.append(solver_bytes(num_out, num_in, num_in, True, False) + held)
             continue
         output = sublayer.output
         widest = max(widest, output.in_features)
         columns = output.in_features - sublayer.num_columns(width)
         if measures:  # and further ones
             columns = 2 * (output.in_features if shape.kind == "attention" else columns)
-        solvers.append(
-            solver_bytes(output.out_features, output.in_features, columns, method.needs_dense)
-        )
+        sizes, has_bias = (output.out_features, output.in_features), output.bias is not None
+        solvers.append(solver_bytes(*sizes, columns, method.needs_dense, has_bias))
         if method.refit_epochs and shape.kind == "ffn" and kept < whole:
             solvers.append(refit_bytes(whole, kept, size))
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
@@ -271,14 +269,16 @@ def _samples(inputs: Inputs, run: Run) -> Tensor:
     num_texts, samples = len(config.calibration), []
     for index, name in enumerate(config.calibration):
         bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
-        draw = (inputs.tokenizer, bounds[1] - bounds[0], inputs.seqlen, config.seed)
+        options = SampleOptions(
+            bounds[1] - bounds[0], inputs.seqlen, config.seed, config.text_field
+        )
 
-        def make(name: str = name, draw: Any = draw) -> bytes:
+        def make(name: str = name, options: SampleOptions = options) -> bytes:
             if name == SELF:
                 with streamed.whole(fast_dtype(streamed.device, streamed.weights.dtype)) as model:
-                    drawn = sample_from_model(model, *draw)
+                    drawn = sample_from_model(model, inputs.tokenizer, options)
             else:
-                drawn = calibration_tokens(name, *draw, text_field=config.text_field)
+                drawn = calibration_tokens(name, inputs.tokenizer, options)
             return save({"tokens": drawn})
 
         file = GENERATED_FILE if name == SELF else f"samples-{index}.safetensors"

@@ -107,16 +107,21 @@ def divide_memory(stream: int, widest: int, budget: int) -> tuple[bool, int]:
     return is_mapped, min(widest, budget if is_mapped else budget - stream)
 
 
-def solver_bytes(num_out: int, num_in: int, num_removed: int, corrects: bool) -> int:
+def solver_bytes(
+    num_out: int, num_in: int, num_removed: int, corrects: bool, has_bias: bool
+) -> int:
     """Bytes of the solver's matrices for one output projection.
 
     `prepare` holds H and its inverse (I × I each) and two matrices of the weight's size (O × I),
-    seven with correction. The elimination holds the inverse, the Cholesky rows of the removed
-    columns (I × R) and six matrices of the weight's size. Weights are counted in float32 (a float64
-    copy counts twice), all other matrices in float64.
+    seven with correction. If the projection has a bias, it also holds the centred form of H, and
+    that of E[t xᵀ] with correction. The elimination holds the inverse, the Cholesky rows of the
+    removed columns (I × R) and six matrices of the weight's size. Weights are counted in float32 (a
+    float64 copy counts twice), all other matrices in float64.
     """
     square, weight = FLOAT64 * num_in**2, FLOAT32 * num_out * num_in
     preparing = square + (7 if corrects else 2) * weight
+    if has_bias:
+        preparing += square + (2 * weight if corrects else 0)
     eliminating = FLOAT64 * num_in * num_removed + 6 * weight
     return square + max(preparing, eliminating)
 

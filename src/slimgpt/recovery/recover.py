@@ -1,8 +1,7 @@
 """Fine-tune a pruned model for a short time, and write it as the same kind of checkpoint.
 
-Three methods: low-rank adapters (Hu et al. 2021, arXiv 2106.09685) with the settings of SlimGPT
-(arXiv 2412.18110, section 4.1); fine-tuning of all weights; or adapters with distillation from the
-dense model (Hinton et al. 2015, arXiv 1503.02531). The training loop is `transformers.Trainer`.
+The methods are in `slimgpt.recovery.methods`; the default, low-rank adapters, has the settings of
+SlimGPT (arXiv 2412.18110, section 4.1). The training loop is `transformers.Trainer`.
 """
 
 import hashlib
@@ -16,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -36,16 +41,16 @@ from slimgpt.models.layout import check_language_head
 from slimgpt.models.loading import load_config, load_model, usable_seqlen
 from slimgpt.models.source import EMBEDDED_MODELS, Source, find_file, find_model
 from slimgpt.models.tokenizer import copied_files, load_tokenizer
-from slimgpt.models.weights import open_weights, weight_files
+from slimgpt.models.weights import weight_files
+from slimgpt.recovery.methods.base import RecoveryMethod
+from slimgpt.recovery.methods.registry import RECOVERY_METHODS
 from slimgpt.recovery.trainer import (
     TENSORBOARD_DIR,
     Examples,
     MetricsLogger,
     last_checkpoint,
-    make_trainer,
     pad_batch,
     read_metrics,
-    trainable,
     training_arguments,
 )
 from slimgpt.runtime.distributed import TIME_LIMIT, broadcast, is_main, training_together
@@ -82,6 +87,7 @@ class _Job:
     source: Source
     teacher: Source | None
     config: RecoverConfig
+    method: RecoveryMethod
     tokenizer: PreTrainedTokenizerBase
     examples: Examples
     held_out: Examples
@@ -137,7 +143,8 @@ def recover(
             f"{model} has been recovered already",
             hint="recover the pruned model, with more --epochs or --max-steps",
         )
-    teacher = _find_teacher(source, config) if config.method == "distill" else None
+    needs_teacher = RECOVERY_METHODS[config.method].needs_teacher
+    teacher = _find_teacher(source, config) if needs_teacher else None
     check_dataset(config.data, "calibration")
     check_dataset(config.eval_data, "evaluation")
     check_packages(config)
@@ -153,7 +160,8 @@ def recover(
             config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
         )
         held_out = _held_out_windows(config, tokenizer)
-        job = _Job(source, teacher, config, tokenizer, examples, held_out, progress)
+        method = RECOVERY_METHODS[config.method](config)
+        job = _Job(source, teacher, config, method, tokenizer, examples, held_out, progress)
         if is_main():
             run.identify(_identity(job, arguments), restart)
         if not run.is_finished():
@@ -182,12 +190,12 @@ def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
         "device": arguments.device.type,
         "processes": arguments.world_size,
         **computation(),
-        **_versions(job.config),
+        **_versions(job.method),
     }
 
 
-def _versions(config: RecoverConfig) -> dict[str, str]:
-    return versions("accelerate") if config.method == "full" else versions("accelerate", "peft")
+def _versions(method: RecoveryMethod) -> dict[str, str]:
+    return versions("accelerate", *([method.package] if method.package else []))
 
 
 def _train(job: _Job, arguments: TrainingArguments) -> None:
@@ -201,10 +209,11 @@ def _train(job: _Job, arguments: TrainingArguments) -> None:
     arguments.eval_on_start = not checkpoint
     config, teacher = job.config, job.teacher
     pad_token: Any = job.tokenizer.pad_token_id or 0
-    trainer = make_trainer(
-        trainable(job.source, config),
+    set_seed(config.seed)
+    model = job.method.load_trainable(job.source)
+    trainer = job.method.make_trainer(
         load_model(teacher, config.dtype, str(arguments.device)) if teacher else None,
-        config,
+        model=model,
         args=arguments,
         train_dataset=job.examples,
         eval_dataset=job.held_out,
@@ -234,7 +243,7 @@ def _report(job: _Job, metrics: list[dict[str, Any]], state: TrainerState) -> di
         "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
         "seconds": round(cost["seconds"], 3),
         "peak_memory_bytes": max(cost["peak_memory_bytes"], peak_memory() or 0) or None,
-        "versions": _versions(config),
+        "versions": _versions(job.method),
     }
 
 
@@ -257,9 +266,10 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
 
 def check_packages(config: RecoverConfig) -> None:
     """Check that the packages for the method and the trackers are installed."""
-    if config.method != "full" and find_spec("peft") is None:
+    package = RECOVERY_METHODS[config.method].package
+    if package and find_spec(package) is None:
         raise MissingDependencyError(
-            "peft", f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
+            package, f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
         )
     for tracker in config.report_to:
         if tracker not in INTEGRATION_TO_CALLBACK:
@@ -299,15 +309,7 @@ def _write(run: Run, job: _Job) -> None:
     last: Any = last_checkpoint(run.state)
     trained, state = last
     source = job.source
-    model: Any
-    if job.config.method == "full":
-        dtype = open_weights(source, load_config(source)).dtype
-        model = load_model(Source(trained, trained), str(dtype).removeprefix("torch."), "cpu")
-    else:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(load_model(source, device="cpu"), trained)
-        model = model.merge_and_unload()
+    model = job.method.load_trained(source, trained)
     log.info("saving to %s", run.output)
     with run.result() as directory:
         model.save_pretrained(directory)

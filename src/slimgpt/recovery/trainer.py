@@ -1,4 +1,4 @@
-"""Train with the Trainer of transformers: LoRA, all weights, or distillation."""
+"""Train with the Trainer of transformers."""
 
 import json
 import logging
@@ -11,25 +11,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn import functional
 from transformers import (
     PreTrainedConfig,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slimgpt.config import RecoverConfig
 from slimgpt.data.examples import IGNORED
 from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.models.blocks import linears_of
 from slimgpt.models.device import find_device
-from slimgpt.models.loading import load_model
-from slimgpt.models.source import Source
 from slimgpt.runtime.distributed import broadcast, training_together
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import describe_file, reading, write_atomically
@@ -66,51 +60,6 @@ class RecoveryTrainer(Trainer):
             write_atomically(newest / CHECKSUMS_FILE, json.dumps(sums) + "\n")
             for older in set(state.glob("checkpoint-*")) - {newest}:
                 shutil.rmtree(older)
-
-
-class Distiller(RecoveryTrainer):
-    """Trainer that adds the KL divergence from a teacher to the loss.
-
-    Parameters
-    ----------
-    teacher : PreTrainedModel
-        Has the model's vocabulary; in evaluation mode, on the training device.
-    kl_weight : float
-        Weight of KL(teacher ‖ model). Like the loss, the divergence is a mean over the labelled
-        tokens of all examples of a step.
-    **kwargs
-        Arguments of the `Trainer`.
-    """
-
-    def __init__(self, teacher: PreTrainedModel, kl_weight: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._teacher, self._kl_weight = teacher, kl_weight
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Add the divergence to the loss on the labels, in training only."""
-        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = result
-        if model.training:
-            read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                target = self._teacher(**read, use_cache=False).logits
-            is_label = inputs["labels"][:, 1:] != IGNORED
-            divergence = functional.kl_div(
-                outputs["logits"][:, :-1][is_label].float().log_softmax(-1),
-                target[:, :-1][is_label].float().log_softmax(-1),
-                reduction="sum",
-                log_target=True,
-            )
-            # num_items_in_batch counts all processes, and their gradients are averaged.
-            weight = self._kl_weight * self.accelerator.num_processes / num_items_in_batch
-            loss = loss + weight * divergence
-        return (loss, outputs) if return_outputs else loss
 
 
 class MetricsLogger(TrainerCallback):
@@ -229,33 +178,6 @@ def training_arguments(
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # otherwise the Trainer uses nn.DataParallel
     return arguments
-
-
-def trainable(source: Source, config: RecoverConfig) -> Any:
-    """Load the model with its trainable weights in float32: the adapters, or all weights."""
-    set_seed(config.seed)
-    if config.method == "full":
-        return load_model(source, "float32", "cpu").requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
-
-    model = load_model(source, config.dtype, "cpu")
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=linears_of(model),
-    )
-    return get_peft_model(model, lora)
-
-
-def make_trainer(
-    model: Any, teacher: PreTrainedModel | None, config: RecoverConfig, **kwargs: Any
-) -> Trainer:
-    """Create the Trainer, with distillation if there is a teacher."""
-    if teacher is None:
-        return RecoveryTrainer(model=model, **kwargs)
-    return Distiller(teacher, config.kl_weight, model=model, **kwargs)
 
 
 def pad_batch(examples: Examples, pad_token: int) -> dict[str, Tensor]:

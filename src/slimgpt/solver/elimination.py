@@ -399,9 +399,9 @@ def _unit_blocks(inverse_II: Tensor, unit_size: int) -> Tensor:
     return inverse_USUS.diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()
 
 
-def _unit_errors(grams_USS: Tensor, inverse_USS: Tensor, method: str) -> Tensor:
+def _unit_errors(grams_USS: Tensor, inverse_USS: Tensor, head_error: str) -> Tensor:
     factors_USS = torch.linalg.cholesky(inverse_USS)
-    if method == "diagonal":
+    if head_error == "diagonal":
         pivots_US = factors_USS.diagonal(dim1=1, dim2=2)
         norms_US = grams_USS.diagonal(dim1=1, dim2=2).clamp(min=0)
         return (norms_US / pivots_US.square()).sum(dim=1)

@@ -1,0 +1,1 @@
+"""Recovery methods: which weights are trained, by which loss, and how they are merged."""
