@@ -41,7 +41,7 @@ _FINE_EXPERTS = _EXPERTS | {"moe_intermediate_size": 16, "mlp_only_layers": [1]}
 
 _GROUPED_EXPERTS = {
     "moe_intermediate_size": 16,
-    "n_routed_experts": 8,
+    "n_routed_experts": 16,
     "n_shared_experts": 2,
     "num_experts_per_tok": 2,
     "n_group": 2,

@@ -158,7 +158,7 @@ def _joined(shapes: Sequence[BlockShape]) -> BlockShape:
     """Join blocks to one, whose units are units of all blocks that have the sublayer."""
     prunable = [[sub for sub in shape.sublayers if not sub.is_fixed] for shape in shapes]
     every = [sub for sublayers in prunable for sub in sublayers]
-    kinds = list(dict.fromkeys(sub.kind for sub in every))
+    kinds = sorted({sub.kind for sub in every}, key=("attention", "ffn", "experts").index)
     if len({(sub.kind, sub.num_units, sub.parts) for sub in every}) > len(kinds):
         raise ConfigError(
             "uniform widths need as many units in all blocks, but the blocks of this model differ",
