@@ -9,8 +9,9 @@ section 3.4 (Incremental Pruning Ratio).
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, SublayerShape, Width, removed_params
 from slimgpt.errors import ConfigError
 
 
@@ -72,17 +73,68 @@ class WidthRules:
     Attributes
     ----------
     multiple_of : int
-        FFN widths are multiples of this, or the original width.
+        FFN widths are multiples of this, or the original width. If several devices share a layer,
+        that holds for each device's part of the channels.
     group_counts : collection of int, optional
         If given, all blocks get the same widths, with a number of key/value groups from this
         collection. The ratios must be uniform too.
     attention_share : float
         Attention's pruning ratio relative to its block's, from 0 to 1.
+    tensor_parallel : int
+        Number of devices that share each layer, by channels and by key/value groups. Each gets as
+        many channels, and as many groups; or, if the block has fewer groups than devices, a group
+        may be on several devices, on each with as many of its query heads.
     """
 
     multiple_of: int = 8
     group_counts: Collection[int] | None = None
     attention_share: float = 1.0
+    tensor_parallel: int = 1
+
+    def step(self, sublayer: SublayerShape) -> int:
+        """Step of the sublayer's width: some channels, or 1 for groups, not all of them allowed."""
+        return sublayer.step(self.multiple_of * self.tensor_parallel)
+
+    def allows(self, sublayer: SublayerShape, width: Width) -> bool:
+        """Whether the sublayer may have this width, of those that `step` allows."""
+        if sublayer.is_fixed:
+            return width == sublayer.num_units
+        units, heads = (width, sublayer.heads) if isinstance(width, int) else width
+        if units % self.tensor_parallel == 0:
+            return True
+        is_replicated = sublayer.kind == "attention" and sublayer.num_units < self.tensor_parallel
+        return (
+            is_replicated
+            and self.tensor_parallel % units == 0
+            and units * heads % self.tensor_parallel == 0
+        )
+
+    def counts(self, sublayer: SublayerShape) -> tuple[int, ...]:
+        """Numbers of units that the sublayer may keep, smallest first.
+
+        Raises
+        ------
+        ConfigError
+            If there is none.
+        """
+        groups = self.group_counts
+        return _counts(replace(self, group_counts=None if groups is None else (*groups,)), sublayer)
+
+
+@cache
+def _counts(rules: WidthRules, sublayer: SublayerShape) -> tuple[int, ...]:
+    step = rules.step(sublayer)
+    counts = {*range(step, sublayer.num_units + 1, step), sublayer.num_units}
+    if rules.group_counts is not None and sublayer.kind == "attention":
+        counts = set(rules.group_counts)
+    if found := sorted(count for count in counts if rules.allows(sublayer, count)):
+        return tuple(found)
+    names = {"attention": "key/value groups", "ffn": "channels"}
+    raise ConfigError(
+        f"of {sublayer.num_units:,} {names.get(sublayer.kind, 'units')} of {sublayer.kind}, no "
+        f"number can be shared by {rules.tensor_parallel} devices in multiples of {step}",
+        hint="choose a smaller --tensor-parallel or --multiple-of",
+    )
 
 
 def scheduled_widths(
@@ -105,10 +157,18 @@ def scheduled_widths(
     Raises
     ------
     ConfigError
-        If a block cannot lose as much; the hint names the largest feasible ratio. Also if uniform
-        widths are requested and the blocks differ.
+        If a block cannot lose as much; the hint names the largest feasible ratio. If the blocks
+        must lose more. Also if uniform widths are requested and the blocks differ.
     """
     limits = _limits(shapes, rules)
+    forced = sum(removed_params(s, widest_widths(s, rules)) for s in shapes)
+    if forced > schedule.ratio * (total := sum(shape.params for shape in shapes)):
+        raise ConfigError(
+            f"ratio={schedule.ratio} is below {forced / total:.2%}, which must go for "
+            f"tensor_parallel={rules.tensor_parallel}",
+            hint=f"the smallest feasible ratio with these options is "
+            f"{math.ceil(1000 * forced / total) / 1000:.3f}; or choose another --tensor-parallel",
+        )
     ratios = layer_ratios(shapes, schedule)
     worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
     if ratios[worst] > limits[worst]:
@@ -154,6 +214,15 @@ def given_widths(
             f"{limits[worst]:.1%} at most",
             hint="give that block a smaller ratio: one group and one step of channels stay",
         )
+    for index, shape in enumerate(shapes):
+        forced = removed_params(shape, widest_widths(shape, rules)) / shape.params
+        ratio = ratios[index] if index < len(ratios) else 0.0
+        if ratio < forced:
+            raise ConfigError(
+                f"layer_ratios takes {ratio:.1%} of block {index}, which must lose {forced:.1%} "
+                f"for tensor_parallel={rules.tensor_parallel}",
+                hint="give that block a larger ratio, or choose another --tensor-parallel",
+            )
     filled = [*ratios, *[0.0] * (len(shapes) - len(ratios))]
     return [
         _block_widths(shape, ratio, ratio * shape.params, rules)
@@ -163,10 +232,20 @@ def given_widths(
 
 def largest_ratio(shape: BlockShape, rules: WidthRules) -> float:
     """Pruning ratio of a block that keeps as few units as possible in each sublayer."""
-    least = [sub.least(rules.multiple_of) for sub in shape.sublayers]
-    if rules.group_counts is not None:
-        least[0] = min(rules.group_counts)
+    least = [rules.counts(sublayer)[0] for sublayer in shape.sublayers]
     return removed_params(shape, least) / shape.params
+
+
+def widest_widths(shape: BlockShape, rules: WidthRules) -> BlockWidths:
+    """Widths of a block that loses as little as possible."""
+    return tuple(rules.counts(sublayer)[-1] for sublayer in shape.sublayers)
+
+
+def feasible_ratio(
+    shapes: Sequence[BlockShape], schedule: Schedule, rules: WidthRules
+) -> float | None:
+    """Largest ratio, in thousandths, that a schedule allows, if there is one."""
+    return _largest_feasible(shapes, _limits(shapes, rules), schedule)
 
 
 def _limits(shapes: Sequence[BlockShape], rules: WidthRules) -> list[float]:
@@ -181,16 +260,14 @@ def _limits(shapes: Sequence[BlockShape], rules: WidthRules) -> list[float]:
 def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRules) -> BlockWidths:
     """Round each sublayer's units up from the exact number; the last sublayer absorbs the rest."""
     *others, last = shape.sublayers
-    step = last.step(rules.multiple_of)
-    least = last.least(rules.multiple_of)
+    step, counts = rules.step(last), rules.counts(last)
+    least, widest = counts[0], counts[-1]
     widths = []
     for sublayer in others:
         share = rules.attention_share if sublayer.kind == "attention" else 1.0
         exact = sublayer.num_units * (1 - share * ratio) - 1e-9
-        fewest = sublayer.least(rules.multiple_of)
-        counts = rules.group_counts or range(fewest, sublayer.num_units + 1)
         preferences = []
-        for count in counts:
+        for count in rules.counts(sublayer):
             rest = budget - (sublayer.num_units - count) * sublayer.unit_params
             left = last.num_units - rest / last.unit_params
             beyond = max(least - left, left - last.num_units) - step / 2
@@ -200,7 +277,7 @@ def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRu
         widths.append(count)
     left = last.num_units - budget / last.unit_params
     lower = max(math.floor(left / step) * step, least)
-    steps = (min(lower + step, last.num_units), min(lower, last.num_units))
+    steps = (min(lower + step, widest), min(lower, widest))
     return (*widths, min(steps, key=lambda candidate: abs(candidate - left)))
 
 

@@ -79,3 +79,8 @@ def removed_params(shape: BlockShape, widths: Sequence[Width]) -> int:
         sublayer.num_units * sublayer.unit_params - sublayer.kept_params(width)
         for sublayer, width in zip(shape.sublayers, widths, strict=True)
     )
+
+
+def whole_widths(shape: BlockShape) -> BlockWidths:
+    """Widths of a block that keeps all its units."""
+    return tuple(sublayer.num_units for sublayer in shape.sublayers)
