@@ -90,7 +90,10 @@ def _count(value: Any) -> Any:
     if not number:
         raise ValueError("not a number of parameters; write it like 80M, 1.2B or 80000000")
     digits, unit = number[1].replace(",", "").replace("_", ""), number[2].lower()
-    return int(Decimal(digits) * 1000 ** " kmbt".index(unit or " "))
+    count = Decimal(digits) * 1000 ** " kmbt".index(unit or " ")
+    if count % 1:
+        raise ValueError("not a whole number; write it like 80M, 1.2B or 80000000")
+    return int(count)
 
 
 def _factor(value: Any) -> Any:

@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 COUNTS = {
     "prune": ("nsamples", "seqlen", "seed", "min-group-size", "max-group-size", "refit-epochs",
-              "multiple-of"),
+              "multiple-of", "target-params", "tensor-parallel"),
     "eval": ("seqlen", "max-tokens", "limit", "num-fewshot", "batch-size"),
     "recover": ("max-examples", "seqlen", "rank", "alpha", "warmup-steps", "max-steps",
                 "batch-size", "micro-batch-size", "eval-tokens", "eval-steps", "save-steps",
@@ -65,13 +65,14 @@ COUNTS = {
     "report": ("new-tokens",),
 }  # fmt: skip
 FRACTIONS = {
-    "prune": ("ratio", "min-ratio", "attention-share", "layer-ratios", "damping", "correction"),
+    "prune": ("ratio", "min-ratio", "attention-share", "layer-ratios", "damping", "correction",
+              "target-kv-cache"),
     "recover": ("dropout", "learning-rate", "epochs", "kl-weight"),
-}
-SIZES = ("activation-memory", "max-shard-size")
+}  # fmt: skip
+SIZES = ("activation-memory", "max-shard-size", "target-size")
 CHOICES = {
     "prune": ("method", "schedule", "widths", "damping-mode", "channel-selection", "head-error",
-              "preset", "dtype"),
+              "preset", "dtype", "target-type"),
     "eval": ("dtype",),
     "recover": ("method", "dtype"),
     "export": ("to", "type"),

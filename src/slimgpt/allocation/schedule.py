@@ -161,26 +161,8 @@ def scheduled_widths(
         must lose more. Also if uniform widths are requested and the blocks differ.
     """
     limits = _limits(shapes, rules)
-    forced = sum(removed_params(s, widest_widths(s, rules)) for s in shapes)
-    if forced > schedule.ratio * (total := sum(shape.params for shape in shapes)):
-        raise ConfigError(
-            f"ratio={schedule.ratio} is below {forced / total:.2%}, which must go for "
-            f"tensor_parallel={rules.tensor_parallel}",
-            hint=f"the smallest feasible ratio with these options is "
-            f"{math.ceil(1000 * forced / total) / 1000:.3f}; or choose another --tensor-parallel",
-        )
     ratios = layer_ratios(shapes, schedule)
-    worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
-    if ratios[worst] > limits[worst]:
-        feasible = _largest_feasible(shapes, limits, schedule)
-        raise ConfigError(
-            f"ratio={schedule.ratio} with schedule={schedule.curve!r} takes {ratios[worst]:.1%} of "
-            f"block {worst}, which can lose {limits[worst]:.1%} at most",
-            hint="no ratio is feasible with these options: lower --min-ratio"
-            if feasible is None
-            else f"the largest feasible ratio with these options is {feasible:.3f}; "
-            "a higher --min-ratio or --schedule uniform allows more",
-        )
+    _check_feasible(shapes, ratios, limits, schedule, rules)
     widths, carried = [], 0.0
     for shape, ratio in zip(shapes, ratios, strict=True):
         budget = ratio * shape.params + carried
@@ -189,6 +171,41 @@ def scheduled_widths(
             carried = budget - removed_params(shape, width)
         widths.append(width)
     return widths
+
+
+def _check_feasible(
+    shapes: Sequence[BlockShape],
+    ratios: Sequence[float],
+    limits: Sequence[float],
+    schedule: Schedule,
+    rules: WidthRules,
+) -> None:
+    """Check that no block loses more than it can, and all together as much as they must."""
+    total = sum(shape.params for shape in shapes)
+    forced = sum(removed_params(s, widest_widths(s, rules)) for s in shapes) / total
+    worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
+    if forced <= schedule.ratio and ratios[worst] <= limits[worst]:
+        return
+    smallest = math.ceil(1000 * forced) / 1000
+    largest = _largest_feasible(shapes, limits, schedule)
+    known = largest is not None and largest >= smallest
+    none = "no ratio is feasible with these options"
+    if schedule.ratio < forced:
+        raise ConfigError(
+            f"ratio={schedule.ratio} is below {forced:.2%}, which must go for "
+            f"tensor_parallel={rules.tensor_parallel}",
+            hint=f"the smallest feasible ratio with these options is {smallest:.3f}"
+            if known
+            else f"{none}: choose another --tensor-parallel",
+        )
+    raise ConfigError(
+        f"ratio={schedule.ratio} with schedule={schedule.curve!r} takes {ratios[worst]:.1%} of "
+        f"block {worst}, which can lose {limits[worst]:.1%} at most",
+        hint=f"the largest feasible ratio with these options is {largest:.3f}; "
+        "a higher --min-ratio or --schedule uniform allows more"
+        if known
+        else f"{none}: lower --min-ratio",
+    )
 
 
 def given_widths(
