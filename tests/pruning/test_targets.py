@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from conftest import TEXT, TINY, Run, make_tiny_model
+from families import MODEL_TYPES, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import slimgpt
 from slimgpt.config import PruneConfig
 from slimgpt.errors import ConfigError, ExportError
+from slimgpt.models.family import load_families
 
 OPTIONS: dict[str, Any] = {"calibration": TEXT, "nsamples": 12, "seqlen": 32, "refit_epochs": 0}
 BASELINE = {"method": "flap"} | {k: v for k, v in OPTIONS.items() if k != "refit_epochs"}
@@ -112,6 +114,25 @@ def test_a_single_key_value_head_stays(tmp_path: Path, tokenizer: PreTrainedToke
     make_tiny_model("llama", num_key_value_heads=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="the least with these options is 1x of the dense KV"):
         slimgpt.plan(str(tmp_path), target_kv_cache=0.5)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_all_model_types(model_type: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(tmp_path)
+    whole = slimgpt.plan(str(tmp_path), ratio=0)
+    limit = whole.params_before - sum(shape.params for shape in whole.shapes) // 4
+    planned = slimgpt.plan(str(tmp_path), target_params=limit)
+    assert planned.target is not None
+    assert planned.target.reached == planned.params_after
+    assert limit - largest_step(planned) < planned.params_after <= limit
+    if "groups" not in " ".join(load_families()[model_type].units):
+        with pytest.raises(ConfigError, match="stays whole"):
+            slimgpt.plan(str(tmp_path), target_kv_cache="0.5x")
+        return
+    halved = slimgpt.plan(str(tmp_path), target_kv_cache="0.5x")
+    assert halved.target is not None
+    assert halved.target.reached == 0.5
+    assert halved.params_after < whole.params_before
 
 
 @pytest.mark.parametrize("uniform", [False, True], ids=["per-layer", "uniform"])

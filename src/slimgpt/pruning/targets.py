@@ -12,7 +12,7 @@ from slimgpt.allocation.shapes import BlockShape, whole_widths
 from slimgpt.allocation.targets import Price, Target
 from slimgpt.checkpoint.writer import pruned_config, shard_bytes
 from slimgpt.config import PruneConfig, target_of
-from slimgpt.errors import MissingDependencyError
+from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
 from slimgpt.models.loading import build_skeleton
@@ -112,7 +112,7 @@ def _gguf_target(source: Source, extended: PreTrainedConfig, config: PruneConfig
 def _cache_target(extended: PreTrainedConfig, config: PruneConfig) -> Target:
     """Limit on the KV cache, counted in columns of the keys.
 
-    Attention that the family does not describe as groups counts as having none.
+    Layers whose attention stays whole do not count; where there are others too, it is linear.
     """
     assert config.target_kv_cache is not None
     fixed, prices, shapes = 0, [], []
@@ -123,7 +123,7 @@ def _cache_target(extended: PreTrainedConfig, config: PruneConfig) -> Target:
             if sub.kind != "attention" or not sub.spec.widths:
                 continue
             head_dim = sub.output.in_features // sub.counts.get("head", sub.num_units)
-            if next(iter(sub.counts)) == "head":  # all query heads share one
+            if sub.counts.get("group") == 1:  # all query heads share one
                 fixed += head_dim
             else:
                 prices[-1][index] = Price(head_dim, sub.shape.unit_params)
@@ -137,6 +137,12 @@ def _cache_target(extended: PreTrainedConfig, config: PruneConfig) -> Target:
         only_attention=True,
     )
     whole = target.cost(shapes, list(map(whole_widths, shapes)))
+    if not whole:
+        raise ConfigError(
+            f"target_kv_cache={config.target_kv_cache:g} cannot be reached: the attention of "
+            f"{extended.model_type} models stays whole",
+            hint="ask for --target-params or --target-size; only FFNs become smaller then",
+        )
     limit = math.floor(config.target_kv_cache * whole + 1e-9)
     return replace(target, whole=whole, limit=limit)
 
