@@ -448,6 +448,8 @@ class PruneConfig(_ModelOptions):
         idle = {"ratio", "schedule", "min_ratio", "uniform"} & values.keys()
         if values.get("layer_ratios") and idle:
             raise ValueError(f"layer_ratios leaves nothing to decide to {', '.join(sorted(idle))}")
+        if values.get("target_kv_cache") is not None and "attention_share" in values:
+            raise ValueError("target_kv_cache leaves nothing to decide to attention_share")
         given = [
             name
             for name in ("ratio", "layer_ratios", *TARGETS)
@@ -474,13 +476,11 @@ class PruneConfig(_ModelOptions):
             )
         if self.target_type != "auto" and self.target_size is None:
             raise ValueError(f"without target_size, target_type={self.target_type!r} does nothing")
-        if self.query_heads and (self.target_kv_cache or self.target_type == "q8_0"):
+        if self.query_heads and (self.target_kv_cache or self.target_type != "auto"):
             raise ValueError(
                 "query_heads=True has no place beside target_kv_cache, which is about kv heads, or "
-                "target_type='q8_0', whose blocks of 32 columns may span query heads"
+                "target_type, because only whole groups have a size in a GGUF file"
             )
-        if self.attention_share is not None and self.target_kv_cache:
-            raise ValueError("target_kv_cache leaves nothing to decide to attention_share")
         if (
             self.min_ratio is not None
             and self.min_ratio > self.ratio

@@ -232,7 +232,9 @@ def test_numbers_of_parameters(text: Any, count: int) -> None:
     ("text", "factor"), [("0.5x", 0.5), ("50%", 0.5), (".25", 0.25), ("1", 1), (0.3, 0.3)]
 )
 def test_factors(text: Any, factor: float) -> None:
-    assert PruneConfig.create(target_kv_cache=text).target_kv_cache == factor
+    config = PruneConfig.create(target_kv_cache=text, preset="paper")
+    assert config.target_kv_cache == factor
+    assert config.schedule == "uniform"
 
 
 @pytest.mark.parametrize(
@@ -248,6 +250,10 @@ def test_factors(text: Any, factor: float) -> None:
         ({"target_kv_cache": "half"}, "target_kv_cache='half': not a fraction"),
         ({"target_kv_cache": "2x"}, "target_kv_cache=2.0: Input should be less than or equal"),
         ({"target_kv_cache": "0.5x", "query_heads": True}, "query_heads=True has no place"),
+        (
+            {"target_size": "1MB", "target_type": "f16", "query_heads": True},
+            "query_heads=True has no place",
+        ),
         ({"target_kv_cache": "0.5x", "attention_share": 0.5}, "nothing to decide to attention_sh"),
         ({"target_params": "1M", "ratio": 0.2}, "give one of ratio and target_params"),
         ({"target_params": "1M", "layer_ratios": [0.1]}, "give one of layer_ratios and target"),

@@ -48,10 +48,6 @@ class SublayerShape:
             return self.num_units, self.heads - 1
         return max(self.num_units - 1, 1)
 
-    def least(self, multiple_of: int) -> int:
-        """Fewest units that the sublayer may keep: one step, or all if it is fixed."""
-        return self.num_units if self.is_fixed else min(self.step(multiple_of), self.num_units)
-
 
 @dataclass(frozen=True)
 class BlockShape:
