@@ -6,6 +6,7 @@ their defaults from them; recipes (YAML) and the Python API use the same names.
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -45,6 +46,12 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 RecoverMethod = Literal["lora", "full", "distill"]
 
+# Types of matrices in the GGUF files that are written.
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+
+# The sizes that a model can be asked to have, instead of a ratio.
+TARGETS = ("target_params", "target_size", "target_kv_cache")
+
 _EXACT = {
     "attention_share": 1.0,
     "widths": "scheduled",
@@ -75,6 +82,34 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _lowered(value: Any) -> Any:
+    return _underscored(value.lower()) if isinstance(value, str) else value
+
+
+def _count(value: Any) -> Any:
+    """Parse a count like 80M, 1.2B or 80,000,000."""
+    if not isinstance(value, str):
+        return value
+    number = re.fullmatch(r"(\d{1,15}(?:[,_]\d{3}){0,5}(?:\.\d{1,9})?) ?([kmbt]?)", value, re.I)
+    if not number:
+        raise ValueError("not a number of parameters; write it like 80M, 1.2B or 80000000")
+    digits, unit = number[1].replace(",", "").replace("_", ""), number[2].lower()
+    count = Decimal(digits) * 1000 ** " kmbt".index(unit or " ")
+    if count % 1:
+        raise ValueError("not a whole number; write it like 80M, 1.2B or 80000000")
+    return int(count)
+
+
+def _factor(value: Any) -> Any:
+    """Parse a factor like 0.5x, 0.5 or 50%."""
+    if not isinstance(value, str):
+        return value
+    number = re.fullmatch(r"(\d{0,9}\.?\d{1,9}) ?([x×%]?)", value.lower())
+    if not number:
+        raise ValueError("not a fraction of the dense model; write it like 0.5x")
+    return float(Decimal(number[1]) / (100 if number[2] == "%" else 1))
+
+
 def _is_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
         raise ValueError("not a device; use auto, cpu, cuda, cuda:N or mps")
@@ -90,6 +125,13 @@ def _is_plot(value: str | None) -> str | None:
 _Underscored = BeforeValidator(_underscored)
 
 _Listed = BeforeValidator(_listed)
+
+_Lowered = BeforeValidator(_lowered)
+
+# Quantities with a unit; on the command line they are text.
+_Count = BeforeValidator(_count)
+
+_Factor = BeforeValidator(_factor)
 
 # Bounds far above any sensible value, so that a typo fails here and not in a library.
 COUNT, LENGTH, BATCH = 10**9, 10**7, 2**16  # counts; tokens of a text; sequences in a batch
@@ -166,6 +208,11 @@ def _widths_are_given(values: Mapping[str, Any]) -> bool:
     """Whether other options fix the widths, so that there is nothing to measure."""
     method = str(values.get("method", "slimgpt"))
     return is_baseline(method) or bool(values.get("uniform") or values.get("layer_ratios"))
+
+
+def target_of(values: Mapping[str, Any]) -> str | None:
+    """Name of the target among some options, if one is given."""
+    return next((name for name in TARGETS if values.get(name) is not None), None)
 
 
 class Options(BaseModel):
@@ -300,6 +347,41 @@ class PruneConfig(_ModelOptions):
         description="Ratios of the first layers, comma-separated, instead of ratio and schedule; "
         "the other layers are not pruned.",
     )
+    target_params: Annotated[int | None, _Count] = Field(
+        None,
+        ge=1,
+        le=10**15,
+        description="Most parameters that the result may have, embeddings included, e.g. 80M or "
+        "1.2B, instead of a ratio.",
+    )
+    target_size: ByteSize | None = Field(
+        None,
+        ge=1,
+        le=BYTES,
+        description="Most bytes that the weight files of the result may have, e.g. 200MB (10^6) or "
+        "200MiB (2^20), instead of a ratio; --target-type says in which format.",
+    )
+    target_type: Annotated[Literal["auto", GgufType], _Lowered] = Field(
+        "auto",
+        description="What --target-size is the size of; auto: the safetensors files in --dtype; a "
+        "type of `slimgpt export`: the GGUF file with matrices of that type.",
+    )
+    target_kv_cache: Annotated[float | None, _Factor] = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Largest KV cache of the result, relative to the dense model's (layers × kv "
+        "heads × head_dim), e.g. 0.5x, instead of a ratio. Only attention is pruned then, by "
+        "default with the schedule uniform.",
+    )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=BATCH,
+        description="Number of devices that share every layer: its kv heads, its query heads and "
+        "each device's share of FFN channels (in multiples of --multiple-of) come out even. A "
+        "layer with fewer kv heads than devices keeps a number that divides theirs.",
+    )
     calibration: Annotated[tuple[str, ...], _Listed] = Field(
         ("c4", "self"),
         min_length=1,
@@ -341,7 +423,11 @@ class PruneConfig(_ModelOptions):
         "its target output; 0 (the paper's) skips this.",
     )
     multiple_of: int = Field(
-        8, ge=1, le=COUNT, description="Round FFN widths to multiples of this."
+        8,
+        ge=1,
+        le=COUNT,
+        description="Round FFN widths to multiples of this: 32 for GGUF's q8_0, Q4_0 and other "
+        "blocks of 32, 256 for its K-quants, the group size (often 128) for GPTQ and AWQ.",
     )
     uniform: bool = Field(
         False, description="Same width in every layer; the result is a stock model class."
@@ -368,7 +454,7 @@ class PruneConfig(_ModelOptions):
     @classmethod
     def _fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
         defaults = dict(PRESETS.get(str(values.get("preset", "default")), {}))
-        if values.get("uniform"):
+        if values.get("uniform") or values.get("target_kv_cache") is not None:
             defaults["schedule"] = "uniform"
         if _widths_are_given(values):
             defaults["widths"] = "scheduled"
@@ -381,6 +467,15 @@ class PruneConfig(_ModelOptions):
         idle = {"ratio", "schedule", "min_ratio", "uniform"} & values.keys()
         if values.get("layer_ratios") and idle:
             raise ValueError(f"layer_ratios leaves nothing to decide to {', '.join(sorted(idle))}")
+        if values.get("target_kv_cache") is not None and "attention_share" in values:
+            raise ValueError("target_kv_cache leaves nothing to decide to attention_share")
+        given = [
+            name
+            for name in ("ratio", "layer_ratios", *TARGETS)
+            if values.get(name) not in (None, (), [], "")
+        ]
+        if target_of(values) and len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}, not both")
         return values
 
     @model_validator(mode="after")
@@ -398,7 +493,18 @@ class PruneConfig(_ModelOptions):
                 "widths='measured' is for the method slimgpt, without uniform and "
                 "without layer_ratios"
             )
-        if self.min_ratio is not None and self.min_ratio > self.ratio:
+        if self.target_type != "auto" and self.target_size is None:
+            raise ValueError(f"without target_size, target_type={self.target_type!r} does nothing")
+        if self.query_heads and (self.target_kv_cache or self.target_type != "auto"):
+            raise ValueError(
+                "query_heads=True has no place beside target_kv_cache, which is about kv heads, or "
+                "target_type, because only whole groups have a size in a GGUF file"
+            )
+        if (
+            self.min_ratio is not None
+            and self.min_ratio > self.ratio
+            and not target_of(self.model_dump())
+        ):
             raise ValueError(f"min_ratio={self.min_ratio} is above ratio={self.ratio}")
         if self.min_group_size > self.max_group_size:
             raise ValueError(
@@ -557,7 +663,7 @@ class ExportConfig(Options):
     verb = "export"
 
     to: Literal["gguf"] = Field("gguf", description="Output format; gguf is llama.cpp's.")
-    type: Annotated[Literal["f32", "f16", "bf16", "q8_0"], _Underscored] = Field(
+    type: Annotated[GgufType, _Underscored] = Field(
         "f16", description="Type of the matrices in the file."
     )
 

@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 COUNTS = {
     "prune": ("nsamples", "seqlen", "seed", "min-group-size", "max-group-size", "refit-epochs",
-              "multiple-of"),
+              "multiple-of", "target-params", "tensor-parallel"),
     "eval": ("seqlen", "max-tokens", "limit", "num-fewshot", "batch-size"),
     "recover": ("max-examples", "seqlen", "rank", "alpha", "warmup-steps", "max-steps",
                 "batch-size", "micro-batch-size", "eval-tokens", "eval-steps", "save-steps",
@@ -65,13 +65,14 @@ COUNTS = {
     "report": ("new-tokens",),
 }  # fmt: skip
 FRACTIONS = {
-    "prune": ("ratio", "min-ratio", "attention-share", "layer-ratios", "damping", "correction"),
+    "prune": ("ratio", "min-ratio", "attention-share", "layer-ratios", "damping", "correction",
+              "target-kv-cache"),
     "recover": ("dropout", "learning-rate", "epochs", "kl-weight"),
-}
-SIZES = ("activation-memory", "max-shard-size")
+}  # fmt: skip
+SIZES = ("activation-memory", "max-shard-size", "target-size")
 CHOICES = {
     "prune": ("method", "schedule", "widths", "damping-mode", "channel-selection", "head-error",
-              "preset", "dtype"),
+              "preset", "dtype", "target-type"),
     "eval": ("dtype",),
     "recover": ("method", "dtype"),
     "export": ("to", "type"),
@@ -324,7 +325,9 @@ def test_recipes_of_any_shape(content: str, tmp_path_factory: pytest.TempPathFac
     assert all(isinstance(key, str) for key in values)
 
 
-@pytest.mark.parametrize("key", sorted(PruningReport.model_fields))
+@pytest.mark.parametrize(
+    "key", sorted(name for name, field in PruningReport.model_fields.items() if field.is_required())
+)
 def test_every_key_of_a_report_is_checked(
     key: str, run: Run, slim_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

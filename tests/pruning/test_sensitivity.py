@@ -177,9 +177,9 @@ def test_what_seems_to_cost_less_than_nothing_is_not_free(
 ) -> None:
     prices = []
 
-    def move(*args: Any) -> list[BlockWidths]:
+    def move(*args: Any, **rules: Any) -> list[BlockWidths]:
         prices.extend(chain.from_iterable(args[3]))
-        return move_units(*args)
+        return move_units(*args, **rules)
 
     monkeypatch.setattr(sensitivity, "move_units", move)
     monkeypatch.setattr(

@@ -2,8 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, Width, removed_params
+from slimgpt.allocation.schedule import WidthRules, widest_widths
+from slimgpt.allocation.shapes import (
+    BlockShape,
+    BlockWidths,
+    Width,
+    removed_params,
+    whole_widths,
+)
+from slimgpt.allocation.targets import Target
 
 # Widths of a sublayer, each smaller than the one before, with the error at each.
 Curve = Sequence[tuple[Width, float]]
@@ -47,12 +56,17 @@ def move_units(
     widths: Sequence[BlockWidths],
     curves: Sequence[Sequence[Curve]],
     prices: Sequence[Sequence[float]],
+    *,
+    rules: WidthRules | None = None,
+    target: Target | None = None,
 ) -> list[BlockWidths]:
     """Reallocate the removed parameters to the sublayers where removal costs least.
 
     Units are removed in steps, always from the sublayer with the lowest cost per parameter. The
     cost of a step is never below that of the sublayer's previous steps. This minimises
-    Σ price · error if the errors are convex.
+    Σ price · error if the errors are convex. As many parameters are removed as the initial widths
+    remove, rounded to the nearest step. With a target, as much is removed as it takes, rounded up:
+    then more FFN steps follow if needed, and the steps that cost most are undone if they fit.
 
     Parameters
     ----------
@@ -63,24 +77,89 @@ def move_units(
         at each.
     prices : sequence of sequences of float
         By block and sublayer, the cost of an error of 1.
+    rules : WidthRules, optional
+        Which widths a block may have, as many as the curves have. Where it may not keep all its
+        units, the first step is always taken.
+    target : Target, optional
+        The limit that the result meets.
     """
-    budget, steps = 0, []
-    kept: list[list[Width]] = [[s.num_units for s in shape.sublayers] for shape in shapes]
-    for block, (shape, width) in enumerate(zip(shapes, widths, strict=True)):
-        budget += removed_params(shape, width)
+    steps = _steps(shapes, curves, prices, rules, target)
+    if target is None:
+        budget = sum(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
+    else:
+        budget = target.cost(shapes, [whole_widths(shape) for shape in shapes]) - target.limit
+    taken, rest = [], []
+    closed = set()  # a sublayer takes no step after one that it could not take
+    for step in steps:
+        if step.is_forced or (step.freed <= 2 * budget and step.place not in closed):
+            budget -= step.freed
+            taken.append(step)
+        else:
+            closed.add(step.place)
+            rest.append(step)
+    if target is not None:
+        taken = _rounded_up(taken, rest, budget)
+    kept = [list(whole_widths(shape)) for shape in shapes]
+    for step in taken:
+        block, index = step.place
+        kept[block][index] = step.width
+    return [tuple(width) for width in kept]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A removal from a sublayer, given by block and index.
+
+    `freed` counts parameters, or what a target counts. A forced step is always taken.
+    """
+
+    place: tuple[int, int]
+    width: Width
+    freed: int
+    is_ffn: bool
+    is_forced: bool
+
+
+def _steps(
+    shapes: Sequence[BlockShape],
+    curves: Sequence[Sequence[Curve]],
+    prices: Sequence[Sequence[float]],
+    rules: WidthRules | None,
+    target: Target | None,
+) -> list[_Step]:
+    """All steps of all sublayers: the forced ones, then those of least cost per parameter."""
+    steps = []
+    for block, shape in enumerate(shapes):
+        widest = widest_widths(shape, rules) if rules else whole_widths(shape)
         for index, (sublayer, curve) in enumerate(zip(shape.sublayers, curves[block], strict=True)):
             price, highest, error_before = prices[block][index], 0.0, 0.0
-            before = sublayer.num_units * sublayer.unit_params
-            for position, (smaller, error) in enumerate(curve):
-                left = sublayer.kept_params(smaller)
-                highest = max(highest, price * (error - error_before) / (before - left))
-                steps.append((highest, block, index, position, smaller, before - left))
-                before, error_before = left, error
-    closed = set()  # a sublayer takes no step after one that it could not take
-    for _, block, index, _, smaller, freed in sorted(steps, key=lambda step: step[:4]):
-        if freed <= 2 * budget and (block, index) not in closed:
-            budget -= freed
-            kept[block][index] = smaller
+            before: Width = sublayer.num_units
+            for position, (width, error) in enumerate(curve):
+                freed = sublayer.kept_params(before) - sublayer.kept_params(width)
+                highest = max(highest, price * (error - error_before) / freed)
+                if target is not None:
+                    of = target.prices[block][index].of
+                    freed = of(sublayer, before) - of(sublayer, width)
+                is_forced = position == 0 and widest[index] != sublayer.num_units
+                step = _Step((block, index), width, freed, sublayer.kind == "ffn", is_forced)
+                steps.append(((not is_forced, highest, block, index, position), step))
+                before, error_before = width, error
+    return [step for _, step in sorted(steps, key=lambda pair: pair[0])]
+
+
+def _rounded_up(taken: Sequence[_Step], rest: Sequence[_Step], budget: int) -> list[_Step]:
+    """Take steps, those of an FFN first, until the budget is used; undo what is not needed."""
+    result = list(taken)
+    for step in sorted(rest, key=lambda step: not step.is_ffn):
+        if budget <= 0:
+            break
+        budget -= step.freed
+        result.append(step)
+    stuck, undone = set(), set()
+    for step in reversed(result):
+        if step.is_forced or step.freed > -budget or step.place in stuck:
+            stuck.add(step.place)
         else:
-            closed.add((block, index))
-    return [tuple(width) for width in kept]
+            budget += step.freed
+            undone.add(step)
+    return [step for step in result if step not in undone]

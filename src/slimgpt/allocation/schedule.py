@@ -9,6 +9,7 @@ section 3.4 (Incremental Pruning Ratio).
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from slimgpt.allocation.shapes import BlockShape, BlockWidths, SublayerShape, Width, removed_params
 from slimgpt.errors import ConfigError
@@ -72,7 +73,8 @@ class WidthRules:
     Attributes
     ----------
     multiple_of : int
-        FFN widths are multiples of this, or the original width.
+        FFN widths are multiples of this, or the original width. If several devices share a layer,
+        that holds for each device's part of the channels.
     group_counts : collection of int, optional
         If given, all blocks get the same widths, apart from sublayers that cannot be pruned, with
         a number of key/value groups from this collection. The ratios must be uniform too.
@@ -81,43 +83,78 @@ class WidthRules:
     expert_units : {"channels", "experts", "both"}
         What a sublayer with experts loses: channels of each expert, whole experts, or of both the
         same number of parameters.
+    tensor_parallel : int
+        Number of devices that share each layer, by channels and by key/value groups. Each gets as
+        many channels, and as many groups; or, if the block has fewer groups than devices, a group
+        may be on several devices, on each with as many of its query heads.
     """
 
     multiple_of: int = 8
     group_counts: Collection[int] | None = None
     attention_share: float = 1.0
     expert_units: str = "channels"
+    tensor_parallel: int = 1
 
-    def loses_channels(self, shape: SublayerShape) -> bool:
-        """Whether the experts of a sublayer lose channels."""
-        return shape.parts > 1 and self.expert_units != "experts"
+    def step(self, sublayer: SublayerShape) -> int:
+        """Step of the sublayer's width: some channels, or 1 for groups, not all of them allowed."""
+        return sublayer.step(self.multiple_of * self.tensor_parallel)
 
-    def loses_experts(self, shape: SublayerShape) -> bool:
-        """Whether a sublayer loses whole experts, because of the option or of its family."""
-        return shape.parts == 1 or self.expert_units != "channels"
+    def allows(self, sublayer: SublayerShape, width: Width) -> bool:
+        """Whether the sublayer may have this width, of those that `step` allows."""
+        if sublayer.is_fixed:
+            return width == sublayer.num_units
+        units, heads = (width, sublayer.parts) if isinstance(width, int) else width
+        if units % self.tensor_parallel == 0:
+            return True
+        is_replicated = sublayer.kind == "attention" and sublayer.num_units < self.tensor_parallel
+        return (
+            is_replicated
+            and self.tensor_parallel % units == 0
+            and units * heads % self.tensor_parallel == 0
+        )
 
-    def least(self, shape: SublayerShape) -> Width:
-        """Smallest width of a sublayer."""
-        if shape.kind != "experts" or shape.is_fixed:
-            return min(self.counts(shape))
-        units = shape.fewest if self.loses_experts(shape) else shape.num_units
-        step = min(self.multiple_of, shape.parts)
-        return (units, step) if self.loses_channels(shape) else units
+    def widths(self, sublayer: SublayerShape) -> tuple[Width, ...]:
+        """Widths that the sublayer may have, smallest first.
 
-    def counts(self, shape: SublayerShape) -> Collection[int]:
-        """Numbers of units that a sublayer other than experts may keep."""
-        if self.group_counts is not None and shape.kind == "attention":
-            return self.group_counts
-        least, step = shape.least(self.multiple_of), shape.step(self.multiple_of)
-        return [*range(least, shape.num_units, step), shape.num_units]
+        Raises
+        ------
+        ConfigError
+            If there is none.
+        """
+        groups = self.group_counts
+        return _widths(replace(self, group_counts=None if groups is None else (*groups,)), sublayer)
 
-    def step_params(self, shape: SublayerShape) -> int:
-        """Parameters of a sublayer's smallest step."""
-        if shape.kind != "experts":
-            return shape.step(self.multiple_of) * shape.unit_params
-        if self.loses_channels(shape):
-            return self.multiple_of * shape.num_units * shape.part_params
-        return shape.multiple * shape.unit_params
+
+@cache
+def _widths(rules: WidthRules, sublayer: SublayerShape) -> tuple[Width, ...]:
+    if sublayer.kind == "experts" and not sublayer.is_fixed:
+        return _widths_of_experts(rules, sublayer)
+    step = rules.step(sublayer)
+    counts = {*range(step, sublayer.num_units + 1, step), sublayer.num_units}
+    if rules.group_counts is not None and sublayer.kind == "attention":
+        counts = set(rules.group_counts)
+    if found := sorted(count for count in counts if rules.allows(sublayer, count)):
+        return tuple(found)
+    names = {"attention": "key/value groups", "ffn": "channels"}
+    raise ConfigError(
+        f"of {sublayer.num_units:,} {names.get(sublayer.kind, 'units')} of {sublayer.kind}, no "
+        f"number can be shared by {rules.tensor_parallel} devices in multiples of {step}",
+        hint="choose a smaller --tensor-parallel or --multiple-of",
+    )
+
+
+def _widths_of_experts(rules: WidthRules, experts: SublayerShape) -> tuple[Width, ...]:
+    """With both units, about as many parameters go with experts as with channels of the others."""
+    whole, step = experts.num_units, rules.multiple_of * rules.tensor_parallel
+    if rules.expert_units == "experts" or experts.parts == 1:
+        return tuple(range(experts.fewest, whole + 1, experts.multiple))
+    widths: list[Width] = []
+    for channels in range(step, experts.parts, step):
+        lost = (experts.parts - channels) * experts.part_params
+        exact = whole * experts.unit_params / (lost + experts.unit_params)
+        number = max(round(exact / experts.multiple) * experts.multiple, experts.fewest)
+        widths.append((whole if rules.expert_units == "channels" else number, channels))
+    return (*widths, whole)
 
 
 def scheduled_widths(
@@ -140,8 +177,9 @@ def scheduled_widths(
     Raises
     ------
     ConfigError
-        If a block cannot lose as much; the hint names the largest feasible ratio. Also if uniform
-        widths are requested and the blocks have different numbers of units.
+        If a block cannot lose as much; the hint names the largest feasible ratio. If the blocks
+        must lose more. Also if uniform widths are requested and the blocks have different numbers
+        of units.
     """
     if rules.group_counts is None:
         return _scheduled_widths(shapes, schedule, rules)
@@ -177,17 +215,7 @@ def _scheduled_widths(
 ) -> list[BlockWidths]:
     limits = [largest_ratio(shape, rules) for shape in shapes]
     ratios = layer_ratios(shapes, schedule)
-    worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
-    if ratios[worst] > limits[worst]:
-        feasible = _largest_feasible(shapes, limits, schedule)
-        raise ConfigError(
-            f"ratio={schedule.ratio} with schedule={schedule.curve!r} takes {ratios[worst]:.1%} of "
-            f"block {worst}, which can lose {limits[worst]:.1%} at most",
-            hint="no ratio is feasible with these options: lower --min-ratio"
-            if feasible is None
-            else f"the largest feasible ratio with these options is {feasible:.3f}; "
-            "a higher --min-ratio or --schedule uniform allows more",
-        )
+    _check_feasible(shapes, ratios, limits, schedule, rules)
     widths, carried = [], 0.0
     for shape, ratio in zip(shapes, ratios, strict=True):
         budget = ratio * shape.params + carried
@@ -195,6 +223,41 @@ def _scheduled_widths(
         carried = budget - removed_params(shape, width)
         widths.append(width)
     return widths
+
+
+def _check_feasible(
+    shapes: Sequence[BlockShape],
+    ratios: Sequence[float],
+    limits: Sequence[float],
+    schedule: Schedule,
+    rules: WidthRules,
+) -> None:
+    """Check that no block loses more than it can, and all together as much as they must."""
+    total = sum(shape.params for shape in shapes)
+    forced = sum(removed_params(s, widest_widths(s, rules)) for s in shapes) / total
+    worst = max(range(len(shapes)), key=lambda i: ratios[i] - limits[i])
+    if forced <= schedule.ratio and ratios[worst] <= limits[worst]:
+        return
+    smallest = math.ceil(1000 * forced) / 1000
+    largest = _largest_feasible(shapes, limits, schedule)
+    known = largest is not None and largest >= smallest
+    none = "no ratio is feasible with these options"
+    if schedule.ratio < forced:
+        raise ConfigError(
+            f"ratio={schedule.ratio} is below {forced:.2%}, which must go for "
+            f"tensor_parallel={rules.tensor_parallel}",
+            hint=f"the smallest feasible ratio with these options is {smallest:.3f}"
+            if known
+            else f"{none}: choose another --tensor-parallel",
+        )
+    raise ConfigError(
+        f"ratio={schedule.ratio} with schedule={schedule.curve!r} takes {ratios[worst]:.1%} of "
+        f"block {worst}, which can lose {limits[worst]:.1%} at most",
+        hint=f"the largest feasible ratio with these options is {largest:.3f}; "
+        "a higher --min-ratio or --schedule uniform allows more"
+        if known
+        else f"{none}: lower --min-ratio",
+    )
 
 
 def given_widths(
@@ -220,6 +283,15 @@ def given_widths(
             f"{limits[worst]:.1%} at most",
             hint="give that block a smaller ratio: one group and one step of channels stay",
         )
+    for index, shape in enumerate(shapes):
+        forced = removed_params(shape, widest_widths(shape, rules)) / shape.params
+        ratio = ratios[index] if index < len(ratios) else 0.0
+        if ratio < forced:
+            raise ConfigError(
+                f"layer_ratios takes {ratio:.1%} of block {index}, which must lose {forced:.1%} "
+                f"for tensor_parallel={rules.tensor_parallel}",
+                hint="give that block a larger ratio, or choose another --tensor-parallel",
+            )
     filled = [*ratios, *[0.0] * (len(shapes) - len(ratios))]
     return [
         _block_widths(shape, ratio, ratio * shape.params, rules)
@@ -229,22 +301,37 @@ def given_widths(
 
 def largest_ratio(shape: BlockShape, rules: WidthRules) -> float:
     """Pruning ratio of a block that keeps as few units as possible in each sublayer."""
-    least = [rules.least(sub) for sub in shape.sublayers]
+    least = [rules.widths(sublayer)[0] for sublayer in shape.sublayers]
     return removed_params(shape, least) / shape.params
+
+
+def widest_widths(shape: BlockShape, rules: WidthRules) -> BlockWidths:
+    """Widths of a block that loses as little as possible."""
+    return tuple(rules.widths(sublayer)[-1] for sublayer in shape.sublayers)
+
+
+def feasible_ratio(
+    shapes: Sequence[BlockShape], schedule: Schedule, rules: WidthRules
+) -> float | None:
+    """Largest ratio, in thousandths, that a schedule allows, if there is one."""
+    if rules.group_counts is not None:
+        shapes = [_joined(shapes)]
+    return _largest_feasible(shapes, [largest_ratio(s, rules) for s in shapes], schedule)
 
 
 def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRules) -> BlockWidths:
     """Round each sublayer's units up from the exact number; the last sublayer absorbs the rest."""
     *others, last = shape.sublayers
-    step = rules.step_params(last) / last.unit_params
-    least = last.kept_params(rules.least(last)) / last.unit_params
+    kept = {width: last.kept_params(width) / last.unit_params for width in rules.widths(last)}
+    least, second = [*kept.values(), last.num_units][:2]
+    step = second - least if last.kind == "experts" else rules.step(last)
     widths: list[Width] = []
     for sublayer in others:
         share = rules.attention_share if sublayer.kind == "attention" else 1.0
         exact = sublayer.num_units * (1 - share * ratio) - 1e-9
-        counts = rules.counts(sublayer)
         preferences = []
-        for count in counts:
+        for count in rules.widths(sublayer):
+            assert isinstance(count, int)  # experts come last
             rest = budget - (sublayer.num_units - count) * sublayer.unit_params
             left = last.num_units - rest / last.unit_params
             beyond = max(least - left, left - last.num_units) - step / 2
@@ -252,34 +339,8 @@ def _block_widths(shape: BlockShape, ratio: float, budget: float, rules: WidthRu
         count = min(preferences)[-1]
         budget -= (sublayer.num_units - count) * sublayer.unit_params
         widths.append(count)
-    return (*widths, _absorbed(last, budget, rules))
-
-
-def _absorbed(shape: SublayerShape, budget: float, rules: WidthRules) -> Width:
-    """Width of a sublayer that loses about as many parameters."""
-    if shape.kind != "experts" or shape.is_fixed:
-        left = shape.num_units - budget / shape.unit_params
-        step, least = shape.step(rules.multiple_of), shape.least(rules.multiple_of)
-        return _nearest(left, step, range(least, shape.num_units + 1))
-    loses_channels, num_experts = rules.loses_channels(shape), shape.num_units
-    if rules.loses_experts(shape):
-        share = budget / 2 if loses_channels else budget
-        left = shape.num_units - share / shape.unit_params
-        num_experts = _nearest(left, shape.multiple, range(shape.fewest, shape.num_units + 1))
-    if not loses_channels:
-        return num_experts
-    rest = budget - (shape.num_units - num_experts) * shape.unit_params
-    left = shape.parts - rest / (num_experts * shape.part_params)
-    step = min(rules.multiple_of, shape.parts)
-    channels = _nearest(left, step, range(step, shape.parts + 1))
-    return num_experts if channels == shape.parts else (num_experts, channels)
-
-
-def _nearest(exact: float, step: int, allowed: range) -> int:
-    """The multiple of a step nearest to a number; the largest allowed one counts as a multiple."""
-    lower = max(math.floor(exact / step) * step, allowed[0])
-    candidates = (min(lower + step, allowed[-1]), min(lower, allowed[-1]))
-    return min(candidates, key=lambda candidate: abs(candidate - exact))
+    left = last.num_units - budget / last.unit_params
+    return (*widths, min(kept, key=lambda width: (abs(kept[width] - left), -kept[width])))
 
 
 def _largest_feasible(

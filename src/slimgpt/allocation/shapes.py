@@ -52,10 +52,6 @@ class SublayerShape:
             return self.num_units, self.parts - 1
         return max(self.num_units - 1, 1)
 
-    def least(self, multiple_of: int) -> int:
-        """Fewest units that the sublayer may keep: one step, or all if it is fixed."""
-        return self.num_units if self.is_fixed else min(self.step(multiple_of), self.num_units)
-
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -83,3 +79,8 @@ def removed_params(shape: BlockShape, widths: Sequence[Width]) -> int:
         sublayer.num_units * sublayer.unit_params - sublayer.kept_params(width)
         for sublayer, width in zip(shape.sublayers, widths, strict=True)
     )
+
+
+def whole_widths(shape: BlockShape) -> BlockWidths:
+    """Widths of a block that keeps all its units."""
+    return tuple(sublayer.num_units for sublayer in shape.sublayers)

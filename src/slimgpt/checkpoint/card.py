@@ -128,7 +128,7 @@ def write_card(directory: Path) -> None:
     body = _CARD.format(
         auto_class=auto_class,
         base=escaped(report.base_model),
-        percent=round(100 * report.target_ratio, 4),
+        percent=round(100 * report.target_ratio, 1 if report.target else 4),
         version=escaped(report.versions["slimgpt"]),
         rest=_REST if is_ours else others,
         facts=markdown_table(("", ""), facts.items()),

@@ -81,6 +81,13 @@ class _Calibration(_Read):
     seqlen: Count
 
 
+class _Target(_Read):
+    option: str
+    asked: int | FiniteFloat
+    reached: int | FiniteFloat
+    unit: str
+
+
 def _options(config: type[BaseModel], *needed: str) -> Any:
     """Schema of the options in a report: the options of this version, some of them required."""
     fields: dict[str, Any] = {
@@ -110,6 +117,7 @@ class PruningReport(_Read):
     params_before: Count
     params_after: Count
     is_measured: bool
+    target: _Target | None = None
     blocks: list[_Block] = Field(min_length=1)
     seconds: dict[str, FiniteFloat]
     peak_memory_bytes: Count | None

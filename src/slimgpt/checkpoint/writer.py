@@ -18,8 +18,10 @@ from slimgpt.checkpoint import modeling_slimgpt
 from slimgpt.checkpoint.registration import pruned_classes
 from slimgpt.models.family import PRUNED_PREFIX, family_of
 from slimgpt.models.layout import auto_class_of, family_in, is_wrapped
-from slimgpt.models.weights import write_file
+from slimgpt.models.weights import file_bytes, write_file
 from slimgpt.runtime.files import read_json
+
+_METADATA = {"format": "pt"}
 
 _STALE_KEYS = (
     "model_type",
@@ -164,11 +166,20 @@ def write_shards(
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name] for name in names}
-        write_file(directory / file, shard, {"format": "pt"}, read)
+        write_file(directory / file, shard, _METADATA, read)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def shard_bytes(tensors: dict[str, Tensor], max_shard_size: int) -> list[int]:
+    """Sizes of the safetensors files that `write_shards` writes."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    return [
+        file_bytes({name: tensors[name] for name in names}, _METADATA)
+        for names in split.filename_to_tensors.values()
+    ]
 
 
 def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:

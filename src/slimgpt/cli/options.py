@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ByteSize
+from pydantic import BaseModel, BeforeValidator, ByteSize
 from pydantic.fields import FieldInfo
 
 Command = Callable[..., None]
@@ -42,9 +42,12 @@ def _flag(name: str, field: FieldInfo) -> Any:
         kind, metavar = str, "NAME"
         default = str(default).replace("_", "-")
     elif kind is ByteSize:
-        kind, metavar, default = str, "BYTES", default.human_readable(decimal=True)
+        default = default and default.human_readable(decimal=True)
+        kind, metavar = str, "BYTES"
     elif get_origin(kind) is tuple:
         kind, metavar, default = str, "A,B,…", ",".join(map(str, default))
+    elif any(isinstance(entry, BeforeValidator) for entry in field.metadata):  # it has a unit
+        kind, metavar = str, "NUMBER"
     flag = name.replace("_", "-")
     option = typer.Option(
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",

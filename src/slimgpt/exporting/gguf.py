@@ -5,18 +5,21 @@ Tensors are read and written one at a time. The model is never run.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf import MODEL_TENSOR as T
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.gguf_graphs import NOT_WRITTEN, UNIFORM, ModelType, graph_of, model_type_of
 from slimgpt.exporting.gguf_metadata import add_metadata, check_graph
 from slimgpt.exporting.gguf_parts import (
+    Key,
     Part,
     Parts,
     Widths,
@@ -71,26 +74,113 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
     """
     config = load_config(source)
     check_causal(source.name, config)
-    model, size = model_type_of(config.model_type), head_dim_of(config)
-    qtype = GGMLQuantizationType[type_name.upper()]
-    block = gguf.GGML_QUANT_SIZES[qtype][0]
+    model = model_type_of(config.model_type)
     weights, skeleton = open_weights(source, config, "float32"), build_skeleton(config)
     weights.check(skeleton)
+    layout = lay_out(model, skeleton, weights, type_name)
+    writer = start_file(source, layout, weights, file)
+    try:
+        for name, part, kind in layout.tensors:
+            writer.write_tensor_data(_quantise(name, part, kind))
+    finally:
+        writer.close()
+    return layout.arch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file holds, before any tensor is read.
+
+    Attributes
+    ----------
+    model : ModelType
+        How models of this type are written.
+    config : PreTrainedConfig
+        Config of the checkpoint.
+    type_name : str
+        Type of the matrices.
+    arch : str
+        The graph.
+    layers : list of Widths
+        Padded widths of the layers.
+    parts : dict of Key to Part
+        The padded tensors, before those that the graph has in one are joined.
+    joined : dict of Key to Part
+        The tensors of the file.
+    """
+
+    model: ModelType
+    config: Any
+    type_name: str
+    arch: str
+    layers: list[Widths]
+    parts: Parts
+    joined: Parts
+
+    @property
+    def tensors(self) -> list[tuple[str, Part, GGMLQuantizationType]]:
+        """Name, values and type of each tensor."""
+        return [(key.name, part, self.kind(key, part)) for key, part in self.joined.items()]
+
+    def kind(self, key: Key, part: Part) -> GGMLQuantizationType:
+        """Type of a tensor in the file: vectors and the weights of routers are float32."""
+        is_full = len(part.shape) == 1 or key.role == T.FFN_GATE_INP
+        return GGMLQuantizationType["F32" if is_full else self.type_name.upper()]
+
+    def num_bytes(self, key: Key, part: Part) -> int:
+        """Bytes of a tensor in the file, without those that fill up to the next one.
+
+        Raises
+        ------
+        ExportError
+            If its rows do not fill whole blocks of the type.
+        """
+        kind = self.kind(key, part)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if part.shape[-1] % block:
+            raise ExportError(
+                f"{part.stored_name} has rows of {part.shape[-1]} values, but {kind.name} has "
+                f"blocks of {block}",
+                hint="choose --type f16",
+            )
+        return math.prod(part.shape) // block * size
+
+
+def lay_out(
+    model: ModelType, skeleton: PreTrainedModel, weights: Weights, type_name: str
+) -> Layout:
+    """Find the graph for a checkpoint, and the tensors that it needs; see `write_gguf`."""
+    config, size = skeleton.config, head_dim_of(skeleton.config)
+    block = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]][0]
     widths = widths_of(find_parts(model, model.graph, skeleton, weights), size)
     layers = [layer.padded(size, block) for layer in widths]
     arch = _find_arch(config, model, layers)
     parts = find_parts(model, arch, skeleton, weights)
-    graph = graph_of(arch)
-    check_graph(config, model, arch, graph)
-    writer = GGUFWriter(file, arch)
-    add_metadata(writer, config, model, graph, layers)
+    check_graph(config, model, arch, graph_of(arch))
+    parts = padded(converted(parts, config, model, arch), layers, size)
+    return Layout(model, config, type_name, arch, layers, parts, joined(parts, arch))
+
+
+def start_file(source: Source, layout: Layout, weights: Weights, file: Path) -> GGUFWriter:
+    """Write everything but the values of the tensors; the writer is to be closed."""
+    model, config = layout.model, layout.config
+    writer = GGUFWriter(file, layout.arch)
+    add_metadata(writer, config, model, graph_of(layout.arch), layout.layers)
     _add_scalars(writer, model, weights)
     writer.add_name(Path(source.name).name)
-    writer.add_file_type(_FILE_TYPES[type_name])
+    writer.add_file_type(_FILE_TYPES[layout.type_name])
     add_tokenizer(writer, source, config)
-    parts = joined(padded(converted(parts, config, model, arch), layers, size), arch)
-    _write_tensors(writer, parts, qtype)
-    return arch
+    for key, part in layout.joined.items():
+        kind, num_bytes = layout.kind(key, part), layout.num_bytes(key, part)
+        writer.add_tensor_info(key.name, part.shape, np.dtype(np.float32), num_bytes, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except BaseException:
+        writer.close()
+        raise
+    return writer
 
 
 def _find_arch(config: PreTrainedConfig, model: ModelType, layers: Sequence[Widths]) -> str:
@@ -127,33 +217,6 @@ def _add_scalars(writer: GGUFWriter, model: ModelType, weights: Weights) -> None
     for key, end in model.scalars.items():
         names = [name for name in weights.shapes if name.endswith(end)]
         writer.add_array(key, [weights.read(name).item() for name in names])
-
-
-def _write_tensors(writer: GGUFWriter, parts: Parts, qtype: GGMLQuantizationType) -> None:
-    """Write the file: first everything about the tensors, then one after the other."""
-    full = GGMLQuantizationType.F32
-    tensors = [
-        (key.name, part, full if len(part.shape) == 1 or key.role == T.FFN_GATE_INP else qtype)
-        for key, part in parts.items()
-    ]
-    for name, part, kind in tensors:
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if part.shape[-1] % block:
-            raise ExportError(
-                f"{part.stored_name} has rows of {part.shape[-1]} values, but {kind.name} has "
-                f"blocks of {block}",
-                hint="choose --type f16",
-            )
-        num_bytes = math.prod(part.shape) // block * size
-        writer.add_tensor_info(name, part.shape, np.dtype(np.float32), num_bytes, kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, part, kind in tensors:
-            writer.write_tensor_data(_quantise(name, part, kind))
-    finally:
-        writer.close()
 
 
 def _quantise(name: str, part: Part, qtype: GGMLQuantizationType) -> np.ndarray:

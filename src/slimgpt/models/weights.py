@@ -185,6 +185,20 @@ def write_file(
     read : callable, optional
         Returns the values for a name, so that only one tensor at a time is in memory.
     """
+    with file.open("wb") as out:
+        out.write(_header(tensors, metadata))
+        for name in tensors:
+            values = tensors[name] if read is None else read(name)
+            out.write(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Size of the file that `write_file` writes."""
+    return len(_header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What comes before the values in a safetensors file."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -197,8 +211,4 @@ def write_file(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in tensors:
-            values = tensors[name] if read is None else read(name)
-            out.write(values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return len(text).to_bytes(8, "little") + text

@@ -52,12 +52,18 @@ def sizes(planned: Any) -> dict[str, str]:
     planned : PrunePlan or PruningReport
         Parameter counts and ratios.
     """
-    return {
+    target, asked = planned.target, f", asked for {planned.target_ratio:.2%}"
+    found = {
         "Parameters": f"{planned.params_before:,} → {planned.params_after:,}",
         "Removed of all parameters, embeddings included": f"{planned.total_ratio:.2%}",
-        "Removed of the prunable parameters in the blocks": f"{planned.block_ratio:.2%}, "
-        f"asked for {planned.target_ratio:.2%}",
+        "Removed of the prunable parameters in the blocks": f"{planned.block_ratio:.2%}"
+        + ("" if target else asked),
     }
+    if target:
+        name = target.option.replace("_", "-")
+        values = f"{target.reached:,.12g} {target.unit}, asked for {target.asked:,.12g} at most"
+        found[f"Reached for --{name}"] = values
+    return found
 
 
 def perplexity_table(results: Iterable[Any], digits: int = 2) -> Table:

@@ -9,8 +9,8 @@ from slimgpt.pruning.sensitivity import measured_widths
 
 
 def scheduled_widths(job: Job) -> list[BlockWidths]:
-    """Compute the widths from the given layer ratios or from the schedule."""
-    return initial_widths(job.shapes, job.base_config, job.config)
+    """Compute the widths from the target, the given layer ratios or the schedule."""
+    return initial_widths(job.shapes, job.base_config, job.config, job.target)
 
 
 Allocator = Callable[[Job], list[BlockWidths]]

@@ -47,6 +47,7 @@ from slimgpt.pruning.memory import (
     solver_bytes,
 )
 from slimgpt.pruning.plan import initial_widths, is_measured, shapes_of
+from slimgpt.pruning.targets import find_target
 from slimgpt.runtime.distributed import is_main, shard
 from slimgpt.runtime.environment import Stopwatch, computation, versions
 from slimgpt.runtime.files import describe_file
@@ -110,14 +111,16 @@ def open_inputs(
     Raises
     ------
     SlimGPTError
-        If a file of the model is missing or broken, or the ratio is not feasible.
+        If a file of the model is missing or broken, or the ratio or target is not feasible.
     """
     stopwatch, method = Stopwatch(), make_method(config)
     base_config = load_config(source)
     if not has_language_head(base_config):
         _check_headless(source, config)
     shapes = tuple(shapes_of(base_config))
-    widths = initial_widths(shapes, base_config, config)  # raises if the ratio is not feasible
+    target = find_target(source, base_config, config)
+    # Raises if the ratio is not feasible.
+    widths = initial_widths(shapes, base_config, config, target)
     _check_method(method, shapes, widths)
     if is_main():
         check_family(base_config)
@@ -134,6 +137,7 @@ def open_inputs(
         method,
         base_config,
         shapes,
+        target,
         streamed,
         tokenizer,
         generation_config,
@@ -177,7 +181,7 @@ def make_job(inputs: Inputs, run: Run) -> Job:
     DataError
         If there are too few samples.
     """
-    widths = initial_widths(inputs.shapes, inputs.base_config, inputs.config)
+    widths = initial_widths(inputs.shapes, inputs.base_config, inputs.config, inputs.target)
     _warn_of_few_samples(inputs, widths)
     memory = estimate_memory(inputs, widths)
     if is_main():

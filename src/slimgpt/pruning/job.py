@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from slimgpt.allocation.shapes import BlockShape
+from slimgpt.allocation.targets import Target
 from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Method
@@ -30,6 +31,8 @@ class Inputs:
         Config of the dense model.
     shapes : tuple of BlockShape
         Prunable units of each block of the original model.
+    target : Target or None
+        The limit on the result, if the options set one instead of a ratio.
     streamed : StreamedModel
         The dense model with any biases that the method adds; weights are read block by block.
     tokenizer : PreTrainedTokenizerBase
@@ -48,6 +51,7 @@ class Inputs:
     method: Method
     base_config: PreTrainedConfig
     shapes: tuple[BlockShape, ...]
+    target: Target | None
     streamed: StreamedModel
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from slimgpt.allocation.reallocation import samples_needed
 from slimgpt.allocation.schedule import Schedule, WidthRules, given_widths, scheduled_widths
 from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation.targets import Target, target_widths
 from slimgpt.checkpoint.writer import pruned_config, uniform_group_counts
 from slimgpt.config import PruneConfig
 from slimgpt.methods.registry import make_method
@@ -16,6 +17,27 @@ from slimgpt.models.blocks import bind
 from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
+from slimgpt.pruning.targets import find_target
+
+
+@dataclass(frozen=True)
+class ReachedTarget:
+    """A target and what is reached: a size predicted from the widths, or that of written files.
+
+    Attributes
+    ----------
+    option : str
+        Name of the option.
+    asked, reached : int or float
+        Its value, and that of the plan, which is not larger.
+    unit : str
+        What is counted.
+    """
+
+    option: str
+    asked: int | float
+    reached: int | float
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -31,13 +53,16 @@ class PrunePlan:
     layer_ratios : tuple of float
         Fraction of its prunable parameters that each block loses.
     target_ratio, block_ratio : float
-        Removed fraction of the prunable block parameters: the requested and the planned one.
+        Removed fraction of the prunable block parameters: the requested and the planned one, which
+        are the same if a target is requested.
     total_ratio : float
         Removed fraction of all parameters, embeddings included.
     params_before, params_after : int
         All parameters of the dense and of the pruned model.
     is_measured : bool
         Whether a sensitivity pass reallocates units. The widths of a plan are then its start.
+    target : ReachedTarget or None
+        The target, if one is requested.
     """
 
     shapes: tuple[BlockShape, ...]
@@ -49,13 +74,14 @@ class PrunePlan:
     params_before: int
     params_after: int
     is_measured: bool
+    target: ReachedTarget | None = None
 
 
 def plan(model: str, **options: Any) -> PrunePlan:
     """Compute the widths of a pruned model from its config, without reading weights.
 
     With measured widths, the run starts from these. It may redistribute units among sublayers; the
-    total number of removed parameters does not change.
+    total number of removed parameters does not change, and a target is met again.
 
     Parameters
     ----------
@@ -67,7 +93,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
     Raises
     ------
     SlimGPTError
-        If an option is wrong, the model cannot be read or the ratio is infeasible.
+        If an option is wrong, the model cannot be read, or the ratio or target is infeasible.
 
     Examples
     --------
@@ -76,36 +102,54 @@ def plan(model: str, **options: Any) -> PrunePlan:
     81430848
     """
     config = PruneConfig.create(**options)
-    base_config = load_config(find_model(model))
-    widths = initial_widths(shapes_of(base_config), base_config, config)
-    return make_plan(base_config, config, widths)
+    source = find_model(model)
+    base_config = load_config(source)
+    target = find_target(source, base_config, config)
+    widths = initial_widths(shapes_of(base_config), base_config, config, target)
+    return make_plan(base_config, config, widths, target)
 
 
 def initial_widths(
-    shapes: Sequence[BlockShape], base_config: PreTrainedConfig, config: PruneConfig
+    shapes: Sequence[BlockShape],
+    base_config: PreTrainedConfig,
+    config: PruneConfig,
+    target: Target | None,
 ) -> list[BlockWidths]:
-    """Compute the widths from the given layer ratios or the schedule, without measurement.
+    """Compute the widths for a target, given layer ratios or the schedule, without measurement.
 
     Raises
     ------
     ConfigError
         If a block would lose more than it can.
     """
+    rules = width_rules(base_config, config)
+    if config.layer_ratios:
+        return given_widths(shapes, config.layer_ratios, rules)
+    schedule = Schedule(config.ratio, config.schedule, config.min_ratio)
+    if target is not None:
+        return target_widths(shapes, target, schedule, rules)
+    return scheduled_widths(shapes, schedule, rules)
+
+
+def width_rules(base_config: PreTrainedConfig, config: PruneConfig) -> WidthRules:
+    """Find which widths the blocks may have."""
     share = config.attention_share
-    rules = WidthRules(
+    if config.target_kv_cache is not None:
+        share = 1.0
+    return WidthRules(
         config.multiple_of,
         uniform_group_counts(base_config) if config.uniform else None,
         attention_share(base_config) if share is None else share,
         config.expert_units,
+        config.tensor_parallel,
     )
-    if config.layer_ratios:
-        return given_widths(shapes, config.layer_ratios, rules)
-    schedule = Schedule(config.ratio, config.schedule, config.min_ratio)
-    return scheduled_widths(shapes, schedule, rules)
 
 
 def make_plan(
-    base_config: PreTrainedConfig, config: PruneConfig, widths: Sequence[BlockWidths]
+    base_config: PreTrainedConfig,
+    config: PruneConfig,
+    widths: Sequence[BlockWidths],
+    target: Target | None,
 ) -> PrunePlan:
     """Compute the ratios and parameter counts that follow from the widths."""
     skeleton = build_skeleton(base_config)
@@ -117,17 +161,27 @@ def make_plan(
     extended = make_method(config).extend_config(base_config)
     result = build_skeleton(pruned_config(extended, widths, config.uniform))
     before, after = skeleton.num_parameters(), result.num_parameters()
+    block_ratio = sum(removed) / prunable
+    asked = given / prunable if config.layer_ratios else config.ratio
     return PrunePlan(
         shapes=tuple(shapes),
         widths=tuple(widths),
         layer_ratios=tuple(r / s.params for r, s in zip(removed, shapes, strict=True)),
-        target_ratio=given / prunable if config.layer_ratios else config.ratio,
-        block_ratio=sum(removed) / prunable,
+        target_ratio=block_ratio if target else asked,
+        block_ratio=block_ratio,
         total_ratio=1 - after / before,
         params_before=before,
         params_after=after,
         is_measured=is_measured(shapes, widths, seqlen, config),
+        target=target and _reached(target, shapes, widths),
     )
+
+
+def _reached(
+    target: Target, shapes: Sequence[BlockShape], widths: Sequence[BlockWidths]
+) -> ReachedTarget:
+    value = target.value(target.cost(shapes, widths))
+    return ReachedTarget(target.option, target.asked, value, target.unit)
 
 
 def is_measured(

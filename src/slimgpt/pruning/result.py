@@ -64,6 +64,9 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         tensors = {part: stored(name, False)[part] for part, name in parts.items()}
         write_shards(directory, tensors, lambda n: stored(parts[n], True)[n], config.max_shard_size)
         job.stopwatch.lap("save")
+        if config.target_size is not None and config.target_type == "auto":
+            files = directory.glob("*.safetensors")
+            report["target"]["reached"] = sum(file.stat().st_size for file in files)
         report["seconds"] = job.stopwatch.seconds | report["seconds"]
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
         write_card(directory)
@@ -87,7 +90,7 @@ def _report(
             "nsamples": config.nsamples,
             "seqlen": job.seqlen,
         },
-        **asdict(make_plan(job.base_config, config, widths)),
+        **asdict(make_plan(job.base_config, config, widths, job.target)),
         "blocks": [json.loads(block["plan"]) for block in metadata],
         # Of all blocks, including those pruned before an interruption.
         "seconds": {"prune": round(sum(cost["seconds"] for cost in costs), 3)},

@@ -30,6 +30,7 @@ from slimgpt.allocation.reallocation import (
     move_units,
     probe_samples,
 )
+from slimgpt.allocation.schedule import WidthRules
 from slimgpt.allocation.shapes import BlockWidths, SublayerShape, Width
 from slimgpt.calibration.activations import TOKENS_PER_BATCH, Stream, embed, run_sublayer
 from slimgpt.config import PruneConfig
@@ -42,7 +43,7 @@ from slimgpt.models.sublayers import Sublayer
 from slimgpt.pruning.block import replay_block
 from slimgpt.pruning.decisions import SavedBlock, SublayerPlan
 from slimgpt.pruning.job import Job
-from slimgpt.pruning.plan import initial_widths
+from slimgpt.pruning.plan import initial_widths, width_rules
 from slimgpt.pruning.sequential import sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.run_directory import WIDTHS_FILE
@@ -62,9 +63,9 @@ log = logging.getLogger(__name__)
 class MeasuringSlimGPT(SlimGPT):
     """SlimGPT that also records the errors at other widths. It is greedy, so widths are nested."""
 
-    def __init__(self, config: PruneConfig) -> None:
+    def __init__(self, config: PruneConfig, rules: WidthRules) -> None:
         super().__init__(config)
-        self.refit_epochs = 0
+        self.refit_epochs, self.rules = 0, rules
 
     def eliminate(
         self, problem: Problem, sublayer: Sublayer, width: Width
@@ -81,7 +82,11 @@ class MeasuringSlimGPT(SlimGPT):
             return left, self._path(problem, shape, 2 * removed)
         assert isinstance(width, int)
         num_remove = num_units - width
-        removals = measured_removals(num_units, width, shape.step(self.config.multiple_of))
+        removals = [
+            removed
+            for removed in measured_removals(num_units, width, self.rules.step(shape))
+            if self.rules.allows(shape, num_units - removed)
+        ]
         further = removals[-1] - num_remove
         if sublayer.unit_size > 1:
             size, error = sublayer.unit_size, self.config.head_error
@@ -95,10 +100,11 @@ class MeasuringSlimGPT(SlimGPT):
         heads = HeadCounts(shape.num_units, shape.parts)
         params = HeadParams(shape.part_params, shape.unit_params - shape.parts * shape.part_params)
         _, *path = trace_heads(problem, heads, params, num_params, self.config.head_error)
-        return tuple(
+        curve = (
             (groups if per_group == shape.parts else (groups, per_group), error)
             for (groups, per_group), _, error in path
         )
+        return tuple(point for point in curve if self.rules.allows(shape, point[0]))
 
 
 def measured_widths(job: Job) -> list[BlockWidths]:
@@ -115,7 +121,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
     Returns
     -------
     list of tuple of int
-        Widths that remove as many parameters in all as the scheduled widths.
+        Widths that remove as many parameters in all as the scheduled widths, or meet the target.
 
     Raises
     ------
@@ -124,10 +130,10 @@ def measured_widths(job: Job) -> list[BlockWidths]:
     """
     run = job.run
     if not run.all_have(WIDTHS_FILE):
-        widths = initial_widths(job.shapes, job.base_config, job.config)
+        widths = initial_widths(job.shapes, job.base_config, job.config, job.target)
         measuring = replace(
             job,
-            method=MeasuringSlimGPT(job.config),
+            method=MeasuringSlimGPT(job.config, width_rules(job.base_config, job.config)),
             streamed=job.streamed.anew(),
             samples_NT=job.samples_NT[::SENSITIVITY_SHARE],
         )
@@ -148,10 +154,11 @@ def _start(job: Job, widths: Sequence[BlockWidths]) -> list[BlockWidths]:
     """Widths of the sensitivity pass: the scheduled ones, but every attention loses something."""
     if not job.config.query_heads or job.config.attention_share == 0:
         return list(widths)
+    allows = width_rules(job.base_config, job.config).allows
     return [
         tuple(
             sub.smallest_step
-            if sub.kind == "attention" and width == sub.num_units and not sub.is_fixed
+            if sub.kind == "attention" and width == sub.num_units and allows(sub, sub.smallest_step)
             else width
             for sub, width in zip(shape.sublayers, block, strict=True)
         )
@@ -183,7 +190,8 @@ def _moved(
         for block, block_costs in zip(blocks, costs, strict=True)
     ]
     curves = [[plan.curve for plan in block.plan.sublayers] for block in blocks]
-    return move_units(job.shapes, widths, curves, prices)
+    rules = width_rules(job.base_config, job.config)
+    return move_units(job.shapes, widths, curves, prices, rules=rules, target=job.target)
 
 
 @torch.no_grad()
