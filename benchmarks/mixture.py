@@ -2,10 +2,13 @@ r"""Make a mixture of experts whose truth is known from a small dense model of t
 
 ``copies``: each expert is a copy of the whole FFN. Routing weights sum to one, so the mixture
 computes what the dense model computes, which is checked; then it is trained for a few steps, so
-that the experts differ. ``split``: each expert has some of the FFN's channels, clustered by their
-activations; the router is a linear prediction of the norms of the experts' outputs. Only experts
-and routers are trained, with a loss that balances the load. An interrupted run goes on from the
-last state in OUTPUT if it is started with the same options. Usage:
+that the experts differ. (After a hundred steps at the default rate they are still nearly
+interchangeable.) ``split``: each expert has some of the FFN's channels, clustered by their
+activations; the router is a linear prediction of the norms of the experts' outputs, so its experts
+differ from the start.
+
+Only experts and routers are trained, with a loss that balances the load. An interrupted run goes on
+from the last state in OUTPUT if it is started with the same options. Usage:
 
     python benchmarks/mixture.py OUTPUT --text c4.jsonl --texts wikitext.txt pydocs
     python benchmarks/mixture.py OUTPUT --text c4.jsonl --kind split --experts 16 --top-k 12 \
