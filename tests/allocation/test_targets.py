@@ -88,7 +88,7 @@ def steps(model: Model, rules: WidthRules, widths: Sequence[BlockWidths]) -> lis
     shapes = model.target.prunable(model.shapes)
     for shape, block, prices in zip(shapes, widths, model.target.prices, strict=True):
         for sublayer, width, price in zip(shape.sublayers, block, prices, strict=True):
-            wider = [count for count in rules.counts(sublayer) if count > width]
+            wider = [count for count in rules.widths(sublayer) if count > width]
             if wider:
                 found.append(price.of(sublayer, wider[0]) - price.of(sublayer, width))
     return found
@@ -196,7 +196,7 @@ def shared(draw: st.DrawFn) -> tuple[list[BlockShape], WidthRules]:
         heads = draw(st.sampled_from([4, 8]))
         channels = draw(st.integers(8 * devices, 600))
         unit = heads * 10 + 20
-        attention = SublayerShape("attention", groups, unit, heads=heads, head_params=10)
+        attention = SublayerShape("attention", groups, unit, parts=heads, part_params=10)
         shapes.append(BlockShape((attention, SublayerShape("ffn", channels, 10))))
     return shapes, WidthRules(draw(st.sampled_from([1, 8])), tensor_parallel=devices)
 
@@ -205,7 +205,7 @@ def check_shared(shapes: Sequence[BlockShape], rules: WidthRules, widths) -> Non
     devices = rules.tensor_parallel
     for shape, (attention, channels) in zip(shapes, widths, strict=True):
         first, ffn = shape.sublayers
-        groups, heads = (attention, first.heads) if isinstance(attention, int) else attention
+        groups, heads = (attention, first.parts) if isinstance(attention, int) else attention
         assert groups * heads % devices == 0
         assert groups % devices == 0 or (first.num_units < devices and devices % groups == 0)
         assert channels % devices == 0
@@ -231,15 +231,15 @@ def test_scheduled_widths_can_be_shared(model, ratio):
 def test_widths_for_two_devices():
     three = BlockShape((SublayerShape("attention", 3, 100), SublayerShape("ffn", 100, 10)))
     rules = WidthRules(8, tensor_parallel=2)
-    assert rules.counts(three.sublayers[0]) == (2,)
-    assert rules.counts(three.sublayers[1]) == (16, 32, 48, 64, 80, 96, 100)
+    assert rules.widths(three.sublayers[0]) == (2,)
+    assert rules.widths(three.sublayers[1]) == (16, 32, 48, 64, 80, 96, 100)
     with pytest.raises(ConfigError, match=r"ratio=0\.05 is below 7\.69%, which must go"):
         scheduled_widths([three], Schedule(0.05), rules)
-    few = SublayerShape("attention", 2, 100, heads=8, head_params=5)
-    assert WidthRules(tensor_parallel=4).counts(few) == (1, 2)
+    few = SublayerShape("attention", 2, 100, parts=8, part_params=5)
+    assert WidthRules(tensor_parallel=4).widths(few) == (1, 2)
     assert not WidthRules(tensor_parallel=4).allows(few, (1, 6))
     with pytest.raises(ConfigError, match="no number can be shared by 3 devices"):
-        WidthRules(tensor_parallel=3).counts(few)
+        WidthRules(tensor_parallel=3).widths(few)
 
 
 # Measured widths
@@ -289,7 +289,7 @@ def test_measured_widths_meet_a_target(devices, data):
     for shape, block in zip(model.shapes, moved, strict=True):
         for sublayer, width in zip(shape.sublayers, block, strict=True):
             is_left_alone = model.target.only_attention and sublayer.kind == "ffn"
-            assert is_left_alone or width in rules.counts(sublayer)
+            assert is_left_alone or width in rules.widths(sublayer)
 
 
 @fixed

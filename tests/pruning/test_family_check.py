@@ -125,7 +125,7 @@ def test_all_descriptions_hold(model_type: str) -> None:
     found = check_family(tiny_config(model_type))
     assert max(found.differences.values()) < 1e-6
     kinds = {(s.block, s.kind): s for s in found.sublayers}
-    assert {kind for _, kind in kinds} == {"attention", "ffn"}
+    assert {"attention"} < {kind for _, kind in kinds} <= {"attention", "ffn", "experts"}
     assert all(s.difference is None or s.difference < 1e-6 for s in found.sublayers)
     assert any(s.difference is not None for s in found.sublayers)
 

@@ -222,6 +222,8 @@ class Activations:
         not linear; t is then the dense model's output before that norm.
     target_O : Tensor or None
         E[t − b].
+    correction : float or None
+        How far the output is to move toward its target, 0 to 1; None for what the options say.
     """
 
     hessian_II: Tensor
@@ -229,6 +231,7 @@ class Activations:
     kept: list[Tensor]
     cross_OI: Tensor | None = None
     target_O: Tensor | None = None
+    correction: float | None = None
 
     def take_sums(self) -> tuple[Tensor, Tensor | None]:
         """Give `hessian_II` and `cross_OI` away, so that whoever has them can free them."""

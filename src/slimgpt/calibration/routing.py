@@ -39,22 +39,27 @@ def rerouting_errors(experts: Experts, stream: Stream) -> Tensor:
         dense = experts.route(normed_TC)
         is_used_TE = torch.zeros(len(normed_TC), num_experts, dtype=torch.bool)
         is_used_TE = is_used_TE.to(normed_TC.device).scatter_(1, dense.index_TK, True)
-        rerouted = {}
-        for index in dense.index_TK.unique().tolist():
-            tokens_T, _ = dense.tokens_of(index)
+        rerouted = []
+        for index in range(num_experts):
             rest_E = torch.tensor([e for e in range(num_experts) if e != index])
-            without = replace(experts, routed_E=rest_E.to(tokens_T.device))
-            rerouted[index] = tokens_T, without.route(normed_TC[tokens_T])
-            is_used_TE[tokens_T[:, None], rerouted[index][1].index_TK] = True
+            without = replace(experts, routed_E=rest_E.to(normed_TC.device)).route(normed_TC)
+            # Where the weights are not normalised, those of all tokens change.
+            changes_TK = (without.index_TK != dense.index_TK) | (
+                without.weight_TK != dense.weight_TK
+            )
+            tokens_T = changes_TK.any(dim=1).nonzero()[:, 0]
+            after = Routing(without.index_TK[tokens_T], without.weight_TK[tokens_T])
+            rerouted.append((tokens_T, after))
+            is_used_TE[tokens_T[:, None], after.index_TK] = True
         outputs_PC, pair_TE = _outputs(experts, normed_TC, is_used_TE)
 
         def mixed(tokens_T: Tensor, routing: Routing) -> Tensor:
             pairs_TK = pair_TE[tokens_T[:, None], routing.index_TK]  # noqa: B023
             return (outputs_PC[pairs_TK] * routing.weight_TK[..., None]).sum(dim=1)  # noqa: B023
 
-        for index, (tokens_T, routing) in rerouted.items():
+        for index, (tokens_T, after) in enumerate(rerouted):
             before = Routing(dense.index_TK[tokens_T], dense.weight_TK[tokens_T])
-            change_TC = mixed(tokens_T, routing) - mixed(tokens_T, before)
+            change_TC = mixed(tokens_T, after) - mixed(tokens_T, before)
             errors_E[index] += float(change_TC.double().square().sum())
     return all_reduce(errors_E)
 

@@ -88,7 +88,9 @@ class SlimGPT(Method):
         weight_OI = sublayer.output.weight.to(hessian_II.device)
         damping, target = Damping(config.damping, config.damping_mode), None
         if cross_OI is not None:
-            target = Target(cross_OI, config.correction, activations.target_O)
+            correction = activations.correction
+            correction = config.correction if correction is None else correction
+            target = Target(cross_OI, correction, activations.target_O)
         mean_I = None if sublayer.output.bias is None else activations.mean_I
         problem = prepare(weight_OI, hessian_II, damping, target, mean_I)
         if problem.damping > config.damping:

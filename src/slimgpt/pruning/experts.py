@@ -31,7 +31,13 @@ from slimgpt.models.experts import Experts, Routing
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 from slimgpt.pruning.decisions import RoutingChange, SublayerPlan
-from slimgpt.runtime.distributed import all_reduce, broadcast, broadcast_tensor, is_main
+from slimgpt.runtime.distributed import (
+    all_reduce,
+    broadcast,
+    broadcast_tensor,
+    is_main,
+    shard_batches,
+)
 
 # An expert with fewer tokens for each of its channels borrows from other tokens.
 TOKENS_PER_CHANNEL = 2
@@ -133,6 +139,8 @@ class _Solver:
         self._rest_TC = torch.cat(rests)
         self._routing = Routing(*map(torch.cat, zip(*routings, strict=True)))
         self._before = Routing(*map(torch.cat, zip(*before, strict=True)))
+        num_batches = int(all_reduce(torch.tensor(len(rests))))
+        self._first = shard_batches(num_batches).start * len(rests[0])  # token of this process
         power = torch.stack(powers).sum().cpu()
         self._num_tokens = all_reduce(torch.full_like(power, len(self._rest_TC)))
         self.power = float(all_reduce(power) / self._num_tokens)
@@ -153,7 +161,7 @@ class _Solver:
         batches = tokens_T.split(TOKENS_PER_BATCH)
         for rows_T, factors_T1 in zip(batches, factor_T1.split(TOKENS_PER_BATCH), strict=True):
             inputs.append(self._input(expert, rows_T) * factors_T1)
-            sums.add(inputs[-1], self._rest_TC[rows_T] if compensates else None)
+            sums.add(inputs[-1], self._rest_TC[rows_T].float() if compensates else None)
         number = self._num_tokens.to(weight_OI.device)
         activations = sums.average([], number)
         num_own = int(sums.num_tokens)
@@ -162,11 +170,13 @@ class _Solver:
             self._borrow(expert, activations, factor_T1, num_own)
         if activations.cross_OI is not None:
             activations.cross_OI += weight_OI.double() @ activations.hessian_II
+            activations.correction = 1.0  # the target has the fraction that is to be corrected
         decision = self._decide(expert, num_channels, activations)
-        kept_K, new_OK = decision.kept.units, decision.weight_OK.to(self._rest_TC)
+        kept_K, new_OK = decision.kept.units, decision.weight_OK
         for rows_T, input_TI in zip(batches, inputs, strict=True):
-            change_TO = input_TI @ weight_OI.to(input_TI).T - input_TI[:, kept_K] @ new_OK.T
-            self._rest_TC.index_add_(0, rows_T, change_TO)
+            before_TO = input_TI @ weight_OI.to(input_TI).T
+            change_TO = before_TO - input_TI[:, kept_K] @ new_OK.to(input_TI).T
+            self._rest_TC.index_add_(0, rows_T, change_TO.to(self._rest_TC))
         return decision
 
     def change(self) -> RoutingChange:
@@ -211,9 +221,9 @@ class _Solver:
         own, share = num_own / needed, max(num_own, 1) / float(self._num_tokens)
         square = float(all_reduce(factor_T1.double().square().sum().cpu())) / max(num_own, 1)
         square = square or 1 / self._routing.index_TK.shape[1] ** 2
-        num_local = len(self._rest_TC)
+        num_local, step = len(self._rest_TC), max(int(self._num_tokens) // needed, 1)
         sums = Sums(expert.output, has_target=False)
-        rows_T = torch.arange(0, num_local, max(num_local // needed, 1))
+        rows_T = torch.arange(-self._first % step, num_local, step)
         for batch_T in rows_T.split(TOKENS_PER_BATCH):
             sums.add(self._input(expert, batch_T))
         borrowed = sums.average([])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -19,6 +20,7 @@ from slimgpt.data.datasets import describe_dataset
 from slimgpt.models.device import fast_dtype
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.weights import read_metadata, saved_tensors, tensor_names
+from slimgpt.pruning.experts import TOKENS_PER_CHANNEL
 from slimgpt.pruning.job import Job
 from slimgpt.pruning.plan import make_plan
 from slimgpt.runtime.distributed import is_main
@@ -38,6 +40,7 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
     log.info("saving to %s", run.output)
     files = [run.saved(run.block_file(index)) for index in range(len(widths))]
     report = _report(job, widths, [read_metadata(file) for file in files])
+    _warn_of_few_tokens(job, report["blocks"])
     finished = {name: file for file in files for name in tensor_names(file)}
 
     def read(name: str) -> Tensor:
@@ -70,6 +73,24 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         report["seconds"] = job.stopwatch.seconds | report["seconds"]
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
         write_card(directory)
+
+
+def _warn_of_few_tokens(job: Job, blocks: Sequence[dict[str, Any]]) -> None:
+    """Warn of experts with few calibration tokens."""
+    sublayers = (sublayer for block in blocks for sublayer in block["sublayers"])
+    found = [
+        routing for s in sublayers if (routing := s.get("routing")) and "few_tokens" in routing
+    ]
+    if found:
+        log.warning(
+            "%d experts in %d layers have fewer than %d calibration tokens for each of their "
+            "channels; about %d samples would be enough for all that have any (%s lists them)",
+            sum(len(routing["few_tokens"]) for routing in found),
+            len(found),
+            TOKENS_PER_CHANNEL,
+            math.ceil(job.config.nsamples * max(routing["samples_factor"] for routing in found)),
+            REPORT_FILE,
+        )
 
 
 def _report(

@@ -1,0 +1,347 @@
+"""Experts: their statistics and scores against brute force, and what is left after pruning."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXT, sample_tokens
+from families import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import slimgpt
+from slimgpt.allocation.schedule import WidthRules
+from slimgpt.allocation.shapes import SublayerShape, Width
+from slimgpt.calibration.activations import Stream
+from slimgpt.calibration.routing import rerouting_errors, weighted_norms
+from slimgpt.config import PruneConfig
+from slimgpt.errors import ConfigError
+from slimgpt.methods.base import Decision, Method
+from slimgpt.methods.registry import make_method
+from slimgpt.models.blocks import bind
+from slimgpt.models.experts import Experts
+from slimgpt.models.family import load_families
+from slimgpt.pruning.experts import TOKENS_PER_CHANNEL, prune_experts
+from slimgpt.pruning.slicing import slice_sublayer
+
+MIXTURES = sorted(
+    model_type
+    for model_type, family in load_families().items()
+    if any(spec.kind == "experts" for spec in family.sublayers)
+)
+
+OPTIONS = {"calibration": TEXT, "nsamples": 8, "seqlen": 32, "ratio": 0.3, "min_ratio": 0.25}
+
+
+def make_model(model_type: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float64)
+    for name, buffer in model.named_buffers():
+        if "correction" in name:
+            buffer.normal_(std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+def experts_of(model: PreTrainedModel) -> Experts:
+    return next(s for block in bind(model) for s in block.sublayers if isinstance(s, Experts))
+
+
+def make_stream(num_samples: int = 8, dense: bool = False) -> Stream:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(num_samples, 32, 48, dtype=torch.float64, generator=generator)
+    other = hidden + 0.1 * torch.randn(hidden.shape, dtype=torch.float64, generator=generator)
+    return Stream(hidden, other if dense else None, 2, [{}] * 3)
+
+
+def method_of(**options: Any) -> Method:
+    return make_method(PruneConfig.create(**options))
+
+
+def output_of(experts: Experts, stream: Stream) -> Tensor:
+    return experts.forward(experts.normed(stream.hidden_NTC)).flatten(0, 1)
+
+
+class Spy:
+    """A method that keeps the statistics it is given, and decides like another one."""
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.seen = method, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def decide(self, sublayer: Any, width: Width, activations: Any) -> Decision:
+        cross = activations.cross_OI
+        self.seen[sublayer.name] = (
+            activations.hessian_II.clone(),
+            None if cross is None else cross.clone(),
+        )
+        return self.method.decide(sublayer, width, activations)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_the_sublayer_computes_what_the_stock_class_does(model_type: str) -> None:
+    model = make_model(model_type)
+    model.set_experts_implementation("eager")
+    experts, stream = experts_of(model), make_stream()
+    normed = experts.normed(stream.hidden_NTC)
+    torch.testing.assert_close(experts.forward(normed), experts.module(normed))
+
+
+def test_the_statistics_of_an_expert_are_weighted_by_the_router() -> None:
+    experts, stream = experts_of(make_model("mixtral")), make_stream(64)
+    spy = Spy(method_of(correction=0))
+    prune_experts(experts, (6, 40), stream, spy)
+    normed = experts.normed(stream.hidden_NTC).flatten(0, 1)
+    _, weights, index = experts.router(normed)
+    num_tokens, borrowed = len(normed), 0
+    for expert in range(6):
+        hidden = torch.nn.functional.linear(normed, experts.weights.gate_up_proj[expert])
+        gate, up = hidden.chunk(2, dim=1)
+        factor = (weights * (index == expert)).sum(dim=1, keepdim=True)
+        inputs = factor * experts.weights.act_fn(gate) * up
+        wanted = inputs.T @ inputs / num_tokens
+        own = int((index == expert).sum()) / (TOKENS_PER_CHANNEL * 64)
+        if own < 1:
+            borrowed += 1
+            every = experts.weights.act_fn(gate) * up
+            rows = torch.arange(0, num_tokens, num_tokens // (TOKENS_PER_CHANNEL * 64))
+            mean_square = factor.square().sum() / (index == expert).sum()
+            share = (index == expert).sum() / num_tokens
+            others = every[rows].T @ every[rows] / len(rows) * mean_square * share
+            wanted = own * wanted + (1 - own) * others
+        found, _ = spy.seen[f"{experts.name}.experts.{expert}"]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert borrowed < 6
+
+
+@pytest.mark.parametrize("method", ["slimgpt", "magnitude"])
+def test_to_keep_everything_changes_nothing(method: str) -> None:
+    experts = experts_of(make_model("qwen3_moe"))
+    plan, weight = prune_experts(experts, 6, make_stream(), method_of(method=method))
+    torch.testing.assert_close(weight, experts.weights.down_proj, rtol=1e-5, atol=1e-6)
+    assert plan.keep == tuple(range(6))
+    assert plan.routing is not None
+    assert plan.routing.rerouted == plan.routing.load_shift == 0
+    assert plan.relative_error < 1e-9
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "granitemoe", "deepseek_v3"])
+def test_the_score_of_an_expert_is_the_error_without_it(model_type: str) -> None:
+    experts, stream = experts_of(make_model(model_type)), make_stream(4)
+    found, dense = rerouting_errors(experts, stream), output_of(experts, stream)
+    for expert in range(experts.num_units):
+        rest = torch.tensor([e for e in range(experts.num_units) if e != expert])
+        without = output_of(replace(experts, routed_E=rest), stream)
+        assert float(found[expert]) == pytest.approx(float((without - dense).square().sum()), 1e-5)
+
+
+def test_an_expert_without_tokens_goes_first() -> None:
+    experts, stream = experts_of(make_model("mixtral")), make_stream()
+    experts.module.gate.weight[2] = -1e3 * experts.normed(stream.hidden_NTC).mean(dim=(0, 1))
+    experts.module.gate.weight[2] = 0
+    experts.module.gate.weight[[0, 1, 3, 4, 5]] *= 50
+    normed = experts.normed(stream.hidden_NTC).flatten(0, 1)
+    unused = set(range(6)) - set(experts.route(normed).index_TK.unique().tolist())
+    assert unused == {2} or not unused
+    for score in (rerouting_errors, weighted_norms):
+        scores = score(experts, stream)
+        assert all(scores[e] == 0 for e in unused)
+    if unused:
+        plan, _ = prune_experts(experts, 5, stream, method_of())
+        assert 2 not in plan.keep
+
+
+def test_reap_weighs_the_norms_of_the_outputs() -> None:
+    experts, stream = experts_of(make_model("olmoe")), make_stream(4)
+    normed = experts.normed(stream.hidden_NTC).flatten(0, 1)
+    routing, found = experts.route(normed), weighted_norms(experts, stream)
+    for expert in range(6):
+        tokens, factors = routing.tokens_of(expert)
+        norms = experts.expert(expert).forward(normed[tokens]).norm(dim=1)
+        assert float(found[expert]) == pytest.approx(float((factors[:, 0] * norms).mean()), 1e-6)
+
+
+@pytest.mark.parametrize("width", [4, (6, 40), (4, 48)])
+@pytest.mark.parametrize("dense", [False, True])
+def test_compensation_lowers_the_error(width: Width, dense: bool) -> None:
+    """The error in the plan is that of the sliced sublayer, and below that without compensation."""
+    experts = experts_of(make_model("mixtral"))
+    options = {"correction": 0.5 if dense else 0.0}
+    plan, weight = prune_experts(experts, width, make_stream(64, dense), method_of(**options))
+    stream = make_stream(64, dense)
+    target = output_of(experts, stream)
+    if dense:
+        assert stream.dense_NTC is not None
+        moved = stream.dense_NTC + experts.forward(experts.normed(stream.dense_NTC))
+        target.lerp_((moved - stream.hidden_NTC).flatten(0, 1), 0.5)
+    kept = plan.kept(torch.device("cpu"))
+    errors = []
+    for output in (weight, experts.kept_output(kept)):
+        sliced = experts_of(make_model("mixtral"))
+        slice_sublayer(sliced, kept, output.clone())
+        errors.append(float((output_of(sliced, stream) - target).square().sum(dim=1).mean()))
+    assert plan.error == pytest.approx(errors[0], rel=1e-4)
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_as_many_experts_go_from_every_group() -> None:
+    model = make_model("deepseek_v3")
+    experts = experts_of(model)
+    plan, weight = prune_experts(experts, 10, make_stream(), method_of())
+    assert sorted(e // 8 for e in plan.keep) == [0] * 5 + [1] * 5
+    slice_sublayer(experts, plan.kept(torch.device("cpu")), weight)
+    assert experts.router.weight.shape == (10, 48)
+    assert experts.router.e_score_correction_bias.shape == (10,)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=60)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(1, 400),
+    st.integers(1, 16),
+    st.sampled_from(["channels", "experts", "both"]),
+)
+def test_widths_of_experts(
+    groups: int, fewest: int, more: int, channels: int, step: int, units: str
+) -> None:
+    number = groups * (fewest + more)
+    shape = SublayerShape(
+        "experts", number, channels * 12 + 5, False, channels, 12, groups * fewest, groups
+    )
+    widths = WidthRules(step, expert_units=units).widths(shape)
+    params = [shape.kept_params(width) for width in widths]
+    assert params == sorted(set(params))
+    assert widths[-1] == number
+    for width in widths:
+        experts, left = (width, channels) if isinstance(width, int) else width
+        assert groups * fewest <= experts <= number
+        assert experts % groups == 0
+        assert left == channels or left % step == 0
+        assert units != "channels" or channels == 1 or experts == number
+        assert units != "experts" or left == channels
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Any:
+    written: dict[str, Path] = {}
+
+    def write(model_type: str) -> Path:
+        if model_type not in written:
+            written[model_type] = tmp_path_factory.mktemp(model_type)
+            make_model(model_type).float().save_pretrained(written[model_type])
+            tokenizer.save_pretrained(written[model_type])
+        return written[model_type]
+
+    return write
+
+
+@pytest.mark.parametrize("units", ["channels", "experts", "both"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_uniform_results_keep_the_original_layout(
+    units: str, model_type: str, dense: Any, tmp_path: Path
+) -> None:
+    options = OPTIONS | {"min_ratio": None, "uniform": True, "expert_units": units}
+    result = slimgpt.prune(str(dense(model_type)), tmp_path / "slim", **options)
+    with (
+        safe_open(result.output / "model.safetensors", "pt") as small,
+        safe_open(dense(model_type) / "model.safetensors", "pt") as large,
+    ):
+        assert set(small.keys()) <= set(large.keys())
+        assert (set(small.keys()) < set(large.keys())) == (units != "channels")
+        assert any(".experts.0." in name for name in small.keys())  # noqa: SIM118
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    assert model.config.model_type == model_type
+    assert model.num_parameters() == result.plan.params_after
+    assert experts_of(model).router.top_k == 2
+    kept = {s.keep for block in result.blocks for s in block.sublayers if s.kind == "experts"}
+    assert len({len(keep) for keep in kept}) == 1
+
+
+@pytest.mark.parametrize("method", ["reap", "random", "slimgpt"])
+def test_whole_experts_by_any_method(method: str, dense: Any, tmp_path: Path) -> None:
+    options = OPTIONS | {"expert_units": "experts", "attention_share": 0, "method": method}
+    result = slimgpt.prune(str(dense("granitemoe")), tmp_path / "slim", **options)
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    assert model(sample_tokens(2, 16), use_cache=False).logits.isfinite().all()
+    numbers = [block.num_experts for block in slimgpt.inspect(result.output).blocks]
+    assert numbers == [len(block.sublayers[1].keep) for block in result.blocks]
+    assert max(numbers) < 6
+    assert all(number >= 2 for number in numbers)
+    report = json.loads((result.output / "pruning_report.json").read_text())
+    routing = [block["sublayers"][1]["routing"] for block in report["blocks"]]
+    assert all(0 < change["rerouted"] < 1 for change in routing)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("taylor", {}, "taylor cannot remove channels of experts"),
+        ("magnitude", {"expert_units": "experts"}, "magnitude cannot remove experts"),
+        ("reap", {}, "reap cannot remove channels of experts or groups"),
+    ],
+)
+def test_methods_say_what_they_cannot_remove(
+    method: str, options: dict[str, Any], message: str, dense: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        slimgpt.prune(str(dense("mixtral")), tmp_path / "slim", **OPTIONS, method=method, **options)
+    assert not (tmp_path / "slim").exists()
+
+
+def test_experts_with_few_tokens_are_reported(
+    dense: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = slimgpt.prune(
+            str(dense("mixtral")), tmp_path / "slim", **OPTIONS | {"nsamples": 4}
+        )
+    routing = result.blocks[-1].sublayers[1].routing
+    assert routing is not None
+    assert routing.few_tokens
+    assert "calibration tokens for each of their channels" in caplog.text
+
+
+def test_layers_for_several_tokens_are_left_out(
+    dense: Any, tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("glm4_moe").float()
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file) | {"model.layers.3.eh_proj.weight": torch.zeros(48, 96)}
+    save_file(tensors, file, {"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        result = slimgpt.prune(str(tmp_path / "dense"), tmp_path / "slim", **OPTIONS)
+    assert "no layers for multi-token prediction; 1 tensors are left out" in caplog.text
+    assert not any("layers.3" in name for name in load_file(result.output / "model.safetensors"))
+
+
+def test_two_processes_agree_with_one(dense: Any, tmp_path: Path) -> None:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
+    results = []
+    for number in (1, 2):
+        output = tmp_path / str(number)
+        arguments = ["prune", dense("mixtral"), "--output", output, "--expert-units=both"]
+        finished = run_ranks(number, "-m", "slimgpt", *arguments, *options, "--dtype=float32")
+        assert finished.returncode == 0, finished.stderr
+        report = json.loads((output / "pruning_report.json").read_text())
+        kept = [s["keep"] for block in report["blocks"] for s in block["sublayers"]]
+        results.append((kept, load_file(output / "model.safetensors")))
+    (kept, one), (kept_by_two, two) = results
+    assert kept == kept_by_two
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert float((tensor - two[name]).norm() / tensor.norm()) < 1e-2, name
