@@ -19,7 +19,6 @@ from torch import Tensor
 
 from slimgpt.allocation.shapes import Width
 from slimgpt.calibration.activations import (
-    TOKENS_PER_BATCH,
     Activations,
     Stream,
     Sums,
@@ -140,7 +139,8 @@ class _Solver:
         self._routing = Routing(*map(torch.cat, zip(*routings, strict=True)))
         self._before = Routing(*map(torch.cat, zip(*before, strict=True)))
         num_batches = int(all_reduce(torch.tensor(len(rests))))
-        self._first = shard_batches(num_batches).start * len(rests[0])  # token of this process
+        self._batch_size = len(rests[0])
+        self._first = shard_batches(num_batches).start * self._batch_size  # token of this process
         power = torch.stack(powers).sum().cpu()
         self._num_tokens = all_reduce(torch.full_like(power, len(self._rest_TC)))
         self.power = float(all_reduce(power) / self._num_tokens)
@@ -158,8 +158,8 @@ class _Solver:
             return Decision(Kept(torch.arange(num_channels)), weight_OI, 0.0, 0.0)
         tokens_T, factor_T1 = self._routing.tokens_of(index)
         sums, inputs = Sums(expert.output, has_target=compensates), []
-        batches = tokens_T.split(TOKENS_PER_BATCH)
-        for rows_T, factors_T1 in zip(batches, factor_T1.split(TOKENS_PER_BATCH), strict=True):
+        batches = self._batches(tokens_T)
+        for rows_T, factors_T1 in zip(batches, factor_T1.split([*map(len, batches)]), strict=True):
             inputs.append(self._input(expert, rows_T) * factors_T1)
             sums.add(inputs[-1], self._rest_TC[rows_T].float() if compensates else None)
         number = self._num_tokens.to(weight_OI.device)
@@ -201,6 +201,10 @@ class _Solver:
             samples_factor=needed / min(seen) if seen else 1.0,
         )
 
+    def _batches(self, rows_T: Tensor) -> tuple[Tensor, ...]:
+        """Split sorted tokens like the stream, so that sums do not depend on the processes."""
+        return rows_T.split(torch.bincount(rows_T // self._batch_size).tolist())
+
     def _normed(self, rows_TC: Tensor) -> Tensor:
         return self.experts.normed(rows_TC.to(self.experts.weight.device))
 
@@ -224,7 +228,7 @@ class _Solver:
         num_local, step = len(self._rest_TC), max(int(self._num_tokens) // needed, 1)
         sums = Sums(expert.output, has_target=False)
         rows_T = torch.arange(-self._first % step, num_local, step)
-        for batch_T in rows_T.split(TOKENS_PER_BATCH):
+        for batch_T in self._batches(rows_T):
             sums.add(self._input(expert, batch_T))
         borrowed = sums.average([])
         weight = (1 - own) * share * square
