@@ -441,7 +441,8 @@ class PruneConfig(_ModelOptions):
         ByteSize(4 * 10**9),
         le=BYTES,
         description="Memory for activations, e.g. 8GB. A larger residual stream goes to a "
-        "memory-mapped file; sublayer activations beyond it are computed twice.",
+        "memory-mapped file, and so do the experts of a layer that are larger; sublayer "
+        "activations beyond it are computed twice.",
     )
     max_shard_size: ByteSize = Field(
         ByteSize(5 * 10**9),

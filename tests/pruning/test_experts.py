@@ -345,3 +345,25 @@ def test_two_processes_agree_with_one(dense: Any, tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert float((tensor - two[name]).norm() / tensor.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("units", ["both", "experts"])
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_experts_in_mapped_files_give_the_same_result(
+    units: str, model_type: str, dense: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From experts that are stored singly, and, where the file is a result, from fused ones."""
+    model, options = dense(model_type), OPTIONS | {"expert_units": units, "multiple_of": 4}
+    for step in ("once", "twice"):
+        outputs = []
+        for memory in (10**9, 0):
+            output = tmp_path / f"{step}-{memory}"
+            with caplog.at_level(logging.INFO):
+                caplog.clear()
+                slimgpt.prune(str(model), output, **options, activation_memory=memory)
+            assert ("the experts of a layer too" in caplog.text) == (memory == 0)
+            outputs.append(load_file(output / "model.safetensors"))
+            assert not list(output.glob(".slimgpt"))
+        for name, tensor in outputs[0].items():
+            assert torch.equal(tensor, outputs[1][name]), name
+        model = tmp_path / "once-0"

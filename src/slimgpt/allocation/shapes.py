@@ -34,6 +34,11 @@ class SublayerShape:
     fewest: int = 1
     multiple: int = 1
 
+    @property
+    def params(self) -> int:
+        """Parameters of all units."""
+        return self.num_units * self.unit_params
+
     def kept_params(self, width: "Width") -> int:
         """Parameters of so many units."""
         if isinstance(width, int):

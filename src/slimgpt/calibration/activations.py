@@ -10,9 +10,6 @@ output projection, ``O`` its rows (``O`` = ``C``).
 """
 
 import inspect
-import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +25,12 @@ from slimgpt.models.blocks import Block, blocks_of, decoder_of
 from slimgpt.models.device import autocast, bfloat16_matmul
 from slimgpt.models.experts import Experts
 from slimgpt.models.layout import family_in
+from slimgpt.models.mapping import allocate
 from slimgpt.models.streaming import BlockStandIn
 from slimgpt.models.sublayers import Projection, Sublayer
 from slimgpt.runtime import distributed
 
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
-
-CHUNK = 2**24  # bytes
 
 PANEL_SIZE = 256  # of the symmetric products, of which only the upper half is computed
 
@@ -146,8 +142,8 @@ def embed(
     decoder, blocks = decoder_of(model), blocks_of(model)
     family, config = family_in(model.config), model.config.get_text_config()
     device = next(model.get_input_embeddings().parameters()).device
-    allocate = partial(_allocate, (*samples_NT.shape, config.hidden_size), model.dtype, directory)
-    hidden_NTC = allocate()
+    new_stream = partial(allocate, (*samples_NT.shape, config.hidden_size), model.dtype, directory)
+    hidden_NTC = new_stream()
     recorders = [Recorder(block, family.returns_tuple) for block in blocks]
     name = family.blocks
     decoder.set_submodule(name, nn.ModuleList(recorders))
@@ -160,10 +156,10 @@ def embed(
     stream = Stream(hidden_NTC, None, batch_size, [recorder.kwargs for recorder in recorders])
     is_parallel = family.is_parallel(config)
     if is_parallel:
-        stream.input_NTC = allocate()
+        stream.input_NTC = new_stream()
     if with_dense:
-        stream.dense_NTC = allocate().copy_(hidden_NTC)
-        stream.dense_input_NTC = allocate() if is_parallel else None
+        stream.dense_NTC = new_stream().copy_(hidden_NTC)
+        stream.dense_input_NTC = new_stream() if is_parallel else None
     return stream
 
 
@@ -404,22 +400,3 @@ def targets(sublayer: Sublayer, stream: Stream) -> Iterator[Tensor]:
         else:
             target_NTC = dense_NTC.float() - hidden_NTC.float()
             yield target_NTC if sublayer.multiplier == 1 else target_NTC / sublayer.multiplier
-
-
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:
-    if directory is None:
-        return torch.empty(shape, dtype=dtype)
-    size = math.prod(shape)
-    descriptor, name = tempfile.mkstemp(dir=directory)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # Writing to a hole in a mapped file would crash the process if the disk is full.
-            num_bytes = size * dtype.itemsize
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, num_bytes)
-            else:
-                for start in range(0, num_bytes, CHUNK):
-                    file.write(bytes(min(CHUNK, num_bytes - start)))
-        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
-    finally:
-        os.unlink(name)

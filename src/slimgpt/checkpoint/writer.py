@@ -211,7 +211,8 @@ def _sublayer_widths(config: Any, keys: Mapping[Any, str], width: Width) -> dict
     """Config entries of a sublayer that keeps fewer units, by config key."""
     keys = {kind: config.attribute_map.get(key, key) for kind, key in keys.items()}
     if "expert" in keys:
-        kept = (width,) if isinstance(width, int) else width
+        channels = getattr(config, keys["channel"]) if "channel" in keys else 0
+        kept = (width, channels) if isinstance(width, int) else width
         return {keys[kind]: number for kind, number in zip(keys, kept, strict=False)}
     if isinstance(width, int) and "channel" in keys:
         return {keys["channel"]: width}

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -62,13 +64,15 @@ def linears_of(model: Any) -> list[str]:
     ]
 
 
-def bind(model: Any) -> Iterator[Block]:
+def bind(model: Any, directory: Path | None = None) -> Iterator[Block]:
     """Bind each block of a model's text decoder to its family, first to last.
 
     Parameters
     ----------
     model : PreTrainedModel
         A model with its ``config``, dense or pruned.
+    directory : Path, optional
+        Of a model whose experts are in memory-mapped files: where new ones are made.
 
     Raises
     ------
@@ -82,7 +86,7 @@ def bind(model: Any) -> Iterator[Block]:
     for index, (module, layer) in enumerate(layers):
         name = f"{decoder}.{family.blocks}.{index}"
         sublayers = tuple(
-            (Experts if spec.kind == "experts" else Sublayer)(
+            (partial(Experts, directory=directory) if spec.kind == "experts" else Sublayer)(
                 block=index,
                 name=f"{name}.{spec.module}".removesuffix("."),
                 spec=spec,

@@ -6,6 +6,7 @@ Shape suffixes: ``T`` tokens, ``C`` hidden size, ``E`` experts, ``K`` experts of
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from slimgpt.allocation.shapes import SublayerShape
 from slimgpt.models.device import autocast
 from slimgpt.models.family import SublayerSpec
+from slimgpt.models.mapping import allocate
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
 
@@ -58,9 +60,12 @@ class Experts(Sublayer):
     ----------
     routed_E : Tensor or None
         int64, sorted: tokens are routed as if there were only these experts.
+    directory : Path or None
+        If given, the weights of the experts are in memory-mapped files there.
     """
 
     routed_E: Tensor | None = None
+    directory: Path | None = None
 
     @property
     def router(self) -> Any:
@@ -74,8 +79,8 @@ class Experts(Sublayer):
 
     @property
     def weight(self) -> Tensor:
-        """The output projections of all experts, for their device and type."""
-        return self.weights.down_proj
+        """The weight of the router, for its device and type; mapped experts are on the CPU."""
+        return self.router.weight
 
     @property
     def num_parts(self) -> int:
@@ -108,8 +113,8 @@ class Experts(Sublayer):
         )
 
     def expert(self, index: int) -> Sublayer:
-        """One expert as an FFN; its weights share their memory with those of the experts."""
-        module = _Expert(self.weights, index)
+        """One expert as an FFN; its weights may share their memory with those of the experts."""
+        module = _Expert(self.weights, index, self.weight.device)
         name = f"{self.name}.experts.{index}"
         counts = {"channel": self.num_parts}
         return Sublayer(self.block, name, _EXPERT, None, None, module, counts, 1.0)
@@ -169,8 +174,15 @@ class Experts(Sublayer):
 
     def kept_output(self, kept: Kept) -> Tensor:
         """The output projections of the kept units: (kept experts, C, kept channels)."""
+        kept = kept.to(self.weights.down_proj.device)
         down_ECI, channels_EI = self.weights.down_proj[kept.units], self.channels(kept)
         return down_ECI.gather(2, channels_EI[:, None].expand(-1, down_ECI.shape[1], -1))
+
+    def empty(self, *shape: int) -> Tensor:
+        """New weights for the experts, where their weights are."""
+        if self.directory is None:
+            return self.weights.down_proj.new_empty(shape)
+        return allocate(shape, self.weights.down_proj.dtype, self.directory)
 
     def slice(self, kept: Kept, down_proj: Tensor) -> None:
         """Slice to the kept experts and channels, in place.
@@ -182,17 +194,16 @@ class Experts(Sublayer):
         down_proj : Tensor
             (kept experts, C, kept channels), the new output projections.
         """
-        weights, units_E = self.weights, kept.units
-        channels_EI = self.channels(kept)
+        weights, own = self.weights, kept.to(self.weights.gate_up_proj.device)
+        channels_EI = self.channels(own)
         rows_EI = torch.cat([channels_EI, channels_EI + self.num_parts], dim=1)
-        gate_up_ECC = weights.gate_up_proj[units_E]
-        gate_up_ECC = gate_up_ECC.gather(
-            1, rows_EI[:, :, None].expand(-1, -1, gate_up_ECC.shape[2])
-        )
+        gate_up_ECC = self.empty(*rows_EI.shape, weights.gate_up_proj.shape[2])
+        for new_CC, index, rows_I in zip(gate_up_ECC, own.units, rows_EI, strict=True):
+            torch.index_select(weights.gate_up_proj[index], 0, rows_I, out=new_CC)
         weights.gate_up_proj = nn.Parameter(gate_up_ECC, requires_grad=False)
         weights.down_proj = nn.Parameter(down_proj.contiguous(), requires_grad=False)
         weights.num_experts, _, weights.intermediate_dim = down_proj.shape
-        slice_router(self.router, units_E)
+        slice_router(self.router, kept.units.to(self.weight.device))
 
 
 def slice_router(router: Any, kept_E: Tensor) -> None:
@@ -208,13 +219,13 @@ def slice_router(router: Any, kept_E: Tensor) -> None:
 class _Expert(nn.Module):
     """One of the experts."""
 
-    def __init__(self, weights: Any, index: int) -> None:
+    def __init__(self, weights: Any, index: int, device: torch.device) -> None:
         super().__init__()
         gate, up = weights.gate_up_proj[index].chunk(2)
         parts = {"gate_proj": gate, "up_proj": up, "down_proj": weights.down_proj[index]}
         for name, weight in parts.items():
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.weight = nn.Parameter(weight.to(device), requires_grad=False)
             self.add_module(name, layer)
         self.act_fn = weights.act_fn
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import dot_natural_key
+from transformers.core_model_loading import MergeModulelist, dot_natural_key
 
 from slimgpt.errors import ConfigError, SlimGPTError, UnsupportedModelError
 from slimgpt.models.config_checks import explain, read_object
@@ -83,6 +83,8 @@ class StoredTensor:
         Its name in the file, if transformers renames it.
     is_converted : bool
         Whether it is made of several tensors in the file.
+    read_row : callable or None
+        Reads one index of the first axis, if that takes less memory than to read all.
     """
 
     read: Callable[[], Tensor]
@@ -90,6 +92,7 @@ class StoredTensor:
     dtype: str
     origin: str = ""
     is_converted: bool = False
+    read_row: Callable[[int], Tensor] | None = None
 
 
 class _ShardIndex(BaseModel):
@@ -201,7 +204,9 @@ def read_headers(model: str, files: Sequence[Path]) -> dict[str, StoredTensor]:
                         hint="the files are of different checkpoints: download or write them again",
                     )
                 entry, read = opened.get_slice(name), partial(read_tensor, file, name)
-                stored[name] = StoredTensor(read, tuple(entry.get_shape()), entry.get_dtype())
+                row = partial(_read_row, file, name)
+                shape = tuple(entry.get_shape())
+                stored[name] = StoredTensor(read, shape, entry.get_dtype(), read_row=row)
     return stored
 
 
@@ -209,6 +214,11 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """Read one tensor of a safetensors file."""
     with safe_open(file, "pt") as opened:
         return opened.get_tensor(name)
+
+
+def _read_row(file: Path, name: str, index: int) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_slice(name)[index]
 
 
 def match_config(
@@ -383,21 +393,38 @@ def _converted(
     name: str, parts: Sequence[tuple[str, NativeName]], stored: Mapping[str, StoredTensor]
 ) -> StoredTensor:
     """Make one tensor of the model from several stored ones, as transformers does."""
+    by_pattern: dict[str, list[str]] = defaultdict(list)
+    for source, own in parts:
+        by_pattern[str(own.pattern)].append(source)
 
-    def convert(read: Callable[[StoredTensor], Tensor]) -> Tensor:
+    def convert(read: Callable[[StoredTensor], Tensor], chosen: slice = slice(None)) -> Tensor:
         converter: Any = copy.deepcopy(parts[0][1].converter)
-        for source, own in parts:
-            converter.add_tensor(name, source, own.pattern, partial(read, stored[source]))
+        for pattern, sources in by_pattern.items():
+            for source in sources[chosen]:
+                converter.add_tensor(name, source, pattern, partial(read, stored[source]))
         (tensor,) = converter.convert(name).values()
         return tensor
 
     def empty(tensor: StoredTensor) -> Tensor:
         return torch.empty(tensor.shape, device="meta")
 
+    def read(tensor: StoredTensor) -> Tensor:
+        return tensor.read()
+
+    def read_row(index: int) -> Tensor:
+        return convert(read, slice(index, index + 1))[0]
+
     with loading(f"{len(parts)} tensors that make {name}"):
         shape = tuple(convert(empty).shape)
-    dtype = stored[parts[0][0]].dtype
-    return StoredTensor(partial(convert, lambda t: t.read()), shape, dtype, is_converted=True)
+    first: Any = getattr(parts[0][1].converter, "operations", [None])[0]
+    is_list = isinstance(first, MergeModulelist) and first.dim == 0
+    return StoredTensor(
+        partial(convert, read),
+        shape,
+        stored[parts[0][0]].dtype,
+        is_converted=True,
+        read_row=read_row if is_list else None,
+    )
 
 
 def _zeros(shape: tuple[int, ...]) -> StoredTensor:

@@ -1,9 +1,10 @@
 """A model that holds one block in memory at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,10 +44,19 @@ class StreamedModel:
         The checkpoint to read from; its tensors have been checked.
     device : torch.device
         Device of the loaded part.
+    directory : Path, optional
+        If given, the weights of the experts of a block are in memory-mapped files there.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, weights: Weights, device: torch.device) -> None:
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        weights: Weights,
+        device: torch.device,
+        directory: Path | None = None,
+    ) -> None:
         self.skeleton, self.weights, self.device = skeleton, weights, device
+        self.directory = directory
 
     @contextmanager
     def whole(self, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
@@ -96,7 +106,7 @@ class StreamedModel:
     def anew(self) -> "StreamedModel":
         """Create a copy with a skeleton of its own."""
         skeleton = build_skeleton(self.skeleton.config, self.weights.dtype)
-        return StreamedModel(skeleton, self.weights, self.device)
+        return StreamedModel(skeleton, self.weights, self.device, self.directory)
 
     @contextmanager
     def around_blocks(self) -> Iterator[PreTrainedModel]:
@@ -115,7 +125,7 @@ class StreamedModel:
 
         For a GPU, the next block is read into pinned memory meanwhile.
         """
-        blocks = list(bind(self.skeleton))[:: -1 if backward else 1]
+        blocks = list(bind(self.skeleton, self.directory))[:: -1 if backward else 1]
         reads_ahead = self.device.type == "cuda"
         with ThreadPoolExecutor(1) as reader:
             ahead = None
@@ -134,15 +144,25 @@ class StreamedModel:
         return self._read(block.name, block.module.state_dict())
 
     def _read(self, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
-        tensors = {name: self.weights.read(f"{prefix}.{name}") for name in names}
-        if self.device.type == "cuda":
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        tensors = {}
+        for name in names:
+            is_mapped = self._is_mapped(self.weights.shapes[f"{prefix}.{name}"])
+            tensor = self.weights.read(f"{prefix}.{name}", self.directory if is_mapped else None)
+            pins = self.device.type == "cuda" and not is_mapped
+            tensors[name] = tensor.pin_memory() if pins else tensor
         return tensors
+
+    def _is_mapped(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape, the weights of all experts, is in a mapped file."""
+        return self.directory is not None and len(shape) == 3
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         # Only pinned memory may be released before the copy has finished.
         pinned = self.device.type == "cuda"
-        moved = {name: t.to(self.device, non_blocking=pinned) for name, t in tensors.items()}
+        moved = {
+            name: t if self._is_mapped(t.shape) else t.to(self.device, non_blocking=pinned)
+            for name, t in tensors.items()
+        }
         module.load_state_dict(moved, strict=False, assign=True)
 
     def _release(self, module: nn.Module) -> None:

@@ -22,6 +22,10 @@ class Kept(NamedTuple):
     units: Tensor
     parts: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Kept":
+        """Move the indices to a device."""
+        return Kept(self.units.to(device), None if self.parts is None else self.parts.to(device))
+
 
 def unit_columns(kept_units: Tensor, unit_size: int) -> Tensor:
     """Compute the indices of the rows or columns of the kept units.

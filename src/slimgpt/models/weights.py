@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.layout import decoder_name
 from slimgpt.models.loading import load_model, read_stored, weight_files
+from slimgpt.models.mapping import allocate
 from slimgpt.models.source import Source
 from slimgpt.models.stored import DTYPES, StoredTensor, fit_tensors, loading
 
@@ -84,8 +85,16 @@ class Weights:
             return revert_weight_conversion(skeleton, {name: tensor})
         return {self._tensors[name].origin or name: tensor}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, directory: Path | None = None) -> Tensor:
         """Read one tensor.
+
+        Parameters
+        ----------
+        name : str
+            Its name in the model.
+        directory : Path, optional
+            If given, the tensor goes to a memory-mapped file there, one index of its first axis at
+            a time.
 
         Raises
         ------
@@ -95,8 +104,17 @@ class Weights:
             If the tensor has non-finite values.
         """
         with loading(f"the tensor {name} of {self.source.name}"):
+            stored = self._tensors[name]
             is_precise = not self._precise.isdisjoint(name.split("."))
-            tensor = self._tensors[name].read().to(torch.float32 if is_precise else self.dtype)
+            dtype = torch.float32 if is_precise else self.dtype
+            if directory is None or stored.read_row is None:
+                return self._finite(name, stored.read().to(dtype))
+            tensor = allocate(stored.shape, dtype, directory)
+            for index, row in enumerate(tensor):
+                row.copy_(self._finite(name, stored.read_row(index).to(dtype)))
+            return tensor
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.isfinite().all():
             raise UnsupportedModelError(
                 f"{self.source.name}: the tensor {name} has values that are not finite",

@@ -77,7 +77,7 @@ def replay_block(block: Block, saved: SavedBlock, stream: Stream) -> None:
         kept = decided.kept(sublayer.weight.device)
         if isinstance(sublayer, Experts):
             weight = saved.read(f"{sublayer.name}.experts.down_proj")
-            slice_sublayer(sublayer, kept, weight.to(sublayer.weight))
+            slice_sublayer(sublayer, kept, weight.to(sublayer.weights.down_proj))
             pass_through(sublayer, stream)
             continue
         output, name = sublayer.output, sublayer.output_name
@@ -103,7 +103,7 @@ def _prune_sublayer(
         return SublayerPlan(sublayer.kind, tuple(range(sublayer.num_units)))
     if isinstance(sublayer, Experts):
         plan, weight = prune_experts(sublayer, width, stream, method)
-        slice_sublayer(sublayer, plan.kept(weight.device), weight)
+        slice_sublayer(sublayer, plan.kept(sublayer.weight.device), weight)
         pass_through(sublayer, stream)
         return plan
     is_refit = method.refit_epochs > 0 and sublayer.kind == "ffn"

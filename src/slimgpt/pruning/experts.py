@@ -72,22 +72,24 @@ def prune_experts(
         units_E = broadcast_tensor(_best(scores_E.to(device), num_experts, experts.num_groups))
         experts = replace(experts, routed_E=units_E)
     solver = _Solver(experts, stream, method)
-    decisions = [solver.solve(expert, num_channels) for expert in units_E.tolist()]
-    parts = None
-    if num_channels < experts.num_parts:
-        channels_EK = torch.stack([decision.kept.units for decision in decisions])
-        parts = (channels_EK.to(device) + units_E[:, None] * experts.num_parts).flatten()
+    weight_ECK = experts.empty(num_experts, experts.weights.down_proj.shape[1], num_channels)
+    channels, dampings = [], []
+    for expert, new_CK in zip(units_E.tolist(), weight_ECK, strict=True):
+        decision = solver.solve(expert, num_channels)
+        new_CK.copy_(decision.weight_OK)
+        channels.append(decision.kept.units.cpu() + expert * experts.num_parts)
+        dampings.append(decision.damping)
     error = solver.error()
     plan = SublayerPlan(
         experts.kind,
         tuple(units_E.tolist()),
         error,
         error / solver.power if solver.power else 0.0,
-        max(decision.damping for decision in decisions),
-        () if parts is None else tuple(parts.tolist()),
+        max(dampings),
+        () if num_channels == experts.num_parts else tuple(torch.cat(channels).tolist()),
         routing=solver.change(),
     )
-    return plan, torch.stack([decision.weight_OK.to(experts.weight) for decision in decisions])
+    return plan, weight_ECK
 
 
 def _best(scores_E: Tensor, number: int, num_groups: int) -> Tensor:

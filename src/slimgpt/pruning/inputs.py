@@ -34,6 +34,7 @@ from slimgpt.models.loading import (
 from slimgpt.models.source import Source
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.streaming import StreamedModel
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import open_weights, tensor_names
 from slimgpt.pruning.family_check import check_family
@@ -187,6 +188,8 @@ def make_job(inputs: Inputs, run: Run) -> Job:
     if is_main():
         log.info("%s", memory)
         memory.check(run.output, run.size)
+    if memory.mapped_experts:
+        inputs.streamed.directory = run.state
     samples_NT = _samples(inputs, run)
     _score(inputs, run, samples_NT, widths)
     inputs.stopwatch.lap("prepare")
@@ -212,7 +215,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         whole, kept = shape.num_units * shape.unit_params, shape.kept_params(width)
         num_removed += whole - kept
         if isinstance(sublayer, Experts):
-            num_out, num_in = sublayer.weight.shape[1:]
+            _, num_out, num_in = sublayer.weights.down_proj.shape
             # The rest of the target for all tokens, and the input of an expert that has them all.
             held = tokens * (num_out + num_in) * FLOAT32
             solvers.append(solver_bytes(num_out, num_in, num_in, True, False) + held)
@@ -244,13 +247,26 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     if blocks[0].is_parallel:
         stream *= 2
     is_mapped, kept = divide_memory(stream, activation * widest, config.activation_memory)
+    experts = [size * sub.shape.params for sub, _ in sublayers if isinstance(sub, Experts)]
+    mapped = max(experts, default=0)
+    if mapped <= config.activation_memory:
+        mapped = 0
+    block = max(
+        sum(map(_held, block.sublayers)) if mapped else block.shape.params for block in blocks
+    )
     return MemoryEstimate(
         stream,
         is_mapped,
         kept,
-        working=max(max(block.shape.params for block in blocks) * size + max(solvers), whole),
+        working=max(block * size + max(solvers), whole),
         result=(num_params - num_removed) * size,
+        mapped_experts=mapped,
     )
+
+
+def _held(sublayer: Sublayer) -> int:
+    """Parameters of a sublayer in memory at once: of mapped experts, one."""
+    return sublayer.shape.params // (sublayer.num_units if isinstance(sublayer, Experts) else 1)
 
 
 def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:

@@ -30,6 +30,9 @@ class MemoryEstimate:
         The largest block with the solver's matrices, or the peak of another phase if higher.
     result : int
         The pruned model.
+    mapped_experts : int
+        Weights of the experts of the largest layer, if they exceed the budget and therefore live in
+        memory-mapped files.
     """
 
     stream: int
@@ -37,6 +40,7 @@ class MemoryEstimate:
     kept: int
     working: int
     result: int
+    mapped_experts: int = 0
 
     @property
     def memory(self) -> int:
@@ -45,8 +49,9 @@ class MemoryEstimate:
 
     @property
     def disk(self) -> int:
-        """Bytes of disk: the finished blocks, the result and a mapped stream."""
-        return 2 * self.result + (self.stream if self.is_mapped else 0)
+        """Bytes of disk: the finished blocks, the result, and what is mapped, old and new."""
+        mapped = (self.stream if self.is_mapped else 0) + 2 * self.mapped_experts
+        return 2 * self.result + mapped
 
     def __str__(self) -> str:
         """Summarise the estimate in one line for the log."""
@@ -54,6 +59,7 @@ class MemoryEstimate:
         return (
             f"needs about {size(self.memory)} of memory and {size(self.disk)} of disk; the "
             f"activations ({size(self.stream)}) are {place}"
+            + (", the experts of a layer too" if self.mapped_experts else "")
         )
 
     def check(self, output: Path, written: int) -> None:

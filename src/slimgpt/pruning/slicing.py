@@ -61,9 +61,10 @@ def masked_sublayer(sublayer: Sublayer, kept: Kept, output_weight: Tensor) -> Su
     masked = replace(sublayer, module=copy.deepcopy(sublayer.module))
     if isinstance(masked, Experts):
         masked = replace(masked, routed_E=kept.units)
-        zeros_ECI = torch.zeros_like(masked.weight[kept.units])
+        down_proj = masked.weights.down_proj
+        zeros_ECI = torch.zeros_like(down_proj[kept.units])
         columns_ECI = masked.channels(kept)[:, None].expand_as(output_weight)
-        masked.weight.index_copy_(0, kept.units, zeros_ECI.scatter_(2, columns_ECI, output_weight))
+        down_proj.index_copy_(0, kept.units, zeros_ECI.scatter_(2, columns_ECI, output_weight))
         return masked
     masked_OI = torch.zeros_like(masked.output.weight)
     masked_OI[:, sublayer.columns(kept)] = output_weight
