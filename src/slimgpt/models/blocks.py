@@ -55,11 +55,12 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 def linears_of(model: Any) -> list[str]:
-    """List the linear layers of all sublayers, by their names in the model."""
+    """List the linear layers of all sublayers but experts, by their names in the model."""
     return [
         f"{sublayer.name}.{name}"
         for block in bind(model)
         for sublayer in block.sublayers
+        if not isinstance(sublayer, Experts)
         for name in (*sublayer.spec.inputs, sublayer.spec.output)
     ]
 

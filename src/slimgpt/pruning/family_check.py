@@ -29,6 +29,8 @@ from slimgpt.pruning.slicing import masked_sublayer, slice_sublayer
 
 NUM_SAMPLES, NUM_TOKENS, VOCABULARY = 2, 8, 16
 
+FEW_CHANNELS = 16
+
 TOLERANCE = 1e-4  # relative; norms and positions are in float32
 
 
@@ -113,6 +115,7 @@ _checked: dict[str, FamilyCheck] = {}
 
 @torch.no_grad()
 def _check(config: PreTrainedConfig) -> FamilyCheck:
+    model_type, config = config.model_type, _with_few_experts(config)
     dense = _skeleton(config)
     blocks = list(bind(dense))
     kinds = {sublayer.kind for block in blocks for sublayer in block.sublayers}
@@ -134,7 +137,24 @@ def _check(config: PreTrainedConfig) -> FamilyCheck:
                     checks.append(_check_units(block, sublayer, small, stream, parts))
                     small.module.to("meta")
         block.module.to("meta")
-    return FamilyCheck(config.model_type, differences, tuple(checks))
+    return FamilyCheck(model_type, differences, tuple(checks))
+
+
+def _with_few_experts(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Config with a few small experts: layers of many are too large for random weights."""
+
+    def width(sublayer: Sublayer) -> Width:
+        shape = sublayer.shape
+        if shape.kind != "experts":
+            return shape.num_units
+        number = min(shape.num_units, 2 * shape.fewest)
+        return (number, min(shape.parts, FEW_CHANNELS)) if shape.parts > 1 else number
+
+    blocks = list(bind(build_skeleton(config)))
+    widths = [tuple(map(width, block.sublayers)) for block in blocks]
+    if widths == [tuple(sub.num_units for sub in block.sublayers) for block in blocks]:
+        return config
+    return pruned_config(config, widths, uniform=False)
 
 
 def _smaller(config: PreTrainedConfig, widths: Sequence[BlockWidths]) -> list[Block]:

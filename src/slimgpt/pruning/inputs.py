@@ -47,7 +47,7 @@ from slimgpt.pruning.memory import (
     refit_bytes,
     solver_bytes,
 )
-from slimgpt.pruning.plan import initial_widths, is_measured, shapes_of
+from slimgpt.pruning.plan import has_experts, initial_widths, is_measured, shapes_of
 from slimgpt.pruning.targets import find_target
 from slimgpt.runtime.distributed import is_main, shard
 from slimgpt.runtime.environment import Stopwatch, computation, versions
@@ -273,7 +273,9 @@ def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:
     config, shapes = inputs.config, inputs.shapes
     removes = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, inputs.seqlen)
-    if config.widths == "measured" and removes and config.nsamples < needed:
+    if config.widths == "measured" and removes and has_experts(shapes):
+        log.info("the widths follow the schedule: a sensitivity pass does not measure experts")
+    elif config.widths == "measured" and removes and config.nsamples < needed:
         log.warning(
             "the widths stay as scheduled: to measure them takes %d samples of %d tokens at "
             "least, and there are %d",

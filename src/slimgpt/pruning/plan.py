@@ -191,11 +191,16 @@ def is_measured(
 
     It does not measure experts.
     """
-    if any(sub.kind == "experts" for shape in shapes for sub in shape.sublayers):
+    if has_experts(shapes):
         return False
     removed = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, seqlen)
     return config.widths == "measured" and removed and config.nsamples >= needed
+
+
+def has_experts(shapes: Sequence[BlockShape]) -> bool:
+    """Whether some layers have experts."""
+    return any(sub.kind == "experts" for shape in shapes for sub in shape.sublayers)
 
 
 def shapes_of(base_config: PreTrainedConfig) -> list[BlockShape]:

@@ -15,6 +15,7 @@ from slimgpt.config import PruneConfig, target_of
 from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
+from slimgpt.models.experts import Experts
 from slimgpt.models.loading import build_skeleton
 from slimgpt.models.source import Source
 from slimgpt.models.weights import open_weights, saved_tensors
@@ -50,8 +51,8 @@ def find_target(
 
 def _check_dense(config: PreTrainedConfig) -> None:
     """Check that there are no experts: files have them singly, or rows for whole blocks."""
-    kinds = {sub.kind for block in bind(build_skeleton(config)) for sub in block.shape.sublayers}
-    if "experts" in kinds:
+    sublayers = (sub for block in bind(build_skeleton(config)) for sub in block.sublayers)
+    if any(isinstance(sub, Experts) for sub in sublayers):
         raise ConfigError(
             "the size of this file cannot be predicted for a model with experts",
             hint="ask for --target-params, or for --target-size without --target-type and "
