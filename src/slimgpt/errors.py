@@ -1,6 +1,8 @@
 """All errors that SlimGPT raises deliberately. Each has a message and a hint for the user."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What PyTorch, C++ and safetensors say when memory or disk is full.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
@@ -42,6 +44,15 @@ class NumericalError(SlimGPTError):
     """A Hessian cannot be factorised, even with the largest damping, or training diverges."""
 
     exit_code = 1
+
+
+@contextmanager
+def numerical_errors_at(place: str) -> Iterator[None]:
+    """Name the place in numerical errors."""
+    try:
+        yield
+    except NumericalError as err:
+        raise NumericalError(f"{place}: {err}", hint=err.hint) from err
 
 
 class RunStateError(SlimGPTError):

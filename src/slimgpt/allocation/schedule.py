@@ -66,6 +66,10 @@ def layer_ratios(shapes: Sequence[BlockShape], schedule: Schedule) -> list[float
     return [smallest + spread * s for s in positions]
 
 
+# Rows of experts fill 16 bytes in bfloat16, which the grouped products of torch need.
+EXPERT_STEP = 8
+
+
 @dataclass(frozen=True)
 class WidthRules:
     """Which widths a block may have.
@@ -145,8 +149,16 @@ def _widths(rules: WidthRules, sublayer: SublayerShape) -> tuple[Width, ...]:
 
 def _widths_of_experts(rules: WidthRules, experts: SublayerShape) -> tuple[Width, ...]:
     """With both units, about as many parameters go with experts as with channels of the others."""
-    whole, step = experts.num_units, rules.multiple_of * rules.tensor_parallel
+    whole = experts.num_units
+    step = math.lcm(rules.multiple_of, EXPERT_STEP) * rules.tensor_parallel
+    is_shared = experts.part_params == 0 or experts.parts % rules.tensor_parallel == 0
     if rules.expert_units == "experts" or experts.parts == 1:
+        if not is_shared:
+            raise ConfigError(
+                f"experts of {experts.parts:,} channels cannot be shared by "
+                f"{rules.tensor_parallel} devices",
+                hint="choose --expert-units channels, or a smaller --tensor-parallel",
+            )
         return tuple(range(experts.fewest, whole + 1, experts.multiple))
     widths: list[Width] = []
     for channels in range(step, experts.parts, step):
@@ -154,7 +166,9 @@ def _widths_of_experts(rules: WidthRules, experts: SublayerShape) -> tuple[Width
         exact = whole * experts.unit_params / (lost + experts.unit_params)
         number = max(round(exact / experts.multiple) * experts.multiple, experts.fewest)
         widths.append((whole if rules.expert_units == "channels" else number, channels))
-    return (*widths, whole)
+    if is_shared or not widths:
+        widths.append(whole)
+    return tuple(widths)
 
 
 def scheduled_widths(

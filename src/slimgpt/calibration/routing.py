@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from slimgpt.calibration.activations import Stream
-from slimgpt.models.device import autocast
 from slimgpt.models.experts import Experts, Routing
 from slimgpt.runtime.distributed import all_reduce
 
@@ -24,8 +23,9 @@ from slimgpt.runtime.distributed import all_reduce
 def rerouting_errors(experts: Experts, stream: Stream) -> Tensor:
     """Squared change of the output if one expert is left out and its tokens go to the others.
 
-    The tokens are routed as the stock class does without this expert. An expert without tokens has
-    the error 0.
+    The tokens are routed as the stock class does without this expert. The error of an expert
+    without tokens counts as 0, although where the router's weights are not normalised, those of all
+    tokens grow a little.
 
     Returns
     -------
@@ -33,10 +33,11 @@ def rerouting_errors(experts: Experts, stream: Stream) -> Tensor:
         errors_E, float64, summed over the tokens of all processes.
     """
     num_experts = experts.num_units
-    errors_E = torch.zeros(num_experts, dtype=torch.float64)
+    errors_E, numbers_E = torch.zeros(2, num_experts, dtype=torch.float64)
     for input_NTC in stream.inputs():
         normed_TC = experts.normed(input_NTC.flatten(0, 1).to(experts.weight.device))
         dense = experts.route(normed_TC)
+        numbers_E += torch.bincount(dense.index_TK.flatten().cpu(), minlength=num_experts)
         is_used_TE = torch.zeros(len(normed_TC), num_experts, dtype=torch.bool)
         is_used_TE = is_used_TE.to(normed_TC.device).scatter_(1, dense.index_TK, True)
         rerouted = []
@@ -51,7 +52,7 @@ def rerouting_errors(experts: Experts, stream: Stream) -> Tensor:
             after = Routing(without.index_TK[tokens_T], without.weight_TK[tokens_T])
             rerouted.append((tokens_T, after))
             is_used_TE[tokens_T[:, None], after.index_TK] = True
-        outputs_PC, pair_TE = _outputs(experts, normed_TC, is_used_TE)
+        outputs_PC, pair_TE = _pair_outputs(experts, normed_TC, is_used_TE)
 
         def mixed(tokens_T: Tensor, routing: Routing) -> Tensor:
             pairs_TK = pair_TE[tokens_T[:, None], routing.index_TK]  # noqa: B023
@@ -60,8 +61,8 @@ def rerouting_errors(experts: Experts, stream: Stream) -> Tensor:
         for index, (tokens_T, after) in enumerate(rerouted):
             before = Routing(dense.index_TK[tokens_T], dense.weight_TK[tokens_T])
             change_TC = mixed(tokens_T, after) - mixed(tokens_T, before)
-            errors_E[index] += float(change_TC.double().square().sum())
-    return all_reduce(errors_E)
+            errors_E[index] += float(change_TC.square().sum(dim=1).cpu().double().sum())
+    return all_reduce(errors_E).where(all_reduce(numbers_E) > 0, 0.0)
 
 
 @torch.no_grad()
@@ -79,21 +80,16 @@ def weighted_norms(experts: Experts, stream: Stream) -> Tensor:
         routing = experts.route(normed_TC)
         for index in routing.index_TK.unique().tolist():
             tokens_T, factor_T1 = routing.tokens_of(index)
-            norms_T = _output(experts, index, normed_TC[tokens_T]).norm(dim=1)
-            sums_E[index] += float((factor_T1[:, 0] * norms_T).double().sum())
+            norms_T = experts.output_of(index, normed_TC[tokens_T]).float().norm(dim=1)
+            sums_E[index] += float((factor_T1[:, 0] * norms_T).cpu().double().sum())
             numbers_E[index] += len(tokens_T)
     return all_reduce(sums_E) / all_reduce(numbers_E).clamp(min=1)
 
 
-def _output(experts: Experts, index: int, normed_TC: Tensor) -> Tensor:
-    with autocast(experts.weight):
-        return experts.expert(index).forward(normed_TC).float()
-
-
-def _outputs(experts: Experts, normed_TC: Tensor, is_used_TE: Tensor) -> tuple[Tensor, Tensor]:
+def _pair_outputs(experts: Experts, normed_TC: Tensor, is_used_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of the pairs of tokens and experts that are used, and the place of each pair."""
     outputs = [
-        _output(experts, index, normed_TC[is_used_TE[:, index]])
+        experts.output_of(index, normed_TC[is_used_TE[:, index]]).float()
         for index in range(experts.num_units)
     ]
     pair_ET = is_used_TE.T.flatten().cumsum(dim=0).view_as(is_used_TE.T) - 1

@@ -75,7 +75,8 @@ def _kept_values(config: PreTrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     for key in _STALE_KEYS:
         values.pop(key, None)
-    return values
+    # Layers for multi-token prediction are left out.
+    return values | {key: 0 for key in ("num_nextn_predict_layers",) if values.get(key)}
 
 
 def _pruned_text_config(
@@ -88,6 +89,8 @@ def _pruned_text_config(
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
         return AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
+    if values.get("output_router_logits"):  # their loss needs as many experts in all layers
+        values["output_router_logits"] = False
     config_class = pruned_classes(model_type)["AutoConfig"]
     result = config_class(**values, per_layer_config=dict(enumerate(layers)))
     result.blocks_path = family_of(model_type).blocks

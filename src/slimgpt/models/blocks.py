@@ -55,12 +55,18 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 
 def linears_of(model: Any) -> list[str]:
-    """List the linear layers of all sublayers but experts, by their names in the model."""
+    """List the linear layers of all sublayers, by their names in the model.
+
+    In a model with experts, those of attention: adapters do not fit experts, whose weights are not
+    in linear layers.
+    """
+    blocks = list(bind(model))
+    has_experts = any(isinstance(s, Experts) for block in blocks for s in block.sublayers)
     return [
         f"{sublayer.name}.{name}"
-        for block in bind(model)
+        for block in blocks
         for sublayer in block.sublayers
-        if not isinstance(sublayer, Experts)
+        if sublayer.kind == "attention" or not has_experts
         for name in (*sublayer.spec.inputs, sublayer.spec.output)
     ]
 

@@ -344,12 +344,28 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     num_experts, used = next(filter(None, experts), None), _count(values.get("num_experts_per_tok"))
     if num_experts and used and used > num_experts:
         yield f"num_experts_per_tok={used}, but there are {num_experts} experts"
-    if num_experts and num_experts % (_count(values.get("n_group")) or 1):
-        yield f"n_group={values['n_group']} does not divide the {num_experts} experts"
+    if num_experts:
+        yield from _wrong_groups(values, num_experts, used or 1)
     if vocab_size:
         yield from _tokens_beyond(values, vocab_size)
     if layers and isinstance(widths := values.get("per_layer_config"), dict):
         yield from _wrong_widths(widths, values["model_type"], layers)
+
+
+def _wrong_groups(values: Mapping[str, Any], num_experts: int, used: int) -> Iterator[str]:
+    """Find groups of experts in which the router cannot choose."""
+    groups, chosen = (_count(values.get(key)) for key in ("n_group", "topk_group"))
+    needs = values["model_type"].removeprefix(PRUNED_PREFIX) in ("deepseek_v3", "glm4_moe")
+    if needs and not (groups and chosen):
+        yield f"n_group={values.get('n_group')} and topk_group={values.get('topk_group')}"
+    if not groups:
+        return
+    if num_experts % groups:
+        yield f"n_group={groups} does not divide the {num_experts} experts"
+    elif groups > 1 and num_experts < 2 * groups:
+        yield f"n_group={groups}, but there are {num_experts} experts, less than 2 in each group"
+    elif chosen and (chosen > groups or used > chosen * num_experts // groups):
+        yield f"topk_group={chosen} of {groups} groups has not {used} experts"
 
 
 def _tokens_beyond(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
@@ -366,6 +382,7 @@ def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -
     renamed = CONFIG_MAPPING[model_type.removeprefix(PRUNED_PREFIX)].attribute_map
     keys = [key for spec in family.sublayers for key in spec.widths.values()]
     known = {renamed.get(key, key) for key in keys}
+    experts = {renamed.get(key, key) for key in family.widths("experts")}
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"
         if not (index.isdecimal() and int(index) < num_layers):
@@ -374,6 +391,8 @@ def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -
             continue  # already reported
         if strangers := sorted({*widths} - known):
             yield f"{key}: {', '.join(strangers)} cannot differ between layers"
+        if any(value == 0 for key, value in widths.items() if key in experts):
+            yield f"{key}: a layer has no experts, or experts without channels"
         keys = family.widths("attention")
         groups, heads = (_count(widths.get(name)) for name in keys) if keys else (None, None)
         if groups and heads and heads % groups:

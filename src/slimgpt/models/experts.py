@@ -95,22 +95,26 @@ class Experts(Sublayer):
     @property
     def shape(self) -> SublayerShape:
         """The prunable units."""
-        gate_up_ECC = self.weights.gate_up_proj
-        per_channel = 3 * gate_up_ECC.shape[2]
-        router = self.router.weight.shape[1]
-        per_group = -(-self.router.top_k // (getattr(self.router, "topk_group", None) or 1))
-        if hasattr(self.router, "num_group"):  # the two best experts of a group decide about it
-            per_group = max(per_group, 2)
+        per_channel = 3 * self.weights.gate_up_proj.shape[2]
+        loses_channels = "channel" in self.spec.widths
         return SublayerShape(
             self.kind,
             self.num_units,
-            self.num_parts * per_channel + router,
-            not self.spec.widths,
-            self.num_parts if "channel" in self.spec.widths else 1,
-            per_channel if "channel" in self.spec.widths else 0,
-            self.num_groups * per_group,
-            self.num_groups,
+            unit_params=self.num_parts * per_channel + self.router.weight.shape[1],
+            is_fixed=not self.spec.widths,
+            parts=self.num_parts if loses_channels else 1,
+            part_params=per_channel if loses_channels else 0,
+            fewest=self._fewest,
+            multiple=self.num_groups,
         )
+
+    @property
+    def _fewest(self) -> int:
+        """So many experts are left, so that the router finds enough in the groups it chooses."""
+        per_group = -(-self.router.top_k // (getattr(self.router, "topk_group", None) or 1))
+        if hasattr(self.router, "num_group"):  # the two best experts of a group decide about it
+            per_group = max(per_group, 2)
+        return min(self.num_groups * per_group, self.num_units)
 
     def expert(self, index: int) -> Sublayer:
         """One expert as an FFN; its weights may share their memory with those of the experts."""
@@ -125,13 +129,18 @@ class Experts(Sublayer):
             _, weight_TK, index_TK = self.router(normed_TC)
             return Routing(index_TK, weight_TK)
         router = copy.deepcopy(self.router)
-        bias_E = getattr(router, _CORRECTION_BIAS, None)
-        if bias_E is None:
+        if self.num_groups == 1:
             slice_router(router, self.routed_E)
             _, weight_TK, index_TK = router(normed_TC)
             return Routing(self.routed_E[index_TK], weight_TK)
-        others_E = torch.ones_like(bias_E, dtype=torch.bool).index_fill_(0, self.routed_E, False)
-        bias_E.masked_fill_(others_E, -torch.inf)  # the experts stay in their groups
+        # The experts stay in their groups, but the others are never chosen.
+        never_E = torch.full_like(router.weight[:, 0], -torch.inf).index_fill_(0, self.routed_E, 0)
+        if hasattr(router, _CORRECTION_BIAS):
+            getattr(router, _CORRECTION_BIAS).add_(never_E)
+        else:  # a further input, which is one
+            router.weight = nn.Parameter(torch.cat([router.weight, never_E[:, None]], dim=1), False)
+            router.hidden_dim += 1
+            normed_TC = nn.functional.pad(normed_TC, (0, 1), value=1.0)
         _, weight_TK, index_TK = router(normed_TC)
         return Routing(index_TK, weight_TK)
 
@@ -150,11 +159,14 @@ class Experts(Sublayer):
         sum_TC = torch.zeros_like(normed_TC, dtype=dtype)
         for index in routing.index_TK.unique().tolist():
             tokens_T, weight_T1 = routing.tokens_of(index)
-            expert = self.expert(index)
-            with autocast(self.weight):
-                output_TC = expert.forward(normed_TC[tokens_T])
+            output_TC = self.output_of(index, normed_TC[tokens_T])
             sum_TC.index_add_(0, tokens_T, (output_TC * weight_T1).to(dtype))
         return sum_TC
+
+    def output_of(self, index: int, normed_TC: Tensor) -> Tensor:
+        """Output of one expert, without the factor of the router."""
+        with autocast(self.weight):
+            return self.expert(index).forward(normed_TC)
 
     def forward(self, normed: Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """Run the sublayer, see `Sublayer.forward`."""

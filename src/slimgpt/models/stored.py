@@ -385,6 +385,11 @@ def _with_native_names(
         tensor = stored[name]
         native[own.name] = tensor if name == own.name else replace(tensor, origin=name)
     for name, parts in sources.items():
+        if name in native:
+            raise UnsupportedModelError(
+                f"{parts[0][0]} and {native[name].origin or name} are the same tensor of the model",
+                hint="remove one of them from the checkpoint",
+            )
         native[name] = _converted(name, sorted(parts, key=lambda p: dot_natural_key(p[0])), stored)
     return native
 
@@ -414,6 +419,7 @@ def _converted(
     def read_row(index: int) -> Tensor:
         return convert(read, slice(index, index + 1))[0]
 
+    _check_numbers(name, list(by_pattern.values()))
     with loading(f"{len(parts)} tensors that make {name}"):
         shape = tuple(convert(empty).shape)
     first: Any = getattr(parts[0][1].converter, "operations", [None])[0]
@@ -425,6 +431,22 @@ def _converted(
         is_converted=True,
         read_row=read_row if is_list else None,
     )
+
+
+def _check_numbers(name: str, lists: Sequence[Sequence[str]]) -> None:
+    """Check that the parts of a tensor are numbered 0, 1, … without gaps, each list alike."""
+    length = max(map(len, lists))
+    for names in lists:
+        found = [
+            int(number) for part in names for number in re.findall(r"\.experts\.(\d+)\.", part)
+        ]
+        if found and found != list(range(length)):
+            missing = min({*range(length)} - {*found}, default=length - 1)
+            raise UnsupportedModelError(
+                f"the parts of {name} are those of {len(found)} experts, numbered to "
+                f"{max(found)}; {missing} is missing, beside {names[0]}",
+                hint="the checkpoint is incomplete: download or write it again",
+            )
 
 
 def _zeros(shape: tuple[int, ...]) -> StoredTensor:

@@ -104,7 +104,7 @@ class Sublayer:
 
     @property
     def num_parts(self) -> int:
-        """Query heads of a group, or channels of an expert, if it can lose some; else 1."""
+        """Query heads of a group, if it can lose some of them; else 1."""
         if self.spec.couples_units:  # the attention of a live module relies on their number
             return 1
         return max(self.counts.get("head", 1) // self.num_units, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.calibration.activations import Stream, collect, pass_through, propagate
-from slimgpt.errors import NumericalError
+from slimgpt.errors import numerical_errors_at
 from slimgpt.methods.base import Method
 from slimgpt.models.blocks import Block
 from slimgpt.models.experts import Experts
@@ -112,11 +112,8 @@ def _prune_sublayer(
     known, output, plan = activations.kept, sublayer.output, None
     new_weight = output.weight.new_empty(output.out_features, sublayer.num_columns(width))
     if is_main():
-        try:
+        with numerical_errors_at(f"block {sublayer.block}, {sublayer.kind}"):
             decision = method.decide(sublayer, width, activations)
-        except NumericalError as err:
-            place = f"block {sublayer.block}, {sublayer.kind}"
-            raise NumericalError(f"{place}: {err}", hint=err.hint) from err
         new_weight.copy_(decision.weight_OK)
         if decision.bias_O is not None:
             _set_bias(output, decision.bias_O)

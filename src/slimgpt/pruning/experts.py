@@ -25,6 +25,7 @@ from slimgpt.calibration.activations import (
     output_input,
     targets,
 )
+from slimgpt.errors import numerical_errors_at
 from slimgpt.methods.base import Decision, Method
 from slimgpt.models.experts import Experts, Routing
 from slimgpt.models.sublayers import Sublayer
@@ -69,7 +70,8 @@ def prune_experts(
     units_E = torch.arange(experts.num_units, device=device)
     if num_experts < experts.num_units:
         scores_E = method.score_experts(experts, stream)
-        units_E = broadcast_tensor(_best(scores_E.to(device), num_experts, experts.num_groups))
+        units_E = _best(scores_E, num_experts, experts.num_groups).to(device)
+        units_E = broadcast_tensor(units_E)
         experts = replace(experts, routed_E=units_E)
     solver = _Solver(experts, stream, method)
     weight_ECK = experts.empty(num_experts, experts.weights.down_proj.shape[1], num_channels)
@@ -97,6 +99,11 @@ def _best(scores_E: Tensor, number: int, num_groups: int) -> Tensor:
     ranked = scores_E.view(num_groups, -1).argsort(dim=1, descending=True, stable=True)
     first = torch.arange(0, len(scores_E), len(scores_E) // num_groups, device=scores_E.device)
     return (ranked[:, : number // num_groups] + first[:, None]).flatten().sort().values
+
+
+def _sum_of_squares(values: Tensor) -> Tensor:
+    """Sum in float64, on the CPU."""
+    return values.flatten(1).square().sum(dim=1).cpu().double().sum()
 
 
 @dataclass
@@ -130,7 +137,7 @@ class _Solver:
             others_TC = experts.others(normed_TC)
             before.append(dense.route(normed_TC))
             dense_TC = dense.combine(normed_TC, before[-1])
-            powers.append((dense_TC + others_TC).double().square().sum())
+            powers.append(_sum_of_squares(dense_TC + others_TC))
             routings.append(experts.route(normed_TC))
             rest_TC = dense_TC - experts.combine(normed_TC, routings[-1])
             if target_NTC is not None:
@@ -143,14 +150,13 @@ class _Solver:
         num_batches = int(all_reduce(torch.tensor(len(rests))))
         self._batch_size = len(rests[0])
         self._first = shard_batches(num_batches).start * self._batch_size  # token of this process
-        power = torch.stack(powers).sum().cpu()
+        power = torch.stack(powers).sum()
         self._num_tokens = all_reduce(torch.full_like(power, len(self._rest_TC)))
         self.power = float(all_reduce(power) / self._num_tokens)
 
     def error(self) -> float:
         """E‖t − y‖²; without a correction, the mean squared change of the output."""
-        total = self._rest_TC.double().square().sum().cpu()
-        return float(all_reduce(total) / self._num_tokens)
+        return float(all_reduce(_sum_of_squares(self._rest_TC)) / self._num_tokens)
 
     def solve(self, index: int, num_channels: int) -> Decision:
         """Decide about one expert, and subtract from the rest what it takes over."""
@@ -164,14 +170,14 @@ class _Solver:
         for rows_T, factors_T1 in zip(batches, factor_T1.split([*map(len, batches)]), strict=True):
             inputs.append(self._input(expert, rows_T) * factors_T1)
             sums.add(inputs[-1], self._rest_TC[rows_T].float() if compensates else None)
-        number = self._num_tokens.to(weight_OI.device)
-        activations = sums.average([], number)
+        activations = sums.average([], self._num_tokens)
         num_own = int(sums.num_tokens)
         if num_own < TOKENS_PER_CHANNEL * self.experts.num_parts:
             self._few[index] = num_own
             self._borrow(expert, activations, factor_T1, num_own)
         if activations.cross_OI is not None:
-            activations.cross_OI += weight_OI.double() @ activations.hessian_II
+            hessian_II = activations.hessian_II
+            activations.cross_OI += weight_OI.to(hessian_II.device).double() @ hessian_II
             activations.correction = 1.0  # the target has the fraction that is to be corrected
         decision = self._decide(expert, num_channels, activations)
         kept_K, new_OK = decision.kept.units, decision.weight_OK
@@ -195,7 +201,7 @@ class _Solver:
             else torch.zeros_like(before_E).index_copy_(0, kept_E.cpu(), before_E[kept_E.cpu()])
         )
         seen = [number for number in self._few.values() if number]
-        shift = (left_E / left_E.sum() - after_E / after_E.sum()).abs().sum() / 2
+        shift = (left_E / left_E.sum().clamp(min=1) - after_E / after_E.sum()).abs().sum() / 2
         return RoutingChange(
             rerouted=float(1 - left_E.sum() / before_E.sum()),
             load_shift=float(shift),
@@ -225,7 +231,7 @@ class _Solver:
         """
         needed = TOKENS_PER_CHANNEL * expert.num_units
         own, share = num_own / needed, max(num_own, 1) / float(self._num_tokens)
-        square = float(all_reduce(factor_T1.double().square().sum().cpu())) / max(num_own, 1)
+        square = float(all_reduce(_sum_of_squares(factor_T1))) / max(num_own, 1)
         square = square or 1 / self._routing.index_TK.shape[1] ** 2
         num_local, step = len(self._rest_TC), max(int(self._num_tokens) // needed, 1)
         sums = Sums(expert.output, has_target=False)
@@ -244,7 +250,9 @@ class _Solver:
         decision, weight_OI = None, expert.output.weight
         weight_OK = weight_OI.new_empty(len(weight_OI), num_channels)
         if is_main():
-            decision = self.method.decide(expert, num_channels, activations)
+            index = expert.name.rpartition(".")[2]
+            with numerical_errors_at(f"block {expert.block}, expert {index}"):
+                decision = self.method.decide(expert, num_channels, activations)
             weight_OK.copy_(decision.weight_OK)
             decision = decision._replace(weight_OK=None, kept=Kept(decision.kept.units.cpu()))
         decision = broadcast(decision)

@@ -100,7 +100,8 @@ def _check_method(
         raise ConfigError(
             f"the method {method.config.method} cannot remove {' or '.join(sorted(left))} of this "
             f"model, only {' and '.join(sorted(method.removes))}",
-            hint="choose other --expert-units, --attention-share 0, or another --method",
+            hint="choose other --expert-units, --attention-share 0, or another --method; layers "
+            "without experts stay whole with --layer-ratios",
         )
 
 
@@ -251,9 +252,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     mapped = max(experts, default=0)
     if mapped <= config.activation_memory:
         mapped = 0
-    block = max(
-        sum(map(_held, block.sublayers)) if mapped else block.shape.params for block in blocks
-    )
+    block = max(sum(_held(sub, mapped > 0) for sub in block.sublayers) for block in blocks)
     return MemoryEstimate(
         stream,
         is_mapped,
@@ -264,9 +263,12 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     )
 
 
-def _held(sublayer: Sublayer) -> int:
-    """Parameters of a sublayer in memory at once: of mapped experts, one."""
-    return sublayer.shape.params // (sublayer.num_units if isinstance(sublayer, Experts) else 1)
+def _held(sublayer: Sublayer, is_mapped: bool) -> int:
+    """Parameters of a sublayer in memory at once: of mapped experts one, else all twice."""
+    params = sublayer.shape.params
+    if isinstance(sublayer, Experts):
+        return params // sublayer.num_units if is_mapped else 2 * params
+    return params if sublayer.spec.widths else 0
 
 
 def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:

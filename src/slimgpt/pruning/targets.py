@@ -36,7 +36,7 @@ def find_target(
     """
     extended = make_method(config).extend_config(base_config)
     if config.target_size is not None and (config.uniform or config.target_type != "auto"):
-        _check_dense(extended)
+        _check_no_experts(extended)
     match target_of(config.model_dump()):
         case "target_params":
             return _params_target(extended, config)
@@ -49,7 +49,7 @@ def find_target(
     return None
 
 
-def _check_dense(config: PreTrainedConfig) -> None:
+def _check_no_experts(config: PreTrainedConfig) -> None:
     """Check that there are no experts: files have them singly, or rows for whole blocks."""
     sublayers = (sub for block in bind(build_skeleton(config)) for sub in block.sublayers)
     if any(isinstance(sub, Experts) for sub in sublayers):
