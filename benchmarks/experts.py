@@ -1,7 +1,8 @@
 """Measure memory and time of pruning one layer with experts, by default Qwen3-30B-A3B's.
 
 A checkpoint of one layer with random bfloat16 weights and a tiny vocabulary is written, pruned in a
-separate process for each kind of units, and deleted. Attention stays whole. Usage:
+separate process for each kind of units, and deleted. Attention stays whole. The comparison of the
+model with its family's description, which precedes every run, is measured by itself. Usage:
 
     python benchmarks/experts.py [--units channels experts both] [--ratio 0.25] [--json FILE]
 """
@@ -11,8 +12,10 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from environment import environment
@@ -21,7 +24,10 @@ from rich.table import Table
 from scale import write_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+import slimgpt
+from slimgpt.pruning.family_check import check_family
 from slimgpt.pruning.memory import size
+from slimgpt.runtime.environment import peak_memory, reset_peak_memory
 
 
 def write_model(directory: Path, args: argparse.Namespace) -> int:
@@ -48,21 +54,31 @@ def write_model(directory: Path, args: argparse.Namespace) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def prune(model: Path, output: Path, units: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Prune in a process of its own, and return what its report says."""
-    command = [
-        *(sys.executable, "-m", "slimgpt", "prune", model, "--output", output),
-        *("--calibration", "pydocs", "--attention-share", "0", "--expert-units", units),
-        *(f"--ratio={args.ratio}", f"--nsamples={args.nsamples}", f"--seqlen={args.seqlen}"),
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((output / "pruning_report.json").read_text(encoding="utf-8"))
-    decided = report["blocks"][0]["sublayers"][1]
+def prune(model: str, output: str, units: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Prune in this process, and return time, peak memory and what was decided."""
+    checked = {}
+
+    def check(config: Any) -> Any:
+        start = time.perf_counter()
+        found = check_family(config)
+        checked.update(seconds=time.perf_counter() - start, peak=peak_memory())
+        reset_peak_memory()
+        return found
+
+    options = {"ratio": args.ratio, "nsamples": args.nsamples, "seqlen": args.seqlen}
+    with mock.patch("slimgpt.pruning.inputs.check_family", check):
+        slimgpt.prune(
+            model, output, calibration="pydocs", attention_share=0, expert_units=units, **options
+        )
+    report = json.loads(Path(output, "pruning_report.json").read_text(encoding="utf-8"))
+    decided, seconds = report["blocks"][0]["sublayers"][1], report["seconds"]
+    seconds["prepare"] -= checked["seconds"]
     return {
         "units": units,
         "width": report["widths"][0][1],
-        "seconds": report["seconds"],
+        "seconds": {"check": checked["seconds"]} | seconds,
         "peak": report["peak_memory_bytes"],
+        "check_peak": checked["peak"],
         "relative_error": decided["relative_error"],
         "few_tokens": len(decided["routing"].get("few_tokens", ())),
     }
@@ -82,13 +98,24 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--directory", type=Path, help="scratch space for two models")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--prune", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.prune:
+        print(json.dumps(prune(*args.prune, args)))
+        return
 
     rows = []
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         written = write_model(Path(directory, "dense"), args)
         for units in args.units:
-            rows.append(prune(Path(directory, "dense"), Path(directory, units), units, args))
+            paths = Path(directory, "dense"), Path(directory, units)
+            finished = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--prune", *paths, units],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            rows.append(json.loads(finished.stdout))
             print(json.dumps(rows[-1]), flush=True)
 
     title = (
@@ -97,13 +124,13 @@ def main() -> None:
         f"{args.seqlen} tokens, {torch.get_num_threads()} threads"
     )
     phases = list(rows[0]["seconds"])
-    table = Table("units", "kept", *phases, "peak memory", "few tokens", title=title)
-    table.caption = "phases in seconds; experts with few tokens"
+    table = Table("units", "kept", *phases, "peak", "peak of check", title=title)
+    table.caption = "phases in seconds; peak: memory without the check"
     for row in rows:
         kept = row["width"] if isinstance(row["width"], int) else " × ".join(map(str, row["width"]))
         seconds = (f"{row['seconds'][phase]:.1f}" for phase in phases)
-        few = str(row["few_tokens"])
-        table.add_row(row["units"], str(kept), *seconds, size(row["peak"]), few)
+        peaks = (size(row[peak]) for peak in ("peak", "check_peak"))
+        table.add_row(row["units"], str(kept), *seconds, *peaks)
     Console(width=100).print(table)
     if args.json:
         content = {"protocol": title, "environment": environment(), "rows": rows}
