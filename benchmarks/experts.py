@@ -2,9 +2,10 @@
 
 A checkpoint of one layer with random bfloat16 weights and a tiny vocabulary is written, pruned in a
 separate process for each kind of units, and deleted. Attention stays whole. The comparison of the
-model with its family's description, which precedes every run, is measured by itself. Usage:
+model with its family's description, which precedes every run, is left out; ``--check`` measures it
+by itself. Usage:
 
-    python benchmarks/experts.py [--units channels experts both] [--ratio 0.25] [--json FILE]
+    python benchmarks/experts.py [--units channels experts both] [--ratio 0.25] [--check]
 """
 
 import argparse
@@ -25,9 +26,8 @@ from scale import write_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import slimgpt
-from slimgpt.pruning.family_check import check_family
 from slimgpt.pruning.memory import size
-from slimgpt.runtime.environment import peak_memory, reset_peak_memory
+from slimgpt.runtime.environment import peak_memory
 
 
 def write_model(directory: Path, args: argparse.Namespace) -> int:
@@ -56,32 +56,36 @@ def write_model(directory: Path, args: argparse.Namespace) -> int:
 
 def prune(model: str, output: str, units: str, args: argparse.Namespace) -> dict[str, Any]:
     """Prune in this process, and return time, peak memory and what was decided."""
-    checked = {}
-
-    def check(config: Any) -> Any:
-        start = time.perf_counter()
-        found = check_family(config)
-        checked.update(seconds=time.perf_counter() - start, peak=peak_memory())
-        reset_peak_memory()
-        return found
-
     options = {"ratio": args.ratio, "nsamples": args.nsamples, "seqlen": args.seqlen}
-    with mock.patch("slimgpt.pruning.inputs.check_family", check):
+    with mock.patch("slimgpt.pruning.inputs.check_family"):
         slimgpt.prune(
             model, output, calibration="pydocs", attention_share=0, expert_units=units, **options
         )
     report = json.loads(Path(output, "pruning_report.json").read_text(encoding="utf-8"))
-    decided, seconds = report["blocks"][0]["sublayers"][1], report["seconds"]
-    seconds["prepare"] -= checked["seconds"]
+    decided = report["blocks"][0]["sublayers"][1]
     return {
         "units": units,
         "width": report["widths"][0][1],
-        "seconds": {"check": checked["seconds"]} | seconds,
+        "seconds": report["seconds"],
         "peak": report["peak_memory_bytes"],
-        "check_peak": checked["peak"],
         "relative_error": decided["relative_error"],
         "few_tokens": len(decided["routing"].get("few_tokens", ())),
     }
+
+
+def check(model: str) -> dict[str, Any]:
+    """Compare the model with the description of its family in this process."""
+    start = time.perf_counter()
+    slimgpt.check(model)
+    return {"check": time.perf_counter() - start, "peak": peak_memory()}
+
+
+def run(*arguments: Any) -> dict[str, Any]:
+    """Run this script in a process of its own, and return what it prints."""
+    command = [sys.executable, __file__, *sys.argv[1:], *arguments]
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    print(finished.stdout, end="", flush=True)
+    return json.loads(finished.stdout)
 
 
 def main() -> None:
@@ -98,25 +102,19 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--directory", type=Path, help="scratch space for two models")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--check", action="store_true", help="needs far more memory than pruning")
+    parser.add_argument("--checked", help=argparse.SUPPRESS)
     parser.add_argument("--prune", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.prune:
-        print(json.dumps(prune(*args.prune, args)))
+    if args.prune or args.checked:
+        print(json.dumps(prune(*args.prune, args) if args.prune else check(args.checked)))
         return
 
-    rows = []
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        written = write_model(Path(directory, "dense"), args)
-        for units in args.units:
-            paths = Path(directory, "dense"), Path(directory, units)
-            finished = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--prune", *paths, units],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            rows.append(json.loads(finished.stdout))
-            print(json.dumps(rows[-1]), flush=True)
+        model = Path(directory, "dense")
+        written = write_model(model, args)
+        rows = [run("--prune", model, Path(directory, units), units) for units in args.units]
+        checked = run("--checked", model) if args.check else None
 
     title = (
         f"one layer, {args.experts} experts of {args.width} channels, hidden {args.hidden}, top "
@@ -124,16 +122,18 @@ def main() -> None:
         f"{args.seqlen} tokens, {torch.get_num_threads()} threads"
     )
     phases = list(rows[0]["seconds"])
-    table = Table("units", "kept", *phases, "peak", "peak of check", title=title)
-    table.caption = "phases in seconds; peak: memory without the check"
+    table = Table("units", "kept", *phases, "peak memory", title=title)
+    table.caption = "phases in seconds"
+    if checked:
+        table.caption += f"; the check takes {checked['check']:.1f} s and {size(checked['peak'])}"
     for row in rows:
         kept = row["width"] if isinstance(row["width"], int) else " × ".join(map(str, row["width"]))
         seconds = (f"{row['seconds'][phase]:.1f}" for phase in phases)
-        peaks = (size(row[peak]) for peak in ("peak", "check_peak"))
-        table.add_row(row["units"], str(kept), *seconds, *peaks)
+        table.add_row(row["units"], str(kept), *seconds, size(row["peak"]))
     Console(width=100).print(table)
     if args.json:
         content = {"protocol": title, "environment": environment(), "rows": rows}
+        content["check"] = checked
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
