@@ -30,8 +30,6 @@ from slimgpt.runtime.environment import peak_memory
 
 def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, heads: int) -> None:
     """Write a dense checkpoint with normal random weights, one file for each block."""
-    from pydoc_data.topics import topics
-
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=channels,
@@ -44,13 +42,7 @@ def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, he
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(directory)
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(
-        topics.values(), 1000, special_tokens=["<s>", "</s>"], show_progress=False
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(directory)
+    write_tokenizer(directory)
 
     tensors = build_skeleton(config, torch.bfloat16).state_dict()
     generator = torch.Generator().manual_seed(0)
@@ -68,6 +60,19 @@ def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, he
     weight_map = {name: file for file, contents in files.items() for name in contents}
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a tokenizer of 1,000 tokens."""
+    from pydoc_data.topics import topics
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        topics.values(), 1000, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
 
 
 def prune(model: str, output: str, ratio: float) -> None:

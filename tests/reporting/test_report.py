@@ -11,8 +11,11 @@ from typing import Any
 
 import matplotlib
 import pytest
+import torch
 import yaml
-from conftest import Run
+from conftest import TEXT, Run
+from families import tiny_config
+from transformers import AutoModelForCausalLM
 
 import slimgpt
 from slimgpt.benchmarking.results import BenchResult, Cost, Setting, Speed, Spread
@@ -132,6 +135,85 @@ def test_methods_for_comparison_are_named(slim: Path) -> None:
     assert "The baseline method wanda_sp chose the attention heads" in page
     assert "remaining weights were updated" not in page
     assert "--method wanda_sp" in page
+
+
+@pytest.fixture
+def mixture(tokenizer: Any, tmp_path: Path) -> Callable[..., str]:
+    """Prunes a tiny model with experts, and returns the page."""
+
+    def make(model_type: str, **options: Any) -> str:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+        for directory in (model, tokenizer):
+            directory.save_pretrained(tmp_path / "dense")
+        slim = tmp_path / "slim"
+        values = {"calibration": TEXT, "nsamples": 4, "seqlen": 32} | options
+        slimgpt.prune(str(tmp_path / "dense"), slim, **values)
+        return slimgpt.report(slim).read_text()
+
+    return make
+
+
+def cells(page: str, title: str) -> list[list[str]]:
+    """Rows of the table with this title, without their markup."""
+    table = page.partition(f'aria-label="{title}"')[2].partition("</tbody>")[0]
+    rows = table.partition("<tbody>")[2].split("</tr>")[:-1]
+    return [
+        [" ".join(re.sub("<.*?>", "", cell).split()) for cell in re.split("</t[hd]>", row)[:-1]]
+        for row in rows
+    ]
+
+
+def test_page_of_a_mixture_shows_its_experts(mixture: Callable[..., str], tmp_path: Path) -> None:
+    page = mixture("qwen3_moe", layer_ratios=(0.5, 0.3, 0.6), nsamples=2, expert_units="both")
+    blocks = json.loads((tmp_path / "slim" / "pruning_report.json").read_text())["blocks"]
+    decided = [block["sublayers"][1] for block in blocks]
+    few = [len(s["routing"].get("few_tokens", ())) for s in (decided[0], decided[2])]
+    assert cells(page, "Experts of each block") == [
+        [
+            str(block),
+            f"{len(sublayer['keep'])} of 6",
+            f"{len(sublayer['parts']) // len(sublayer['keep'])} of 16",
+            f"{sublayer['routing']['rerouted']:.1%}",
+            f"{sublayer['routing']['load_shift']:.1%}",
+            str(number),
+        ]
+        for block, sublayer, number in zip((0, 2), (decided[0], decided[2]), few, strict=True)
+    ]
+    assert min(few) > 0
+    assert min(s["routing"]["rerouted"] for s in (decided[0], decided[2])) > 0
+    removed = "attention heads, FFN channels, channels of experts and experts"
+    assert f"Whole {removed} were removed" in page
+    assert "dense model" not in page
+    assert "<h3>Channels of each block</h3>" in page
+    first = len(decided[0]["parts"])
+    assert f"Bars of the channels of each block (FFN or experts): {first} are kept" in page
+    assert "relative error of attention and FFN or experts" in page
+
+
+def test_page_of_a_mixture_that_loses_whole_experts_only(mixture: Callable[..., str]) -> None:
+    page = mixture("deepseek_v3", method="random", ratio=0.3, min_ratio=0.3)
+    rows = cells(page, "Experts of each block")
+    assert [row[:2] for row in rows] == [["1", "12 of 16"], ["2", "10 of 16"]]
+    assert all(len(row) == 5 for row in rows)  # no channels
+    assert "The baseline method random chose the FFN channels and experts that" in page
+    assert "Heads of attention" not in page  # they cannot be pruned
+
+
+def test_blocks_that_keep_all_experts_have_no_routing(mixture: Callable[..., str]) -> None:
+    options = {"method": "reap", "expert_units": "experts", "layer_ratios": (0, 0.2)}
+    rows = cells(mixture("olmoe", **options), "Experts of each block")
+    assert rows[0][1:] == ["6 of 6", "32 of 32", "", "", ""]
+    assert rows[1][1:3] == ["5 of 6", "32 of 32"]
+    assert rows[1][3] != ""
+
+
+def test_page_of_a_dense_model_has_no_experts(slim: Path) -> None:
+    page = slimgpt.report(slim).read_text()
+    assert "Experts of each block" not in page
+    assert "A smaller dense model made" in page
+    assert "Whole attention heads and FFN channels were removed" in page
+    assert "<h3>FFN channels of each block</h3>" in page
 
 
 def test_samples_are_greedy_and_of_the_prompts_given(

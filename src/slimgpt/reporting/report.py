@@ -173,6 +173,9 @@ def _render(pruning: dict[str, Any], recovery: dict[str, Any] | None, **results:
         pruning=pruning,
         recovery=recovery,
         is_baseline=is_baseline(pruning["config"]["method"]),
+        removed=_removed_units(pruning),
+        ffn_name=_ffn_name(pruning),
+        experts=_experts_table(pruning),
         tables=tables,
         colors=figures.COLORS,
         drawn=_drawn(pruning, results["perplexity"], recovery),
@@ -191,12 +194,12 @@ def _drawn(
 
     blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
 
+    dense = [shape["sublayers"][1] for shape in pruning["shapes"]]
     errors = {
         name: [block["sublayers"][place]["relative_error"] for block in blocks]
-        for place, name in enumerate(("attention", "FFN"))
+        for place, name in enumerate(("attention", _ffn_name(pruning)))
     }
     kept, before = _heads(blocks, pruning["shapes"])
-    dense = [shape["sublayers"][1] for shape in pruning["shapes"]]
     parts = [sublayer.get("parts", 1) for sublayer in dense]  # channels of an expert
     widths = [
         len(decided.get("parts") or ()) or len(decided["keep"]) * number
@@ -212,14 +215,9 @@ def _drawn(
                 percent=True,
             ),
         ),
-        "heads": inline(
-            f"Map of the attention heads: {sum(map(len, kept))} of {sum(before)} are kept.",
-            unit_map(kept, before),
-            height=min(80 + 24 * max(before), 560),
-        ),
         "widths": inline(
-            f"Bars of the FFN channels of each block: {widths[0]:,} are kept in the first and "
-            f"{widths[-1]:,} in the last.",
+            f"Bars of the channels of each block ({_ffn_name(pruning)}): {widths[0]:,} are kept in "
+            f"the first and {widths[-1]:,} in the last.",
             bars(
                 {
                     "kept": widths,
@@ -228,11 +226,17 @@ def _drawn(
             ),
         ),
         "errors": inline(
-            "Curves of the relative error of attention and FFN in each block; the largest is "
-            f"{max(map(max, errors.values())):.1%}.",
+            f"Curves of the relative error of {' and '.join(errors)} in each block; the largest "
+            f"is {max(map(max, errors.values())):.1%}.",
             curves({name: list(enumerate(y)) for name, y in errors.items()}, percent=True),
         ),
     }
+    if _has_attention(pruning):
+        drawn["heads"] = inline(
+            f"Map of the attention heads: {sum(map(len, kept))} of {sum(before)} are kept.",
+            unit_map(kept, before),
+            height=min(80 + 24 * max(before), 560),
+        )
     compared = [result for result in perplexity if result.layer_errors]
     label = "{0}, windows of {1.seqlen}"
     if len({(result.base, result.dtype) for result in compared}) > 1:
@@ -256,6 +260,62 @@ def _drawn(
                 curves({"": points}, "step"),
             )
     return drawn
+
+
+def _ffn_name(pruning: dict[str, Any]) -> str:
+    """Name of the second sublayers of the blocks."""
+    kinds = {shape["sublayers"][1]["kind"] for shape in pruning["shapes"]}
+    names = {"ffn": "FFN", "experts": "experts"}
+    return " or ".join(name for kind, name in names.items() if kind in kinds)
+
+
+def _has_attention(pruning: dict[str, Any]) -> bool:
+    """Whether any block has attention that can be pruned."""
+    return not all(shape["sublayers"][0].get("is_fixed") for shape in pruning["shapes"])
+
+
+def _with_experts(pruning: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], int]]:
+    """Decision and shape of each sublayer with experts, and its block."""
+    blocks = zip(pruning["blocks"], pruning["shapes"], strict=True)
+    pairs = ((b["sublayers"][1], s["sublayers"][1], b["block"]) for b, s in blocks)
+    return [pair for pair in pairs if pair[0]["kind"] == "experts"]
+
+
+def _removed_units(pruning: dict[str, Any]) -> str:
+    """Name what was removed."""
+    experts = _with_experts(pruning)
+    has_parts = any(decided.get("parts") for decided, _, _ in experts)
+    is_fewer = any(len(decided["keep"]) < shape["num_units"] for decided, shape, _ in experts)
+    names = {
+        "attention heads": _has_attention(pruning),
+        "FFN channels": len(experts) < len(pruning["blocks"]),
+        "channels of experts": has_parts,
+        "experts": is_fewer or (bool(experts) and not has_parts),
+    }
+    *first, last = [name for name, is_removed in names.items() if is_removed]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _experts_table(pruning: dict[str, Any]) -> tables.Table | None:
+    """What is left of the experts of each block, and how their tokens are routed."""
+    rows = []
+    for decided, shape, block in _with_experts(pruning):
+        number, parts = len(decided["keep"]), shape.get("parts", 1)
+        channels = len(decided.get("parts") or ()) // max(number, 1) or parts
+        row = {
+            "block": str(block),
+            "experts": f"{number} of {shape['num_units']}",
+            "channels of each": f"{channels:,} of {parts:,}" if parts > 1 else "",
+            "rerouted": "",
+            "load shift": "",
+            "few tokens": "",
+        }
+        if routing := decided.get("routing"):
+            row["rerouted"] = f"{routing['rerouted']:.1%}"
+            row["load shift"] = f"{routing['load_shift']:.1%}"
+            row["few tokens"] = str(len(routing.get("few_tokens", ())))
+        rows.append(row)
+    return tables.Table(rows, set(rows[0]) - {"block"}) if rows else None
 
 
 def _heads(
