@@ -18,7 +18,7 @@ from transformers import (
 
 import slimgpt
 from slimgpt.checkpoint.tokenizer import write_tokenizer
-from slimgpt.checkpoint.writer import add_older_rope_keys
+from slimgpt.checkpoint.writer import add_older_keys
 from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -77,7 +77,7 @@ def test_rotary_embeddings_are_stated_for_old_and_new_versions(
 def test_partial_rotary_embeddings_are_stated_twice(tmp_path: Path) -> None:
     rope = DEFAULT | {"partial_rotary_factor": 0.5}
     (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope}))
-    add_older_rope_keys(tmp_path)
+    add_older_keys(tmp_path)
     values = read(tmp_path / "config.json")
     assert values == {
         "rope_parameters": rope,

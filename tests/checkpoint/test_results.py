@@ -51,7 +51,7 @@ def test_reports_of_0_1_are_read(slim: Path) -> None:
     file.write_text(json.dumps(old))
     for shape in new["shapes"]:
         for sublayer in shape["sublayers"]:
-            for name in ("unit_params", "is_fixed", "parts", "part_params"):
+            for name in ("unit_params", "is_fixed", "parts", "part_params", "fewest", "multiple"):
                 del sublayer[name]
     assert read_report(file, PruningReport) == new
 

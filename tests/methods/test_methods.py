@@ -28,7 +28,7 @@ from slimgpt.models.units import unit_columns
 from slimgpt.pruning import inputs
 
 OPTIONS = {"calibration": TEXT, "nsamples": 6, "seqlen": 32}
-METHODS = [method for method in get_args(Method) if method != "slimgpt"]
+METHODS = [method for method in get_args(Method) if method not in ("slimgpt", "reap")]
 COLUMN_METHODS = ("wanda_sp", "flap")
 
 

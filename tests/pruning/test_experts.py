@@ -268,6 +268,9 @@ def test_uniform_results_keep_the_original_layout(
         assert any(".experts.0." in name for name in small.keys())  # noqa: SIM118
     model = AutoModelForCausalLM.from_pretrained(result.output)
     assert model.config.model_type == model_type
+    values = json.loads((result.output / "config.json").read_text())
+    key = "num_local_experts" if model_type == "mixtral" else "num_experts"  # in transformers 4
+    assert values[key] == len(result.blocks[0].sublayers[1].keep)
     assert model.num_parameters() == result.plan.params_after
     assert experts_of(model).router.top_k == 2
     kept = {s.keep for block in result.blocks for s in block.sublayers if s.kind == "experts"}

@@ -111,7 +111,7 @@ def test_key_value_heads(
 
 
 def test_a_single_key_value_head_stays(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    make_tiny_model("llama", num_key_value_parts=1).save_pretrained(tmp_path)
+    make_tiny_model("llama", num_key_value_heads=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="the least with these options is 1x of the dense KV"):
         slimgpt.plan(str(tmp_path), target_kv_cache=0.5)
 

@@ -45,8 +45,8 @@ CARD_FILE = "README.md"
 _CARD = """
 # {base}, pruned by {percent:g} %
 
-A smaller dense model, made from {base} by structured pruning with
-SlimGPT {version}. Whole attention heads and whole FFN channels are removed;
+A smaller model, made from {base} by structured pruning with
+SlimGPT {version}. Whole units (attention heads, FFN channels, experts) are removed;
 {rest}.
 
 {facts}

@@ -66,7 +66,8 @@ class _SlimModel:
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return cls.__bases__[1]._can_set_experts_implementation()
+        stock = next(c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
+        return stock._can_set_experts_implementation()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Switch the attention implementation, in the layers' own configs too."""

@@ -126,24 +126,27 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     return accepted
 
 
-def add_older_rope_keys(directory: Path) -> None:
-    """Add the keys of the rotary embeddings that transformers 4 reads to ``config.json``.
+def add_older_keys(directory: Path) -> None:
+    """Add the keys that transformers 4 reads to ``config.json``: of RoPE, and of experts.
 
     Parameters
     ----------
     directory : Path
-        Directory with a ``config.json``. It stays as it is without ``rope_parameters``, or with
-        those of several types of layers.
+        Directory with a ``config.json``. Those of RoPE are not added without ``rope_parameters``,
+        or if there are several types of layers.
     """
     file = directory / "config.json"
     values = read_json(file)
     rope = dict(values.get("rope_parameters") or {})
-    if not rope or any(isinstance(value, dict) for value in rope.values()):
-        return
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope:
-            values[key] = rope.pop(key)
-    values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    if rope and not any(isinstance(value, dict) for value in rope.values()):
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                values[key] = rope.pop(key)
+        values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    if values["model_type"] in CONFIG_MAPPING:
+        own = CONFIG_MAPPING[values["model_type"]].attribute_map.get("num_experts")
+        if own in values:
+            values["num_experts"] = values[own]
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

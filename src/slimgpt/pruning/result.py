@@ -15,7 +15,7 @@ from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.checkpoint.card import write_card
 from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.checkpoint.tokenizer import write_tokenizer
-from slimgpt.checkpoint.writer import add_older_rope_keys, pruned_config, write_shards
+from slimgpt.checkpoint.writer import add_older_keys, pruned_config, write_shards
 from slimgpt.data.datasets import describe_dataset
 from slimgpt.models.device import fast_dtype
 from slimgpt.models.stored import read_tensor
@@ -51,7 +51,7 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
     small_config.dtype = streamed.weights.dtype
     with run.result() as directory:
         small_config.save_pretrained(directory)
-        add_older_rope_keys(directory)
+        add_older_keys(directory)
         job.generation_config.save_pretrained(directory)
         write_tokenizer(streamed.weights.source, job.tokenizer, directory)
         state = saved_tensors(streamed.skeleton)

@@ -30,7 +30,7 @@ from transformers.integrations.integration_utils import (
 from slimgpt.checkpoint.card import write_card
 from slimgpt.checkpoint.results import RECOVERY_FILE, REPORT_FILE, PruningReport, read_report
 from slimgpt.checkpoint.tokenizer import write_tokenizer
-from slimgpt.checkpoint.writer import add_older_rope_keys
+from slimgpt.checkpoint.writer import add_older_keys
 from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data.datasets import check_dataset, describe_dataset
 from slimgpt.data.examples import training_examples
@@ -313,7 +313,7 @@ def _write(run: Run, job: _Job) -> None:
     log.info("saving to %s", run.output)
     with run.result() as directory:
         model.save_pretrained(directory)
-        add_older_rope_keys(directory)
+        add_older_keys(directory)
         write_tokenizer(source, job.tokenizer, directory)
         metrics = [read_metrics(entry) for entry in state.log_history]
         lines = "".join(json.dumps(entry) + "\n" for entry in metrics)
