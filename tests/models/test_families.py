@@ -122,7 +122,7 @@ def masked_logits(dense: Path, output: Path) -> Tensor | None:
             parts = torch.tensor(decided["parts"]) if decided.get("parts") else None
             kept = Kept(torch.tensor(decided["keep"]), parts)
             if isinstance(sublayer, Experts):
-                masked = masked_sublayer(sublayer, kept, sliced.weight)
+                masked = masked_sublayer(sublayer, kept, sliced.weights.down_proj)
                 block.module.set_submodule(sublayer.spec.module, Masked(masked))
                 continue
             masked = masked_sublayer(sublayer, kept, sliced.output.weight)
