@@ -150,6 +150,14 @@ def test_any_widths(model_type: str, groups: int, per_group: int, size: int, cha
     assert max(check_family(config).differences.values()) < 1e-6
 
 
+@pytest.mark.parametrize("used", [1, 4, 5, 6])
+def test_tokens_that_use_most_experts(used: int) -> None:
+    found = check_family(tiny_config("mixtral", num_experts_per_tok=used))
+    differences = [s.difference for s in found.sublayers if s.kind == "experts"]
+    assert (differences[0] is None) == (used == 6)
+    assert differences[1] is not None
+
+
 def test_every_kind_of_layer_is_checked() -> None:
     assert list(check_family(tiny_config("gemma3_text")).differences) == [0, 1]
     assert list(check_family(tiny_config("smollm3")).differences) == [0, 2]

@@ -190,8 +190,9 @@ def _kept(sublayer: Sublayer, parts: bool) -> Kept:
     if parts or shape.is_fixed:
         return Kept(all_units)
     groups = all_units.view(shape.multiple, -1)  # each keeps equally many
-    number = max(groups.shape[1] + 1, 2 * shape.fewest // shape.multiple) // 2
-    return Kept(groups[:, ::2][:, :number].flatten())
+    number = max((groups.shape[1] + 1) // 2, shape.fewest // shape.multiple)
+    ordered = torch.cat([groups[:, ::2], groups[:, 1::2]], dim=1)
+    return Kept(ordered[:, :number].flatten().sort().values)
 
 
 def _distinct(blocks: Sequence[Block]) -> Iterator[Block]:
