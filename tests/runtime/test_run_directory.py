@@ -493,9 +493,9 @@ def test_a_stream_beyond_the_budget_is_mapped_to_a_file(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     directories = []
-    allocate = activations._allocate
+    allocate = activations.allocate
     monkeypatch.setattr(
-        activations, "_allocate", lambda *args: directories.append(args[2]) or allocate(*args)
+        activations, "allocate", lambda *args: directories.append(args[2]) or allocate(*args)
     )
     model = str(tiny_checkpoint("llama"))
     with caplog.at_level("INFO", "slimgpt"):

@@ -143,8 +143,8 @@ def add_older_keys(directory: Path) -> None:
             if key in rope:
                 values[key] = rope.pop(key)
         values["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-    if values["model_type"] in CONFIG_MAPPING:
-        own = CONFIG_MAPPING[values["model_type"]].attribute_map.get("num_experts")
+    if (model_type := values.get("model_type")) in CONFIG_MAPPING:
+        own = CONFIG_MAPPING[model_type].attribute_map.get("num_experts")
         if own in values:
             values["num_experts"] = values[own]
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
