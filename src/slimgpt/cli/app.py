@@ -217,6 +217,7 @@ def families(as_json: Json = False) -> None:
     """List the model types that can be pruned, and what can be pruned of them."""
     from slimgpt.exporting.gguf_graphs import graphs_by_model_type
     from slimgpt.models.family import (
+        NEWEST_ONLY,
         TESTED_VERSIONS,
         WRAPPER_TYPES,
         load_families,
@@ -237,7 +238,8 @@ def families(as_json: Json = False) -> None:
         for reason in family.reasons:
             reasons.setdefault(reason, []).append(model_type)
     lines = [
-        f"all tested with random weights on transformers {' and '.join(TESTED_VERSIONS)}",
+        f"all tested with random weights on transformers {' and '.join(TESTED_VERSIONS)}; "
+        f"{', '.join(NEWEST_ONLY)} on the newer only",
         *(f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()),
         f"the text model inside {', '.join(WRAPPER_TYPES)} is pruned, all else is copied",
         "not supported:",

@@ -40,6 +40,9 @@ WRAPPER_TYPES = (
 # Versions of transformers with which all model types were tested, oldest and newest.
 TESTED_VERSIONS = ("5.16.0", "5.23.0")
 
+# Of these, the types that have another form in the oldest, where they are refused.
+NEWEST_ONLY = ("granitemoe",)
+
 # What rows of a projection belong to: all query heads, key/value groups, channels or experts.
 Segment = Literal["head", "group", "channel", "expert"]
 
