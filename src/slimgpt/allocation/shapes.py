@@ -67,7 +67,7 @@ class BlockShape:
     @property
     def params(self) -> int:
         """Number of prunable parameters."""
-        return sum(s.num_units * s.unit_params for s in self.sublayers if not s.is_fixed)
+        return sum(sublayer.params for sublayer in self.sublayers if not sublayer.is_fixed)
 
 
 # Units that a sublayer keeps: groups or channels. If the groups of an attention lose query heads
@@ -78,10 +78,15 @@ Width = int | tuple[int, int]
 BlockWidths = tuple[Width, ...]
 
 
+def has_experts(shapes: Sequence[BlockShape]) -> bool:
+    """Whether some blocks have experts."""
+    return any(sublayer.kind == "experts" for shape in shapes for sublayer in shape.sublayers)
+
+
 def removed_params(shape: BlockShape, widths: Sequence[Width]) -> int:
     """Number of parameters removed from a block that keeps these widths."""
     return sum(
-        sublayer.num_units * sublayer.unit_params - sublayer.kept_params(width)
+        sublayer.params - sublayer.kept_params(width)
         for sublayer, width in zip(shape.sublayers, widths, strict=True)
     )
 

@@ -235,5 +235,5 @@ def _wider(
         wider, of = rules.widths(sublayer), target.prices[first][index].of
         if (position := wider.index(before) + 1) < len(wider):
             cost = len(blocks) * (of(sublayer, wider[position]) - of(sublayer, before))
-            share = sublayer.kept_params(before) / sublayer.kept_params(sublayer.num_units)
+            share = sublayer.kept_params(before) / sublayer.params
             yield _Step(blocks, index, wider[position], share, cost, sublayer.kind != "attention")

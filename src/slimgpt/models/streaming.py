@@ -144,9 +144,9 @@ class StreamedModel:
         return self._read(block.name, block.module.state_dict())
 
     def _read(self, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
-        tensors = {}
+        tensors, shapes = {}, self.weights.shapes
         for name in names:
-            is_mapped = self._is_mapped(self.weights.shapes[f"{prefix}.{name}"])
+            is_mapped = self._is_mapped(shapes[f"{prefix}.{name}"])
             tensor = self.weights.read(f"{prefix}.{name}", self.directory if is_mapped else None)
             pins = self.device.type == "cuda" and not is_mapped
             tensors[name] = tensor.pin_memory() if pins else tensor

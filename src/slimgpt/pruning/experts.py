@@ -138,8 +138,11 @@ class _Solver:
             before.append(dense.route(normed_TC))
             dense_TC = dense.combine(normed_TC, before[-1])
             powers.append(_sum_of_squares(dense_TC + others_TC))
-            routings.append(experts.route(normed_TC))
-            rest_TC = dense_TC - experts.combine(normed_TC, routings[-1])
+            routing, rest_TC = before[-1], torch.zeros_like(dense_TC)
+            if experts.routed_E is not None:
+                routing = experts.route(normed_TC)
+                rest_TC = dense_TC - experts.combine(normed_TC, routing)
+            routings.append(routing)
             if target_NTC is not None:
                 target_TC = target_NTC.flatten(0, 1).to(dense_TC)
                 rest_TC.add_(target_TC - dense_TC - others_TC, alpha=alpha)

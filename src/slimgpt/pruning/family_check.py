@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.allocation.shapes import BlockWidths, Width
+from slimgpt.allocation.shapes import BlockWidths, Width, has_experts
 from slimgpt.calibration.activations import Stream, embed, pass_through
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import UnsupportedModelError
@@ -115,9 +115,12 @@ _checked: dict[str, FamilyCheck] = {}
 
 @torch.no_grad()
 def _check(config: PreTrainedConfig) -> FamilyCheck:
-    model_type, config = config.model_type, _with_few_experts(config)
-    dense = _skeleton(config)
+    model_type, dense = config.model_type, _skeleton(config)
     blocks = list(bind(dense))
+    if has_experts([block.shape for block in blocks]):
+        config = _with_few_experts(config, blocks)
+        dense = _skeleton(config)
+        blocks = list(bind(dense))
     kinds = {sublayer.kind for block in blocks for sublayer in block.sublayers}
     removals = [(kind, False) for kind in sorted(kinds)] + [("experts", True)] * (
         "experts" in kinds
@@ -140,7 +143,7 @@ def _check(config: PreTrainedConfig) -> FamilyCheck:
     return FamilyCheck(model_type, differences, tuple(checks))
 
 
-def _with_few_experts(config: PreTrainedConfig) -> PreTrainedConfig:
+def _with_few_experts(config: PreTrainedConfig, blocks: Sequence[Block]) -> PreTrainedConfig:
     """Config with a few small experts: layers of many are too large for random weights."""
 
     def width(sublayer: Sublayer) -> Width:
@@ -150,10 +153,7 @@ def _with_few_experts(config: PreTrainedConfig) -> PreTrainedConfig:
         number = min(shape.num_units, 2 * shape.fewest)
         return (number, min(shape.parts, FEW_CHANNELS)) if shape.parts > 1 else number
 
-    blocks = list(bind(build_skeleton(config)))
     widths = [tuple(map(width, block.sublayers)) for block in blocks]
-    if widths == [tuple(sub.num_units for sub in block.sublayers) for block in blocks]:
-        return config
     return pruned_config(config, widths, uniform=False)
 
 

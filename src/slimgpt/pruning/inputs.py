@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from slimgpt.allocation.reallocation import samples_needed
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, has_experts, removed_params
 from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
@@ -47,7 +47,7 @@ from slimgpt.pruning.memory import (
     refit_bytes,
     solver_bytes,
 )
-from slimgpt.pruning.plan import has_experts, initial_widths, is_measured, shapes_of
+from slimgpt.pruning.plan import initial_widths, is_measured, shapes_of
 from slimgpt.pruning.targets import find_target
 from slimgpt.runtime.distributed import is_main, shard
 from slimgpt.runtime.environment import Stopwatch, computation, versions
@@ -213,7 +213,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     tokens, widest = num_own * inputs.seqlen, 0
     for sublayer, width in sublayers:
         shape = sublayer.shape
-        whole, kept = shape.num_units * shape.unit_params, shape.kept_params(width)
+        whole, kept = shape.params, shape.kept_params(width)
         num_removed += whole - kept
         if isinstance(sublayer, Experts):
             _, num_out, num_in = sublayer.weights.down_proj.shape

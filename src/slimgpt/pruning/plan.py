@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.allocation.reallocation import samples_needed
 from slimgpt.allocation.schedule import Schedule, WidthRules, given_widths, scheduled_widths
-from slimgpt.allocation.shapes import BlockShape, BlockWidths, removed_params
+from slimgpt.allocation.shapes import BlockShape, BlockWidths, has_experts, removed_params
 from slimgpt.allocation.targets import Target, target_widths
 from slimgpt.checkpoint.writer import pruned_config, uniform_group_counts
 from slimgpt.config import PruneConfig
@@ -196,11 +196,6 @@ def is_measured(
     removed = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, seqlen)
     return config.widths == "measured" and removed and config.nsamples >= needed
-
-
-def has_experts(shapes: Sequence[BlockShape]) -> bool:
-    """Whether some layers have experts."""
-    return any(sub.kind == "experts" for shape in shapes for sub in shape.sublayers)
 
 
 def shapes_of(base_config: PreTrainedConfig) -> list[BlockShape]:

@@ -8,14 +8,13 @@ from importlib.util import find_spec
 import torch
 from transformers import PreTrainedConfig
 
-from slimgpt.allocation.shapes import BlockShape, whole_widths
+from slimgpt.allocation.shapes import BlockShape, has_experts, whole_widths
 from slimgpt.allocation.targets import Price, Target
 from slimgpt.checkpoint.writer import pruned_config, shard_bytes
 from slimgpt.config import PruneConfig, target_of
 from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
-from slimgpt.models.experts import Experts
 from slimgpt.models.loading import build_skeleton
 from slimgpt.models.source import Source
 from slimgpt.models.weights import open_weights, saved_tensors
@@ -51,8 +50,7 @@ def find_target(
 
 def _check_no_experts(config: PreTrainedConfig) -> None:
     """Check that there are no experts: files have them singly, or rows for whole blocks."""
-    sublayers = (sub for block in bind(build_skeleton(config)) for sub in block.sublayers)
-    if any(isinstance(sub, Experts) for sub in sublayers):
+    if has_experts([block.shape for block in bind(build_skeleton(config))]):
         raise ConfigError(
             "the size of this file cannot be predicted for a model with experts",
             hint="ask for --target-params, or for --target-size without --target-type and "
@@ -174,7 +172,7 @@ def result_dtype(source: Source, base_config: PreTrainedConfig, config: PruneCon
 
 def _units(shapes: Sequence[BlockShape]) -> int:
     """Parameters of all units, of fixed sublayers too."""
-    return sum(sub.num_units * sub.unit_params for shape in shapes for sub in shape.sublayers)
+    return sum(sub.params for shape in shapes for sub in shape.sublayers)
 
 
 def _prices(shapes: Sequence[BlockShape], price: int) -> tuple[tuple[Price, ...], ...]:
