@@ -24,7 +24,7 @@ PACKAGE = str(Path(slimgpt.__file__).parent)
 PHASES = (
     "prune_block",
     "replay_block",
-    "_moved",
+    "_measured",
     "write_file",
     "replacing",
     "result",

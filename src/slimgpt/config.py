@@ -34,7 +34,7 @@ DampingMode = Literal["relative", "mean"]
 
 Preset = Literal["default", "exact", "paper"]
 
-Widths = Literal["measured", "scheduled"]
+Widths = Literal["measured", "searched", "scheduled"]
 
 Method = Literal[
     "slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random", "reap"
@@ -328,9 +328,15 @@ class PruneConfig(_ModelOptions):
     widths: Widths = Field(
         "measured",
         description="scheduled: from the schedule. measured: a sensitivity pass then keeps heads "
-        "and channels where they matter most to the model's output. This needs --method "
-        "slimgpt, no --uniform or --layer-ratios, and about four times as many calibration tokens "
-        "as FFN channels.",
+        "and channels where they matter most to the model's output. searched: from there, a search "
+        "compares models pruned to other widths. Both need --method slimgpt, no --uniform or "
+        "--layer-ratios, and about four times as many calibration tokens as FFN channels.",
+    )
+    search_budget: float = Field(
+        15,
+        gt=0,
+        le=10**6,
+        description="Minutes after which a search begins no other trial.",
     )
     query_heads: bool = Field(
         False,
@@ -489,9 +495,11 @@ class PruneConfig(_ModelOptions):
             raise ValueError(
                 f"uniform=True gives every layer the same width, but schedule={self.schedule!r}"
             )
-        if self.widths == "measured" and _widths_are_given(self.model_dump()):
+        if "search_budget" in self.model_fields_set and self.widths != "searched":
+            raise ValueError(f"widths={self.widths!r} has no search_budget")
+        if self.widths != "scheduled" and _widths_are_given(self.model_dump()):
             raise ValueError(
-                "widths='measured' is for the method slimgpt, without uniform and "
+                f"widths={self.widths!r} is for the method slimgpt, without uniform and "
                 "without layer_ratios"
             )
         if self.target_type != "auto" and self.target_size is None:

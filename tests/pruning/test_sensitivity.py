@@ -28,6 +28,7 @@ from slimgpt.models.units import unit_columns
 from slimgpt.models.weights import open_weights
 from slimgpt.pruning import sensitivity
 from slimgpt.pruning.decisions import SavedBlock
+from slimgpt.pruning.sensitivity import divergence as divergence_of
 from slimgpt.pruning.sensitivity import sensitivities
 
 OPTIONS = {
@@ -60,9 +61,12 @@ def test_costs_are_derivatives(
     streamed = StreamedModel(skeleton, weights, torch.device("cpu"))
     saved = [SavedBlock(plan, small.get_parameter) for plan in plans]
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    values = list(chain.from_iterable(sensitivities(streamed, saved, samples)))
+    found, costs = sensitivities(streamed, saved, samples)
+    assert found == divergence_of(streamed, saved, samples)
+    assert found == pytest.approx(divergence(model, small, samples), rel=1e-4)
+    values = list(chain.from_iterable(costs))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
-    coarse = list(chain.from_iterable(sensitivities(streamed, saved, samples)))
+    coarse = list(chain.from_iterable(sensitivities(streamed, saved, samples)[1]))
     assert coarse != values
     assert coarse == pytest.approx(values, abs=0.2 * max(values))
 
@@ -157,7 +161,7 @@ def test_gradients_that_overflow(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        sensitivity, "sensitivities", lambda _, blocks, *__: [[math.nan] * 2] * len(blocks)
+        sensitivity, "sensitivities", lambda _, blocks, *__: (1.0, [[math.nan] * 2] * len(blocks))
     )
     with pytest.raises(NumericalError, match="overflow"):
         slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
@@ -183,7 +187,7 @@ def test_what_seems_to_cost_less_than_nothing_is_not_free(
 
     monkeypatch.setattr(sensitivity, "move_units", move)
     monkeypatch.setattr(
-        sensitivity, "sensitivities", lambda _, blocks, *__: [[-0.01, 0.1]] * len(blocks)
+        sensitivity, "sensitivities", lambda _, blocks, *__: (1.0, [[-0.01, 0.1]] * len(blocks))
     )
     slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **OPTIONS)
     assert min(prices) >= 0

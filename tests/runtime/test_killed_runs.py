@@ -34,7 +34,7 @@ def test_killed_runs_end_with_the_same_files(
     )
     outcomes = json.loads(finished.stdout)
     assert len(outcomes) == KILLS
-    phases = {"prune_block", "_moved", "replay_block", "write_file", "replacing", "result"}
+    phases = {"prune_block", "_measured", "replay_block", "write_file", "replacing", "result"}
     assert {outcome["phase"] for outcome in outcomes} == phases | {"publish", "other"}
     assert sum(outcome["codes"][1] == -9 for outcome in outcomes) > 2  # in a replay
     expected = fingerprint(tmp_path / "whole")

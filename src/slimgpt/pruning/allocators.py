@@ -5,6 +5,7 @@ from collections.abc import Callable
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.pruning.job import Job
 from slimgpt.pruning.plan import initial_widths, is_measured
+from slimgpt.pruning.search import searched_widths
 from slimgpt.pruning.sensitivity import measured_widths
 
 
@@ -14,17 +15,22 @@ def scheduled_widths(job: Job) -> list[BlockWidths]:
 
 
 Allocator = Callable[[Job], list[BlockWidths]]
-ALLOCATORS: dict[str, Allocator] = {"scheduled": scheduled_widths, "measured": measured_widths}
+ALLOCATORS: dict[str, Allocator] = {
+    "scheduled": scheduled_widths,
+    "measured": measured_widths,
+    "searched": searched_widths,
+}
 
 
 def allocate(job: Job) -> list[BlockWidths]:
     """Choose the widths of every block with the allocator that the options name.
 
-    Measured widths fall back to the schedule if nothing is removed or there are too few samples.
+    Measured and searched widths fall back to the schedule if nothing is removed or there are too
+    few samples.
     """
     scheduled = scheduled_widths(job)
     name = job.config.widths
-    if name == "measured" and not is_measured(job.shapes, scheduled, job.seqlen, job.config):
+    if name != "scheduled" and not is_measured(job.shapes, scheduled, job.seqlen, job.config):
         name = "scheduled"
     widths = ALLOCATORS[name](job)
     job.stopwatch.lap("sensitivity")

@@ -73,7 +73,7 @@ def _check_headless(source: Source, config: PruneConfig) -> None:
     """Check that no option needs predictions of tokens, which the model does not make."""
     needs = {
         "--calibration self": (SELF in config.calibration, "other texts with --calibration"),
-        "--widths measured": (config.widths == "measured", "--widths scheduled"),
+        f"--widths {config.widths}": (config.widths != "scheduled", "--widths scheduled"),
         f"--method {config.method}": (METHODS[config.method].needs_gradients, "another --method"),
     }
     found = {option: instead for option, (needed, instead) in needs.items() if needed}
@@ -275,9 +275,9 @@ def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:
     config, shapes = inputs.config, inputs.shapes
     removes = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, inputs.seqlen)
-    if config.widths == "measured" and removes and has_experts(shapes):
+    if config.widths != "scheduled" and removes and has_experts(shapes):
         log.info("the widths follow the schedule: a sensitivity pass does not measure experts")
-    elif config.widths == "measured" and removes and config.nsamples < needed:
+    elif config.widths != "scheduled" and removes and config.nsamples < needed:
         log.warning(
             "the widths stay as scheduled: to measure them takes %d samples of %d tokens at "
             "least, and there are %d",

@@ -195,7 +195,7 @@ def is_measured(
         return False
     removed = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
     needed = samples_needed(shapes, seqlen)
-    return config.widths == "measured" and removed and config.nsamples >= needed
+    return config.widths != "scheduled" and removed and config.nsamples >= needed
 
 
 def shapes_of(base_config: PreTrainedConfig) -> list[BlockShape]:

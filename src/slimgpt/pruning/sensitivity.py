@@ -13,8 +13,9 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
 import torch
@@ -46,7 +47,7 @@ from slimgpt.pruning.job import Job
 from slimgpt.pruning.plan import initial_widths, width_rules
 from slimgpt.pruning.sequential import sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main
-from slimgpt.runtime.run_directory import WIDTHS_FILE
+from slimgpt.runtime.run_directory import MEASUREMENT_FILE
 from slimgpt.solver.elimination import (
     Elimination,
     HeadCounts,
@@ -107,6 +108,40 @@ class MeasuringSlimGPT(SlimGPT):
         return tuple(point for point in curve if self.rules.allows(shape, point[0]))
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What a sensitivity pass finds around the widths that it prunes to.
+
+    Attributes
+    ----------
+    widths : list of tuple of int
+        These widths.
+    divergence : float
+        KL(dense model ‖ pruned model) on held-out calibration tokens, in nats per token.
+    costs : list of list of float
+        By block and sublayer, what undoing its pruning would reduce the divergence by, to first
+        order. A cost near or below zero is noise; a tenth of the mean of its kind is the least.
+    curves : list of list of Curve
+        By block and sublayer, the errors at smaller and smaller widths.
+    errors : list of list of float
+        By block and sublayer, the error at its width.
+    """
+
+    widths: list[BlockWidths]
+    divergence: float
+    costs: list[list[float]]
+    curves: list[list[tuple[tuple[Width, float], ...]]]
+    errors: list[list[float]]
+
+    @property
+    def prices(self) -> list[list[float]]:
+        """Cost of an error of 1, by block and sublayer."""
+        return [
+            [cost / error if error else 0.0 for cost, error in zip(*block, strict=True)]
+            for block in zip(self.costs, self.errors, strict=True)
+        ]
+
+
 def measured_widths(job: Job) -> list[BlockWidths]:
     """Reallocate units among all sublayers by their effect on the model's output.
 
@@ -116,7 +151,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
     Parameters
     ----------
     job : Job
-        Its run directory stores the result. An interrupted pass continues from there.
+        Its run directory stores the measurement. An interrupted pass continues from there.
 
     Returns
     -------
@@ -128,26 +163,74 @@ def measured_widths(job: Job) -> list[BlockWidths]:
     NumericalError
         If gradients overflow.
     """
+    measurement = measure(job)
+    return reallocate(job, measurement, measurement.prices)
+
+
+def reallocate(
+    job: Job, measurement: Measurement, prices: Sequence[Sequence[float]]
+) -> list[BlockWidths]:
+    """Move units to where they matter most at these prices, see `move_units`."""
+    rules = width_rules(job.base_config, job.config)
+    scheduled = initial_widths(job.shapes, job.base_config, job.config, job.target)
+    return move_units(
+        job.shapes, scheduled, measurement.curves, prices, rules=rules, target=job.target
+    )
+
+
+def measure(job: Job) -> Measurement:
+    """Prune to the scheduled widths, and measure what each sublayer's error costs.
+
+    Raises
+    ------
+    NumericalError
+        If gradients overflow.
+    """
     run = job.run
-    if not run.all_have(WIDTHS_FILE):
+    if not run.all_have(MEASUREMENT_FILE):
         widths = initial_widths(job.shapes, job.base_config, job.config, job.target)
-        measuring = replace(
-            job,
-            method=MeasuringSlimGPT(job.config, width_rules(job.base_config, job.config)),
-            streamed=job.streamed.anew(),
-            samples_NT=job.samples_NT[::SENSITIVITY_SHARE],
+        widths = _start(job, widths)
+        log.info(
+            "sensitivity of the layers, with %d of the samples",
+            len(job.samples_NT[::SENSITIVITY_SHARE]),
         )
-        log.info("sensitivity of the layers, with %d of the samples", len(measuring.samples_NT))
-        sequential_pass(measuring, _start(job, widths), "sensitivity")
-        if is_main():
-            names = [run.block_file(index, "sensitivity") for index in range(len(widths))]
-            moved = _moved(job, widths, [SavedBlock.open(run.saved(name)) for name in names])
-            with run.saving(WIDTHS_FILE) as temporary:
-                temporary.write_text(json.dumps(moved))
-            for name in names:
-                run.discard(name)
-    values = broadcast(is_main() and json.loads(run.saved(WIDTHS_FILE).read_text()))
-    return TypeAdapter(list[BlockWidths]).validate_python(values)
+        with trial(job, widths) as blocks:
+            if is_main():
+                measurement = _measured(job, widths, blocks)
+                with run.saving(MEASUREMENT_FILE) as temporary:
+                    temporary.write_text(json.dumps(asdict(measurement)))
+    values = broadcast(is_main() and run.saved(MEASUREMENT_FILE).read_text())
+    return TypeAdapter(Measurement).validate_json(values)
+
+
+@contextmanager
+def trial(job: Job, widths: Sequence[BlockWidths]) -> Iterator[list[SavedBlock]]:
+    """Prune part of the samples to some widths, without refit; the blocks are discarded at the end.
+
+    An interrupted pass continues from its saved blocks.
+
+    Yields
+    ------
+    list of SavedBlock
+        The pruned blocks; none but on the main process.
+    """
+    run = job.run
+    measuring = replace(
+        job,
+        method=MeasuringSlimGPT(job.config, width_rules(job.base_config, job.config)),
+        streamed=job.streamed.anew(),
+        samples_NT=job.samples_NT[::SENSITIVITY_SHARE],
+    )
+    sequential_pass(measuring, widths, "sensitivity")
+    names = [run.block_file(index, "sensitivity") for index in range(len(widths))] * is_main()
+    yield [SavedBlock.open(run.saved(name)) for name in names]
+    for name in names:
+        run.discard(name)
+
+
+def probes(job: Job) -> Tensor:
+    """Held-out tokens of the calibration samples, on which the divergence is measured."""
+    return job.samples_NT[probe_samples(len(job.samples_NT)), :PROBE_TOKENS]
 
 
 def _start(job: Job, widths: Sequence[BlockWidths]) -> list[BlockWidths]:
@@ -166,11 +249,8 @@ def _start(job: Job, widths: Sequence[BlockWidths]) -> list[BlockWidths]:
     ]
 
 
-def _moved(
-    job: Job, widths: Sequence[BlockWidths], blocks: Sequence[SavedBlock]
-) -> list[BlockWidths]:
-    probes_NT = job.samples_NT[probe_samples(len(job.samples_NT)), :PROBE_TOKENS]
-    costs = sensitivities(job.streamed, blocks, probes_NT)
+def _measured(job: Job, widths: list[BlockWidths], blocks: Sequence[SavedBlock]) -> Measurement:
+    divergence, costs = sensitivities(job.streamed, blocks, probes(job))
     if not all(map(math.isfinite, chain.from_iterable(costs))):
         raise NumericalError(
             "the gradients of the sensitivity pass overflow",
@@ -180,24 +260,22 @@ def _moved(
     for block, block_costs in zip(blocks, costs, strict=True):
         for plan, cost in zip(block.plan.sublayers, block_costs, strict=True):
             by_kind[plan.kind].append(abs(cost))
-    # A cost near or below zero is noise. Without a floor, all units of the sublayer would go.
+    # Without a floor, all units of a sublayer that seems to cost nothing would go.
     floors = {kind: sum(values) / len(values) / 10 for kind, values in by_kind.items()}
-    prices = [
-        [
-            max(cost, floors[plan.kind]) / plan.error if plan.error else 0.0
-            for plan, cost in zip(block.plan.sublayers, block_costs, strict=True)
-        ]
-        for block, block_costs in zip(blocks, costs, strict=True)
+    plans = [block.plan.sublayers for block in blocks]
+    floored = [
+        [max(cost, floors[plan.kind]) for plan, cost in zip(*block, strict=True)]
+        for block in zip(plans, costs, strict=True)
     ]
-    curves = [[plan.curve for plan in block.plan.sublayers] for block in blocks]
-    rules = width_rules(job.base_config, job.config)
-    return move_units(job.shapes, widths, curves, prices, rules=rules, target=job.target)
+    curves = [[plan.curve for plan in block] for block in plans]
+    errors = [[plan.error for plan in block] for block in plans]
+    return Measurement(widths, divergence, floored, curves, errors)
 
 
 @torch.no_grad()
 def sensitivities(
     streamed: StreamedModel, blocks: Sequence[SavedBlock], samples_NT: Tensor
-) -> list[list[float]]:
+) -> tuple[float, list[list[float]]]:
     """First-order estimate of the KL reduction if one sublayer's pruning were undone.
 
     Let W and b be the output projection of a sublayer, W + ΔW (0 in removed columns) and b + Δb
@@ -217,40 +295,69 @@ def sensitivities(
 
     Returns
     -------
+    float
+        The divergence, in nats per token.
     list of list of float
-        Reduction by block and sublayer, in nats per token.
+        Its reduction, by block and sublayer.
     """
     log.info("gradients, with %d tokens each of %d samples", *samples_NT.shape[::-1])
-    pruned, inputs = streamed.anew(), []
-    batch_size = max(1, TOKENS_PER_BATCH // samples_NT.shape[1])
-    with pruned.around_blocks() as model:
-        stream = embed(model, samples_NT, batch_size, with_dense=True)
-    for block, saved in zip(pruned.blocks(), blocks, strict=True):
-        inputs.append(stream.hidden_NTC.clone())
-        replay_block(block, saved, stream)
-    gradient_NTC = _gradient_of_divergence(streamed, stream)
-    costs = []
+    inputs: list[Tensor] = []
+    stream = _replayed(streamed, blocks, samples_NT, inputs)
+    gradient_NTC = torch.empty_like(stream.hidden_NTC)
+    total, costs = _divergence(streamed, stream, gradient_NTC), []
     for block in streamed.blocks(backward=True):
         stream.hidden_NTC = inputs.pop()
         sums = _pull_back(block, blocks[block.index], stream, gradient_NTC)
         costs.insert(0, [total / samples_NT.numel() for total in sums])
-    return costs
+    return total / samples_NT.numel(), costs
 
 
-def _gradient_of_divergence(streamed: StreamedModel, stream: Stream) -> Tensor:
-    """Gradient of KL(dense ‖ pruned) for the pruned model's stream after the last block."""
-    gradient_NTC = torch.empty_like(stream.hidden_NTC)
+@torch.no_grad()
+def divergence(streamed: StreamedModel, blocks: Sequence[SavedBlock], samples_NT: Tensor) -> float:
+    """KL(dense model ‖ pruned model), in nats per token; parameters as in `sensitivities`."""
+    stream = _replayed(streamed, blocks, samples_NT)
+    return _divergence(streamed, stream) / samples_NT.numel()
+
+
+def _replayed(
+    streamed: StreamedModel,
+    blocks: Sequence[SavedBlock],
+    samples_NT: Tensor,
+    inputs: list[Tensor] | None = None,
+) -> Stream:
+    """Streams after the last block, dense and pruned; the pruned inputs of the blocks if wanted."""
+    pruned = streamed.anew()
+    batch_size = max(1, TOKENS_PER_BATCH // samples_NT.shape[1])
+    with pruned.around_blocks() as model:
+        stream = embed(model, samples_NT, batch_size, with_dense=True)
+    for block, saved in zip(pruned.blocks(), blocks, strict=True):
+        if inputs is not None:
+            inputs.append(stream.hidden_NTC.clone())
+        replay_block(block, saved, stream)
+    return stream
+
+
+def _divergence(
+    streamed: StreamedModel, stream: Stream, gradient_NTC: Tensor | None = None
+) -> float:
+    """Sum of KL(dense ‖ pruned) over the tokens, from the streams after the last block.
+
+    If wanted, its gradient for the pruned model's stream is written to `gradient_NTC`.
+    """
+    total = 0.0
     with streamed.after_blocks() as head:
         assert stream.dense_NTC is not None
-        samples = zip(stream.hidden_NTC, stream.dense_NTC, gradient_NTC, strict=True)
-        for hidden_TC, dense_TC, gradient_TC in samples:  # one at a time: logits are large
+        samples = zip(stream.hidden_NTC, stream.dense_NTC, strict=True)
+        for index, (hidden_TC, dense_TC) in enumerate(samples):  # logits are large
             dense_TV = log_softmax(head(dense_TC).float(), dim=-1)
-            with torch.enable_grad():
-                last_TC = hidden_TC.detach().requires_grad_()
+            with torch.set_grad_enabled(gradient_NTC is not None):
+                last_TC = hidden_TC.detach().requires_grad_(gradient_NTC is not None)
                 pruned_TV = log_softmax(head(last_TC).float(), dim=-1)
-                divergence = kl_div(pruned_TV, dense_TV, reduction="sum", log_target=True)
-            gradient_TC.copy_(torch.autograd.grad(divergence, last_TC)[0])
-    return gradient_NTC
+                value = kl_div(pruned_TV, dense_TV, reduction="sum", log_target=True)
+            total += float(value)
+            if gradient_NTC is not None:
+                gradient_NTC[index] = torch.autograd.grad(value, last_TC)[0]
+    return total
 
 
 def _pull_back(

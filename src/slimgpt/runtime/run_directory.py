@@ -28,7 +28,7 @@ LAST_FILE = "config.json"
 
 GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
 
-WIDTHS_FILE = "widths.json"
+MEASUREMENT_FILE, TRIALS_FILE = "sensitivity.json", "trials.json"
 
 CHECKSUMS_FILE = "checksums.json"  # of a training checkpoint, written last
 
@@ -38,7 +38,8 @@ Stage = Literal["sensitivity", "block"]
 _PROGRESS = (
     GENERATED_FILE,
     SCORES_FILE,
-    WIDTHS_FILE,
+    MEASUREMENT_FILE,
+    TRIALS_FILE,
     "sensitivity-*.safetensors",
     "block-*.safetensors",
     f"checkpoint-*/{CHECKSUMS_FILE}",
