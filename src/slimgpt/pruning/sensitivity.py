@@ -43,8 +43,8 @@ from slimgpt.models.sublayers import Sublayer
 from slimgpt.pruning.block import replay_block
 from slimgpt.pruning.decisions import SavedBlock, SublayerPlan
 from slimgpt.pruning.job import Job
-from slimgpt.pruning.plan import initial_widths, width_rules
-from slimgpt.pruning.sequential import sequential_pass
+from slimgpt.pruning.plan import initial_widths, width_rules, with_dropped, without_dropped
+from slimgpt.pruning.sequential import kept_blocks, kept_indices, sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.run_directory import WIDTHS_FILE
 from slimgpt.solver.elimination import (
@@ -130,7 +130,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
     """
     run = job.run
     if not run.all_have(WIDTHS_FILE):
-        widths = initial_widths(job.shapes, job.base_config, job.config, job.target)
+        widths = initial_widths(job.shapes, job.base_config, job.config, job.target, job.dropped)
         measuring = replace(
             job,
             method=MeasuringSlimGPT(job.config, width_rules(job.base_config, job.config)),
@@ -140,7 +140,7 @@ def measured_widths(job: Job) -> list[BlockWidths]:
         log.info("sensitivity of the layers, with %d of the samples", len(measuring.samples_NT))
         sequential_pass(measuring, _start(job, widths), "sensitivity")
         if is_main():
-            names = [run.block_file(index, "sensitivity") for index in range(len(widths))]
+            names = [run.block_file(index, "sensitivity") for index in kept_indices(widths)]
             moved = _moved(job, widths, [SavedBlock.open(run.saved(name)) for name in names])
             with run.saving(WIDTHS_FILE) as temporary:
                 temporary.write_text(json.dumps(moved))
@@ -179,19 +179,27 @@ def _moved(
     by_kind = defaultdict(list)
     for block, block_costs in zip(blocks, costs, strict=True):
         for plan, cost in zip(block.plan.sublayers, block_costs, strict=True):
-            by_kind[plan.kind].append(abs(cost))
-    # A cost near or below zero is noise. Without a floor, all units of the sublayer would go.
-    floors = {kind: sum(values) / len(values) / 10 for kind, values in by_kind.items()}
+            if not plan.replaces:
+                by_kind[plan.kind].append(abs(cost))
+    means = {kind: sum(values) / len(values) for kind, values in by_kind.items()}
+
+    def price(plan: SublayerPlan, cost: float) -> float:
+        # A cost near or below zero is noise. Without a floor, all units of the sublayer would go.
+        # To undo a sublayer that replaces dropped blocks would undo that too, so its cost says
+        # nothing about its units.
+        mean = means.get(plan.kind, 1.0)
+        known = mean if plan.replaces else max(cost, mean / 10)
+        return known / plan.error if plan.error else 0.0
+
     prices = [
-        [
-            max(cost, floors[plan.kind]) / plan.error if plan.error else 0.0
-            for plan, cost in zip(block.plan.sublayers, block_costs, strict=True)
-        ]
+        [price(*pair) for pair in zip(block.plan.sublayers, block_costs, strict=True)]
         for block, block_costs in zip(blocks, costs, strict=True)
     ]
     curves = [[plan.curve for plan in block.plan.sublayers] for block in blocks]
     rules = width_rules(job.base_config, job.config)
-    return move_units(job.shapes, widths, curves, prices, rules=rules, target=job.target)
+    shapes, kept = without_dropped(job.shapes, widths)
+    moved = move_units(shapes, kept, curves, prices, rules=rules, target=job.target)
+    return with_dropped(moved, job.shapes, job.dropped)
 
 
 @torch.no_grad()
@@ -211,7 +219,7 @@ def sensitivities(
     streamed : StreamedModel
         The dense model.
     blocks : sequence of SavedBlock
-        The pruned blocks.
+        The pruned blocks; the others are dropped.
     samples_NT : Tensor
         int64, tokens for the gradient pass, preferably held out.
 
@@ -225,14 +233,17 @@ def sensitivities(
     batch_size = max(1, TOKENS_PER_BATCH // samples_NT.shape[1])
     with pruned.around_blocks() as model:
         stream = embed(model, samples_NT, batch_size, with_dense=True)
-    for block, saved in zip(pruned.blocks(), blocks, strict=True):
+    by_index = {saved.plan.block: saved for saved in blocks}
+    for block, gap in kept_blocks(pruned, list(by_index)):
         inputs.append(stream.hidden_NTC.clone())
-        replay_block(block, saved, stream)
+        replay_block(block, by_index[block.index], stream)
+        if gap:
+            gap.move_dense(stream)
     gradient_NTC = _gradient_of_divergence(streamed, stream)
     costs = []
-    for block in streamed.blocks(backward=True):
+    for block in streamed.blocks(reversed(by_index)):
         stream.hidden_NTC = inputs.pop()
-        sums = _pull_back(block, blocks[block.index], stream, gradient_NTC)
+        sums = _pull_back(block, by_index[block.index], stream, gradient_NTC)
         costs.insert(0, [total / samples_NT.numel() for total in sums])
     return costs
 
@@ -295,7 +306,7 @@ def _pruned_projection(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight of the pruned model's output projection, with zeros in removed columns, and bias."""
     old_OI, bias_O = sublayer.output.weight, sublayer.output.bias
-    if len(plan.keep) == sublayer.num_units:
+    if len(plan.keep) == sublayer.num_units and not plan.replaces:
         return old_OI, bias_O
     if bias_O is not None:
         bias_O = saved.read(f"{sublayer.output_name}.bias").to(bias_O.device)
