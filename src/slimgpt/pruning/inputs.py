@@ -50,14 +50,13 @@ from slimgpt.pruning.memory import (
     solver_bytes,
 )
 from slimgpt.pruning.plan import (
-    config_without,
     initial_widths,
     is_measured,
     last_layers,
     shapes_of,
+    target_of_kept,
     without_dropped,
 )
-from slimgpt.pruning.targets import find_target
 from slimgpt.runtime.distributed import is_main, shard
 from slimgpt.runtime.environment import Stopwatch, computation, versions
 from slimgpt.runtime.files import describe_file
@@ -130,7 +129,7 @@ def open_inputs(
         _check_headless(source, config)
     shapes = tuple(shapes_of(base_config))
     dropped = last_layers(base_config, config)
-    target = find_target(source, config_without(base_config, dropped), config)
+    target = target_of_kept(source, base_config, config, dropped)
     # Raises if the ratio is not feasible.
     widths = initial_widths(shapes, base_config, config, target, dropped)
     _check_method(method, *without_dropped(shapes, widths))
@@ -208,8 +207,8 @@ def make_job(inputs: Inputs, run: Run) -> Job:
     job = Job(**vars(inputs), run=run, memory=memory, samples_NT=samples_NT)
     if config.drop_layers:
         dropped = choose_layers(job)
-        small_config = config_without(base_config, dropped)
-        target = find_target(inputs.streamed.weights.source, small_config, config)
+        source = inputs.streamed.weights.source
+        target = target_of_kept(source, base_config, config, dropped)
         job = replace(job, dropped=dropped, target=target)
         widths = initial_widths(shapes, base_config, config, target, dropped)
     _score(job, run, samples_NT, widths)

@@ -1,7 +1,7 @@
 """The plan of a run: the widths of every block, with the resulting ratios and parameters."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,7 +25,7 @@ from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
 from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton, load_config
-from slimgpt.models.source import find_model
+from slimgpt.models.source import Source, find_model
 from slimgpt.pruning.targets import find_target
 
 
@@ -119,7 +119,7 @@ def plan(model: str, **options: Any) -> PrunePlan:
     source = find_model(model)
     base_config = load_config(source)
     dropped = last_layers(base_config, config)
-    target = find_target(source, config_without(base_config, dropped), config)
+    target = target_of_kept(source, base_config, config, dropped)
     widths = initial_widths(shapes_of(base_config), base_config, config, target, dropped)
     return make_plan(base_config, config, widths, target)
 
@@ -139,6 +139,21 @@ def last_layers(base_config: PreTrainedConfig, config: PruneConfig) -> tuple[int
             hint=f"drop at most {most}: the first {layers - most} always stay",
         )
     return tuple(range(layers - number, layers))
+
+
+def target_of_kept(
+    source: Source, base_config: PreTrainedConfig, config: PruneConfig, dropped: Collection[int]
+) -> Target | None:
+    """The limit that the options set, for the blocks that are not dropped.
+
+    A fraction is one of the dense model, see `slimgpt.pruning.targets.find_target`.
+    """
+    target = find_target(source, config_without(base_config, dropped), config)
+    if not dropped or target is None or not target.whole:
+        return target
+    dense = find_target(source, base_config, config)
+    assert dense is not None
+    return replace(target, whole=dense.whole, limit=dense.limit)
 
 
 def config_without(base_config: PreTrainedConfig, dropped: Collection[int]) -> PreTrainedConfig:
