@@ -205,7 +205,7 @@ def _prune_sublayer(
         return plan
     dense = replace(sublayer, module=copy.deepcopy(sublayer.module))
     slice_sublayer(sublayer, kept, new_weight)
-    correction = method.config.correction if gap is None else 1.0
+    correction = None if gap is None else 1.0
     error_ratio = refit(sublayer, dense, stream, method.config, correction)
     pass_through(sublayer, stream)
     return replace(plan, refit=error_ratio)
