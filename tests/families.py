@@ -117,6 +117,11 @@ _OPTIONS["cwm"] = _OPTIONS["cwm"] | _OPTIONS["apertus"]
 MODEL_TYPES = sorted(t for t in load_families() if CONFIG_MAPPING[t] in MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
+def tiny_options(model_type: str) -> dict[str, Any]:
+    """What a model type has beside the common sizes."""
+    return _OPTIONS.get(model_type, {})
+
+
 def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
-    values = _SIZES | _COMMON | _OPTIONS.get(model_type, {}) | options
+    values = _SIZES | _COMMON | tiny_options(model_type) | options
     return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if v is not None})

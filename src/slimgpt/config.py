@@ -353,6 +353,14 @@ class PruneConfig(_ModelOptions):
         description="Ratios of the first layers, comma-separated, instead of ratio and schedule; "
         "the other layers are not pruned.",
     )
+    drop_layers: int = Field(
+        0,
+        ge=0,
+        le=1023,
+        description="Number of whole layers to drop, chosen one after the other by the KL "
+        "divergence that it costs; the FFN before them is solved again. They count toward the "
+        "ratio or target; without one, nothing else is removed.",
+    )
     target_params: Annotated[int | None, _Count] = Field(
         None,
         ge=1,
@@ -465,6 +473,8 @@ class PruneConfig(_ModelOptions):
             defaults["schedule"] = "uniform"
         if _widths_are_given(values):
             defaults["widths"] = "scheduled"
+        if values.get("drop_layers") and not (values.get("layer_ratios") or target_of(values)):
+            defaults["ratio"] = 0.0
         return defaults | values
 
     @model_validator(mode="before")
@@ -472,6 +482,8 @@ class PruneConfig(_ModelOptions):
     def _check_what_decides_the_ratios(cls, values: dict[str, Any]) -> dict[str, Any]:
         # Runs before the preset fills in a schedule.
         idle = {"ratio", "schedule", "min_ratio", "uniform"} & values.keys()
+        if values.get("drop_layers"):
+            idle.add("drop_layers")
         if values.get("layer_ratios") and idle:
             raise ValueError(f"layer_ratios leaves nothing to decide to {', '.join(sorted(idle))}")
         if values.get("target_kv_cache") is not None and "attention_share" in values:

@@ -70,12 +70,22 @@ class BlockShape:
         return sum(sublayer.params for sublayer in self.sublayers if not sublayer.is_fixed)
 
 
-# Units that a sublayer keeps: groups or channels. If the groups of an attention lose query heads
-# too: (groups, query heads of each).
+# Units that a sublayer keeps: groups or channels; 0 if the sublayer is gone. If the groups of an
+# attention lose query heads too: (groups, query heads of each).
 Width = int | tuple[int, int]
 
-# The same for each sublayer of a block.
+# The same for each sublayer of a block. A block whose sublayers are all gone is dropped.
 BlockWidths = tuple[Width, ...]
+
+
+def is_dropped(widths: BlockWidths) -> bool:
+    """Whether a block with these widths is left out of the model."""
+    return not any(widths)
+
+
+def written_width(width: Width) -> Width:
+    """Width with which a sublayer is written: one unit stays, with zeros, where it is gone."""
+    return width or 1
 
 
 def has_experts(shapes: Sequence[BlockShape]) -> bool:
@@ -84,9 +94,11 @@ def has_experts(shapes: Sequence[BlockShape]) -> bool:
 
 
 def removed_params(shape: BlockShape, widths: Sequence[Width]) -> int:
-    """Number of parameters removed from a block that keeps these widths."""
+    """Number of prunable parameters removed from a block that keeps these widths."""
+    if is_dropped(tuple(widths)):
+        return shape.params
     return sum(
-        sublayer.params - sublayer.kept_params(width)
+        sublayer.params - sublayer.kept_params(written_width(width))
         for sublayer, width in zip(shape.sublayers, widths, strict=True)
     )
 

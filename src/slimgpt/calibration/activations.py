@@ -237,7 +237,9 @@ class Activations:
 
 
 @torch.no_grad()
-def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
+def collect(
+    sublayer: Sublayer, stream: Stream, budget: int, dense_is_ahead: bool = False
+) -> Activations:
     """Run a sublayer up to its output projection, and gather the statistics.
 
     Parameters
@@ -248,10 +250,13 @@ def collect(sublayer: Sublayer, stream: Stream, budget: int) -> Activations:
         The residual stream before the sublayer. The dense model's stream moves on past it.
     budget : int
         Maximum bytes of activations to keep.
+    dense_is_ahead : bool
+        Whether the dense model's stream is already where the output is to move the stream to.
     """
     kept: list[Tensor] = []
     sums = Sums(sublayer.output, has_target=stream.dense_NTC is not None)
-    for input_NTC, target_NTC in zip_longest(stream.inputs(), targets(sublayer, stream)):
+    found = (_distances if dense_is_ahead else targets)(sublayer, stream)
+    for input_NTC, target_NTC in zip_longest(stream.inputs(), found):
         batch_NTI = run_sublayer(sublayer, stream, input_NTC)
         target_TO = None
         if target_NTC is not None:
@@ -367,6 +372,13 @@ def pass_through(sublayer: Sublayer, stream: Stream | None) -> None:
             pass
 
 
+def pass_block(block: Block, stream: Stream) -> None:
+    """Move a residual stream past a block as it is, in place."""
+    stream.enter(block)
+    for sublayer in block.sublayers:
+        pass_through(sublayer, stream)
+
+
 @torch.no_grad()
 def _outputs(sublayer: Sublayer, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
     """Move a residual stream past a sublayer; yield each batch of its output, and of the stream."""
@@ -398,5 +410,17 @@ def targets(sublayer: Sublayer, stream: Stream) -> Iterator[Tensor]:
         if sublayer.post_norm is not None:
             yield output_NTO.float()
         else:
-            target_NTC = dense_NTC.float() - hidden_NTC.float()
-            yield target_NTC if sublayer.multiplier == 1 else target_NTC / sublayer.multiplier
+            yield _distance(sublayer, dense_NTC, hidden_NTC)
+
+
+def _distances(sublayer: Sublayer, stream: Stream) -> Iterator[Tensor]:
+    """What the output lacks, for each batch, to bring the stream to the dense model's."""
+    assert stream.dense_NTC is not None
+    dense = stream.dense_NTC.split(stream.batch_size)
+    for dense_NTC, hidden_NTC in zip(dense, stream.batches(), strict=True):
+        yield _distance(sublayer, dense_NTC, hidden_NTC)
+
+
+def _distance(sublayer: Sublayer, dense_NTC: Tensor, hidden_NTC: Tensor) -> Tensor:
+    distance_NTC = dense_NTC.float() - hidden_NTC.float()
+    return distance_NTC if sublayer.multiplier == 1 else distance_NTC / sublayer.multiplier

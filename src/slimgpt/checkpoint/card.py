@@ -23,6 +23,7 @@ from slimgpt.checkpoint.results import (
     RecoveryReport,
     read_typed,
 )
+from slimgpt.checkpoint.writer import is_plain
 from slimgpt.config import is_baseline
 from slimgpt.data.datasets import short_name
 from slimgpt.errors import ConfigError, SlimGPTError
@@ -46,7 +47,7 @@ _CARD = """
 # {base}, pruned by {percent:g} %
 
 A smaller model, made from {base} by structured pruning with
-SlimGPT {version}. Whole units (attention heads, FFN channels, experts) are removed;
+SlimGPT {version}. Whole units ({units}attention heads, FFN channels, experts) are removed;
 {rest}.
 
 {facts}
@@ -118,13 +119,14 @@ def write_card(directory: Path) -> None:
     config, calibration = report.config, report.calibration
     is_ours = not is_baseline(config.method)
     facts = sizes(report) | {
-        "Layer ratios": _layer_ratios(config, report.layer_ratios, report.is_measured),
+        "Layer ratios": _layer_ratios(report),
         "Calibration": f"{escaped(calibration.data)}, {calibration.nsamples} × "
         f"{calibration.seqlen} tokens, seed {config.seed}",
         "Method": _METHOD.format(config) if is_ours else config.method,
     }
     others = f"the\nremaining weights are unchanged (baseline method: {config.method})"
-    auto_class = _auto_class(directory)
+    model_config = AutoConfig.from_pretrained(directory)
+    auto_class, is_stock = auto_class_of(model_config).__name__, is_plain(model_config)
     body = _CARD.format(
         auto_class=auto_class,
         base=escaped(report.base_model),
@@ -132,18 +134,14 @@ def write_card(directory: Path) -> None:
         version=escaped(report.versions["slimgpt"]),
         rest=_REST if is_ours else others,
         facts=markdown_table(("", ""), facts.items()),
-        trust="" if config.uniform else ", trust_remote_code=True",
-        why="" if config.uniform else _WHY,
+        units="layers, " if report.dropped else "",
+        trust="" if is_stock else ", trust_remote_code=True",
+        why="" if is_stock else _WHY,
         recovery=_recovery(directory / RECOVERY_FILE),
         report_file=REPORT_FILE,
     )
     metadata = _metadata(report.base_model, _PIPELINES[auto_class]).to_yaml()
     write_atomically(directory / CARD_FILE, f"---\n{metadata}\n---\n{body}")
-
-
-def _auto_class(directory: Path) -> str:
-    """Name of the auto class that loads the model in a directory."""
-    return auto_class_of(AutoConfig.from_pretrained(directory)).__name__
 
 
 def _metadata(base: str, pipeline: str) -> ModelCardData:
@@ -182,11 +180,15 @@ def _read_card(file: Path) -> ModelCard:
         ) from None
 
 
-def _layer_ratios(config: Any, ratios: Sequence[float], is_measured: bool) -> str:
+def _layer_ratios(report: PruningReport) -> str:
+    config, dropped = report.config, report.dropped
+    ratios = [ratio for index, ratio in enumerate(report.layer_ratios) if index not in dropped]
     if given := config.layer_ratios:
         percents = ", ".join(f"{ratio:.1%}" for ratio in ratios[: len(given)])
         return f"given: {percents} of the first blocks; the others are whole"
-    if is_measured:
+    if dropped and not any(ratios):
+        return "the layers that are left are whole"
+    if report.is_measured:
         return f"measured, {min(ratios):.1%} to {max(ratios):.1%}"
     return f"{config.schedule}, {ratios[0]:.1%} in the first block to {ratios[-1]:.1%} in the last"
 

@@ -60,6 +60,8 @@ class ModelSummary:
         one, what surrounds it is ``other``.
     pruning : PruningCost or None
         Cost of the pruning run, for a local pruned model.
+    dropped : tuple of int
+        Layers of its base that a local pruned model lacks.
     """
 
     model: str
@@ -68,6 +70,7 @@ class ModelSummary:
     blocks: tuple[BlockSummary, ...]
     params: dict[str, int]
     pruning: PruningCost | None
+    dropped: tuple[int, ...] = ()
 
 
 def inspect(model: str | Path) -> ModelSummary:
@@ -117,15 +120,14 @@ def inspect(model: str | Path) -> ModelSummary:
         params["other"] = _count(skeleton.base_model) - _count(decoder_of(skeleton))
     params["norm"] = total - sum(params.values())
     params["total"] = total
-    cost = _pruning_cost(find_file(source, REPORT_FILE))
-    return ModelSummary(source.name, config.model_type, head_dim, tuple(blocks), params, cost)
-
-
-def _pruning_cost(report: Path | None) -> PruningCost | None:
-    if report is None:
-        return None
-    values = read_report(report, PruningReport)
-    return PruningCost(values["seconds"], values["peak_memory_bytes"])
+    cost, dropped = None, ()
+    if report := find_file(source, REPORT_FILE):
+        values = read_report(report, PruningReport)
+        cost = PruningCost(values["seconds"], values["peak_memory_bytes"])
+        dropped = tuple(values.get("dropped", ()))
+    return ModelSummary(
+        source.name, config.model_type, head_dim, tuple(blocks), params, cost, dropped
+    )
 
 
 def _linears(sublayer: Sublayer) -> list[Projection]:

@@ -118,6 +118,7 @@ class PruningReport(_Read):
     params_after: Count
     is_measured: bool
     target: _Target | None = None
+    dropped: list[Count] = []
     blocks: list[_Block] = Field(min_length=1)
     seconds: dict[str, FiniteFloat]
     peak_memory_bytes: Count | None

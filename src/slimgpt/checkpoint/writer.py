@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from slimgpt.allocation.shapes import BlockWidths, Width
+from slimgpt.allocation.shapes import BlockWidths, Width, is_dropped, written_width
 from slimgpt.checkpoint import modeling_slimgpt
+from slimgpt.checkpoint.depth import without_layers
 from slimgpt.checkpoint.registration import pruned_classes
 from slimgpt.models.family import PRUNED_PREFIX, family_of
 from slimgpt.models.layout import auto_class_of, family_in, is_wrapped
@@ -43,7 +44,7 @@ def pruned_config(
     config : PreTrainedConfig
         Config of the dense model.
     widths : sequence of tuple of int
-        Units that each block keeps, by sublayer.
+        Units that each block keeps, by sublayer. Blocks that keep none are left out.
     uniform : bool
         Whether all blocks have the same widths, so that the stock class loads the result.
 
@@ -52,6 +53,11 @@ def pruned_config(
     PreTrainedConfig
         A new config. It always states ``head_dim``, which in a pruned layer no longer follows from
         the hidden size and the number of heads.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a key of the config does not allow to leave out a layer.
     """
     auto_class: Any = auto_class_of(config)
     text = config.get_text_config()
@@ -70,6 +76,16 @@ def pruned_config(
     return result
 
 
+def is_plain(config: PreTrainedConfig) -> bool:
+    """Whether the stock class loads a model with this config."""
+    return not config.model_type.startswith(PRUNED_PREFIX)
+
+
+def _dropped(widths: Sequence[BlockWidths]) -> list[int]:
+    """Indices of the blocks that are left out; () are the widths of one that stays as it is."""
+    return [index for index, width in enumerate(widths) if width and is_dropped(width)]
+
+
 def _kept_values(config: PreTrainedConfig) -> dict[str, Any]:
     """Values of a config that hold for the pruned model too."""
     values = config.to_dict()
@@ -83,8 +99,13 @@ def _pruned_text_config(
     config: Any, widths: Sequence[BlockWidths], uniform: bool
 ) -> PreTrainedConfig:
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
-    layers = [config_widths(config, index, width) for index, width in enumerate(widths)]
-    values = _kept_values(config)
+    dropped = _dropped(widths)
+    layers = [
+        config_widths(config, index, width)
+        for index, width in enumerate(widths)
+        if index not in dropped
+    ]
+    values = without_layers(config, _kept_values(config), dropped)
     if family_of(model_type).widths("attention") and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
@@ -209,7 +230,7 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     specs = family_of(config.model_type).layer(config, index)
     for spec, width in zip(specs, kept, strict=False):
         if spec.widths:
-            widths |= _sublayer_widths(before, spec.widths, width)
+            widths |= _sublayer_widths(before, spec.widths, written_width(width))
     return widths
 
 

@@ -128,6 +128,8 @@ def prune(
     if dry_run:
         planned = slimgpt.plan(model, **values)
         lines = plan_table(planned)
+        if planned.dropped:
+            lines += ("the run chooses the layers to drop; this plan assumes the last ones",)
         if planned.is_measured:
             lines += (
                 "the run may move heads and channels between blocks; the totals do not change",
@@ -209,7 +211,10 @@ def inspect_model(
         table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
     header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
-    _emit(summary, (header, table, f"parameters: {kinds}", *pruning_table(summary)), as_json)
+    lines = [header, table, f"parameters: {kinds}"]
+    if summary.dropped:
+        lines.append(f"dropped layers of the base: {', '.join(map(str, summary.dropped))}")
+    _emit(summary, (*lines, *pruning_table(summary)), as_json)
 
 
 @app.command()

@@ -7,6 +7,7 @@ Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 
 
 import logging
 
+import torch
 from torch import Tensor
 
 from slimgpt.allocation.reallocation import Curve
@@ -40,7 +41,7 @@ class SlimGPT(Method):
 
     def __init__(self, config: PruneConfig) -> None:
         super().__init__(config)
-        self.needs_dense = config.correction > 0
+        self.needs_dense = config.correction > 0 or config.drop_layers > 0
         self.refit_epochs = config.refit_epochs
 
     def score_experts(self, experts: Experts, stream: Stream) -> Tensor:
@@ -50,7 +51,10 @@ class SlimGPT(Method):
     def decide(self, sublayer: Sublayer, width: Width, activations: Activations) -> Decision:
         """Eliminate the units with the smallest error, see `slimgpt.methods.base.Method.decide`."""
         problem = self._prepare(sublayer, activations)
-        left, curve = self.eliminate(problem, sublayer, width)
+        if width == sublayer.num_units:  # only the target is new
+            left, curve = _untouched(problem), ()
+        else:
+            left, curve = self.eliminate(problem, sublayer, width)
         bias_O = sublayer.output.bias
         if bias_O is not None:
             bias_O = compensated_bias(problem, left, bias_O)
@@ -103,6 +107,13 @@ class SlimGPT(Method):
                 problem.damping,
             )
         return problem
+
+
+def _untouched(problem: Problem) -> Elimination:
+    weight_OI = problem.weight_OI
+    errors = problem.added_I.new_zeros(0)
+    columns_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+    return Elimination(columns_I[:0], errors, columns_I, weight_OI, 0.0)
 
 
 def _kept(sublayer: Sublayer, width: Width, left: Elimination) -> Kept:

@@ -120,12 +120,14 @@ class StreamedModel:
         finally:
             self._release(decoder)
 
-    def blocks(self, backward: bool = False) -> Iterator[Block]:
-        """Yield the blocks in order (or `backward`), each with its weights until the next one.
+    def blocks(self, indices: Iterable[int] | None = None) -> Iterator[Block]:
+        """Yield all or some blocks in this order, each with its weights until the next one.
 
         For a GPU, the next block is read into pinned memory meanwhile.
         """
-        blocks = list(bind(self.skeleton, self.directory))[:: -1 if backward else 1]
+        blocks = list(bind(self.skeleton, self.directory))
+        if indices is not None:
+            blocks = [blocks[index] for index in indices]
         reads_ahead = self.device.type == "cuda"
         with ThreadPoolExecutor(1) as reader:
             ahead = None

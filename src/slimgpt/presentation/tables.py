@@ -59,6 +59,8 @@ def sizes(planned: Any) -> dict[str, str]:
         "Removed of the prunable parameters in the blocks": f"{planned.block_ratio:.2%}"
         + ("" if target else asked),
     }
+    if planned.dropped:
+        found["Dropped layers"] = ", ".join(map(str, planned.dropped))
     if target:
         name = target.option.replace("_", "-")
         values = f"{target.reached:,.12g} {target.unit}, asked for {target.asked:,.12g} at most"

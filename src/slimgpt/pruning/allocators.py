@@ -11,7 +11,7 @@ from slimgpt.pruning.sensitivity import measured_widths
 
 def scheduled_widths(job: Job) -> list[BlockWidths]:
     """Compute the widths from the target, the given layer ratios or the schedule."""
-    return initial_widths(job.shapes, job.base_config, job.config, job.target)
+    return initial_widths(job.shapes, job.base_config, job.config, job.target, job.dropped)
 
 
 Allocator = Callable[[Job], list[BlockWidths]]

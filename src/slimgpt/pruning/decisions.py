@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from slimgpt.allocation.shapes import Width
+from slimgpt.allocation.shapes import BlockShape, Width
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.units import Kept
 from slimgpt.models.weights import read_metadata
@@ -53,7 +53,8 @@ class SublayerPlan:
     kind : str
         ``attention``, ``ffn`` or ``experts``.
     keep : tuple of int
-        Units kept: key/value groups, FFN channels or experts, sorted.
+        Units kept: key/value groups, FFN channels or experts, sorted. None if the sublayer is
+        gone; unless its block is dropped, its first unit is then written, with zeros.
     error, relative_error : float
         Mean squared change of the sublayer's output over the calibration tokens, E‖Δy‖², and this
         error divided by E‖y‖². Both are measured before the refit.
@@ -69,6 +70,8 @@ class SublayerPlan:
         refit.
     routing : RoutingChange or None
         Of a sublayer with experts.
+    replaces : tuple of int
+        The dropped blocks whose output this sublayer was fitted to add.
     """
 
     kind: str
@@ -80,16 +83,21 @@ class SublayerPlan:
     curve: tuple[tuple[Width, float], ...] = ()
     refit: float | None = None
     routing: RoutingChange | None = None
+    replaces: tuple[int, ...] = ()
 
     def kept(self, device: torch.device) -> Kept:
-        """The units kept, as tensors."""
+        """The units that are written, as tensors."""
         parts = torch.tensor(self.parts, device=device) if self.parts else None
-        return Kept(torch.tensor(self.keep, device=device), parts)
+        return Kept(torch.tensor(self.keep or (0,), device=device), parts)
 
     def __str__(self) -> str:
         """Summarise the kept units and the error."""
         parts = f" with {len(self.parts)} {_PARTS[self.kind]}" if self.parts else ""
-        return f"{len(self.keep)} {_UNITS[self.kind]}{parts} kept, error {self.relative_error:.4f}"
+        patch = f", in place of layers {', '.join(map(str, self.replaces))}" * bool(self.replaces)
+        return (
+            f"{len(self.keep)} {_UNITS[self.kind]}{parts} kept, error "
+            f"{self.relative_error:.4f}{patch}"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,22 @@ class BlockPlan:
     sublayers: tuple[SublayerPlan, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to JSON values, without empty lists."""
-        return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v != ()})
+        """Convert to JSON values, without empty lists other than those of kept units."""
+
+        def shown(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {key: value for key, value in items if value != () or key == "keep"}
+
+        return asdict(self, dict_factory=shown)
 
     def __str__(self) -> str:
         """Summarise the kept units and the errors for the log."""
         return ", ".join(map(str, self.sublayers))
+
+
+def dropped_block(index: int, shape: BlockShape) -> BlockPlan:
+    """The decisions for a block that is dropped."""
+    gone = (SublayerPlan(sublayer.kind, (), relative_error=1.0) for sublayer in shape.sublayers)
+    return BlockPlan(index, tuple(gone))
 
 
 @dataclass(frozen=True)

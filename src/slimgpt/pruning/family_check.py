@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.allocation.shapes import BlockWidths, Width, has_experts
-from slimgpt.calibration.activations import Stream, embed, pass_through
+from slimgpt.calibration.activations import Stream, embed, pass_block
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.blocks import Block, bind, decoder_of
@@ -326,9 +326,7 @@ def _forward(block: Block, stream: Stream, place: str) -> Any:
 def _passed(block: Block, stream: Stream) -> Tensor:
     """The stream after a block, one sublayer at a time."""
     passed = replace(stream, hidden_NTC=stream.hidden_NTC.clone())
-    passed.enter(block)
-    for sublayer in block.sublayers:
-        pass_through(sublayer, passed)
+    pass_block(block, passed)
     return passed.hidden_NTC
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any
@@ -37,6 +38,7 @@ from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import open_weights, tensor_names
+from slimgpt.pruning.depth import check_same_layers, choice_bytes, choose_layers
 from slimgpt.pruning.family_check import check_family
 from slimgpt.pruning.job import Inputs, Job
 from slimgpt.pruning.memory import (
@@ -47,8 +49,14 @@ from slimgpt.pruning.memory import (
     refit_bytes,
     solver_bytes,
 )
-from slimgpt.pruning.plan import initial_widths, is_measured, shapes_of
-from slimgpt.pruning.targets import find_target
+from slimgpt.pruning.plan import (
+    initial_widths,
+    is_measured,
+    last_layers,
+    shapes_of,
+    target_of_kept,
+    without_dropped,
+)
 from slimgpt.runtime.distributed import is_main, shard
 from slimgpt.runtime.environment import Stopwatch, computation, versions
 from slimgpt.runtime.files import describe_file
@@ -120,12 +128,14 @@ def open_inputs(
     if not has_language_head(base_config):
         _check_headless(source, config)
     shapes = tuple(shapes_of(base_config))
-    target = find_target(source, base_config, config)
+    dropped = last_layers(base_config, config)
+    target = target_of_kept(source, base_config, config, dropped)
     # Raises if the ratio is not feasible.
-    widths = initial_widths(shapes, base_config, config, target)
-    _check_method(method, shapes, widths)
+    widths = initial_widths(shapes, base_config, config, target, dropped)
+    _check_method(method, *without_dropped(shapes, widths))
     if is_main():
         check_family(base_config)
+        check_same_layers(base_config, dropped)
     model_config = method.extend_config(base_config)
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source, model_config)
@@ -140,6 +150,7 @@ def open_inputs(
         base_config,
         shapes,
         target,
+        dropped,
         streamed,
         tokenizer,
         generation_config,
@@ -174,7 +185,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
 
 
 def make_job(inputs: Inputs, run: Run) -> Job:
-    """Check the memory estimate against the machine, and draw the calibration samples.
+    """Check the memory estimate against the machine, draw the samples and choose layers to drop.
 
     Raises
     ------
@@ -183,7 +194,8 @@ def make_job(inputs: Inputs, run: Run) -> Job:
     DataError
         If there are too few samples.
     """
-    widths = initial_widths(inputs.shapes, inputs.base_config, inputs.config, inputs.target)
+    shapes, base_config, config = inputs.shapes, inputs.base_config, inputs.config
+    widths = initial_widths(shapes, base_config, config, inputs.target, inputs.dropped)
     _warn_of_few_samples(inputs, widths)
     memory = estimate_memory(inputs, widths)
     if is_main():
@@ -192,9 +204,16 @@ def make_job(inputs: Inputs, run: Run) -> Job:
     if memory.mapped_experts:
         inputs.streamed.directory = run.state
     samples_NT = _samples(inputs, run)
-    _score(inputs, run, samples_NT, widths)
+    job = Job(**vars(inputs), run=run, memory=memory, samples_NT=samples_NT)
+    if config.drop_layers:
+        dropped = choose_layers(job)
+        source = inputs.streamed.weights.source
+        target = target_of_kept(source, base_config, config, dropped)
+        job = replace(job, dropped=dropped, target=target)
+        widths = initial_widths(shapes, base_config, config, target, dropped)
+    _score(job, run, samples_NT, widths)
     inputs.stopwatch.lap("prepare")
-    return Job(**vars(inputs), run=run, memory=memory, samples_NT=samples_NT)
+    return job
 
 
 def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEstimate:
@@ -233,6 +252,8 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
     if measures:
         whole = max(whole, probe_bytes(skeleton, config.nsamples, inputs.seqlen))
+    if config.drop_layers:
+        whole = max(whole, choice_bytes(skeleton, config.nsamples, inputs.seqlen))
     if not {SELF, PYDOCS}.issuperset(config.calibration):
         whole = max(whole, READING_BYTES)
     if SELF in config.calibration:
@@ -253,6 +274,8 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     if mapped <= config.activation_memory:
         mapped = 0
     block = max(sum(_held(sub, mapped > 0) for sub in block.sublayers) for block in blocks)
+    if config.drop_layers:  # a dropped one beside the one before it
+        block *= 2
     return MemoryEstimate(
         stream,
         is_mapped,
@@ -273,7 +296,8 @@ def _held(sublayer: Sublayer, is_mapped: bool) -> int:
 
 def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:
     config, shapes = inputs.config, inputs.shapes
-    removes = any(removed_params(s, w) for s, w in zip(shapes, widths, strict=True))
+    kept = without_dropped(shapes, widths)
+    removes = any(removed_params(s, w) for s, w in zip(*kept, strict=True))
     needed = samples_needed(shapes, inputs.seqlen)
     if config.widths != "scheduled" and removes and has_experts(shapes):
         log.info("the widths follow the schedule: a sensitivity pass does not measure experts")

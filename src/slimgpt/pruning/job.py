@@ -32,7 +32,10 @@ class Inputs:
     shapes : tuple of BlockShape
         Prunable units of each block of the original model.
     target : Target or None
-        The limit on the result, if the options set one instead of a ratio.
+        The limit on the result, if the options set one instead of a ratio. It counts the blocks
+        that are not dropped.
+    dropped : tuple of int
+        The dropped blocks, sorted; before they are chosen, as many of the last ones.
     streamed : StreamedModel
         The dense model with any biases that the method adds; weights are read block by block.
     tokenizer : PreTrainedTokenizerBase
@@ -52,6 +55,7 @@ class Inputs:
     base_config: PreTrainedConfig
     shapes: tuple[BlockShape, ...]
     target: Target | None
+    dropped: tuple[int, ...]
     streamed: StreamedModel
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig

@@ -31,16 +31,24 @@ BETAS, EPSILON = (0.9, 0.95), 1e-16  # the scale of the gradients is arbitrary
 
 
 @torch.enable_grad()
-def refit(ffn: Sublayer, dense: Sublayer, stream: Stream, config: PruneConfig) -> float:
+def refit(
+    ffn: Sublayer,
+    dense: Sublayer,
+    stream: Stream,
+    config: PruneConfig,
+    correction: float | None = None,
+) -> float:
     """Fine-tune all weights of a pruned FFN toward its target output, with Adam.
 
-    The target is (1 − α) y + α (h* − h), as in `slimgpt.solver.hessian.prepare`: y is what the
-    dense FFN adds to the residual stream, h the stream before it, h* the dense model's stream after
-    it. A norm after the FFN is part of what is fitted. Each step draws its tokens from the samples
-    of all processes. If the error on a sample of up to 4,096 calibration tokens does not fall, the
+    The target is (1 − α) y + α (h* − h), as in `slimgpt.solver.hessian.prepare`: α is `correction`,
+    by default that of the options, y what the dense FFN adds to the residual stream, h the stream
+    before it, h* the dense model's stream after it, or after the dropped blocks that follow. A norm
+    after the FFN is part of what is fitted. Each step draws its tokens from the samples of all
+    processes. If the error on a sample of up to 4,096 calibration tokens does not fall, the
     solver's weights are kept.
     """
-    correction, epochs = config.correction, config.refit_epochs
+    correction = config.correction if correction is None else correction
+    epochs = config.refit_epochs
     # The same split over the processes as in `shard`.
     num_batches = int(all_reduce(torch.tensor(len(stream.batches()))))
     seqlen, num_own = stream.hidden_NTC.shape[1], stream.hidden_NTC.shape[:2].numel()

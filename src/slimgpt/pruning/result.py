@@ -3,13 +3,15 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.checkpoint.card import write_card
@@ -18,11 +20,14 @@ from slimgpt.checkpoint.tokenizer import write_tokenizer
 from slimgpt.checkpoint.writer import add_older_keys, pruned_config, write_shards
 from slimgpt.data.datasets import describe_dataset
 from slimgpt.models.device import fast_dtype
+from slimgpt.models.layout import decoder_name, family_in
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.weights import read_metadata, saved_tensors, tensor_names
+from slimgpt.pruning.decisions import dropped_block
 from slimgpt.pruning.experts import TOKENS_PER_CHANNEL
 from slimgpt.pruning.job import Job
-from slimgpt.pruning.plan import make_plan
+from slimgpt.pruning.plan import is_uniform, make_plan
+from slimgpt.pruning.sequential import kept_indices
 from slimgpt.runtime.distributed import is_main
 from slimgpt.runtime.environment import versions
 
@@ -38,7 +43,8 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         return
     run, streamed, config = job.run, job.streamed, job.config
     log.info("saving to %s", run.output)
-    files = [run.saved(run.block_file(index)) for index in range(len(widths))]
+    kept = kept_indices(widths)
+    files = [run.saved(run.block_file(index)) for index in kept]
     report = _report(job, widths, [read_metadata(file) for file in files])
     _warn_of_few_tokens(job, report["blocks"])
     finished = {name: file for file in files for name in tensor_names(file)}
@@ -47,7 +53,8 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         file = finished.get(name)
         return read_tensor(file, name) if file else streamed.weights.read(name)
 
-    small_config = pruned_config(streamed.skeleton.config, widths, config.uniform)
+    uniform = is_uniform(job.base_config, config, job.shapes, widths)
+    small_config = pruned_config(streamed.skeleton.config, widths, uniform)
     small_config.dtype = streamed.weights.dtype
     with run.result() as directory:
         small_config.save_pretrained(directory)
@@ -55,15 +62,18 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         job.generation_config.save_pretrained(directory)
         write_tokenizer(streamed.weights.source, job.tokenizer, directory)
         state = saved_tensors(streamed.skeleton)
+        places = _places(streamed.skeleton, kept)
 
         @lru_cache(maxsize=1)
         def stored(name: str, with_values: bool) -> dict[str, Tensor]:
             tensor = read(name) if with_values else state[name].to("meta")
-            if not config.uniform:  # then the result's own class reads the names of the model
-                return {name: tensor}
-            return streamed.weights.as_in_file(name, tensor, streamed.skeleton)
+            # The result's own class reads the names of the model.
+            found = {name: tensor}
+            if uniform:
+                found = streamed.weights.as_in_file(name, tensor, streamed.skeleton)
+            return {places.renamed(name, part): value for part, value in found.items()}
 
-        parts = {part: name for name in state for part in stored(name, False)}
+        parts = {part: name for name in state if places.keeps(name) for part in stored(name, False)}
         tensors = {part: stored(name, False)[part] for part, name in parts.items()}
         write_shards(directory, tensors, lambda n: stored(parts[n], True)[n], config.max_shard_size)
         job.stopwatch.lap("save")
@@ -73,6 +83,47 @@ def write_result(job: Job, widths: Sequence[BlockWidths]) -> None:
         report["seconds"] = job.stopwatch.seconds | report["seconds"]
         (directory / REPORT_FILE).write_text(json.dumps(report) + "\n", encoding="utf-8")
         write_card(directory)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the blocks of a model are in the result.
+
+    Attributes
+    ----------
+    prefix, path : str
+        Start of the names of their tensors in the model; path of their list in the decoder.
+    numbers : dict of int to int
+        The new index of each kept block.
+    """
+
+    prefix: str
+    path: str
+    numbers: dict[int, int]
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor of the model is in the result."""
+        return (index := self._index(name)) is None or index in self.numbers
+
+    def renamed(self, name: str, part: str) -> str:
+        """Name of a tensor in the result, from that in the model and that in the base's files."""
+        index = self._index(name)
+        if index is None:
+            return part
+        pattern = rf"(^|\.){re.escape(self.path)}\.{index}\."
+        return re.sub(pattern, rf"\1{self.path}.{self.numbers[index]}.", part, count=1)
+
+    def _index(self, name: str) -> int | None:
+        """Index of the block that a tensor of the model belongs to."""
+        if not name.startswith(self.prefix):
+            return None
+        return int(name.removeprefix(self.prefix).partition(".")[0])
+
+
+def _places(model: PreTrainedModel, kept: Sequence[int]) -> _Places:
+    path = family_in(model.config).blocks
+    numbers = {index: place for place, index in enumerate(kept)}
+    return _Places(f"{decoder_name(model)}.{path}.", path, numbers)
 
 
 def _warn_of_few_tokens(job: Job, blocks: Sequence[dict[str, Any]]) -> None:
@@ -98,6 +149,11 @@ def _report(
 ) -> dict[str, Any]:
     config, streamed = job.config, job.streamed
     costs = [json.loads(block["cost"]) for block in metadata]
+    plans = {plan["block"]: plan for plan in (json.loads(block["plan"]) for block in metadata)}
+    blocks = [
+        plans.get(index) or dropped_block(index, shape).to_json()
+        for index, shape in enumerate(job.shapes)
+    ]
     return {
         # The report goes to the hub with the model, so it holds no local paths.
         "base_model": streamed.weights.source.title,
@@ -112,7 +168,7 @@ def _report(
             "seqlen": job.seqlen,
         },
         **asdict(make_plan(job.base_config, config, widths, job.target)),
-        "blocks": [json.loads(block["plan"]) for block in metadata],
+        "blocks": blocks,
         # Of all blocks, including those pruned before an interruption.
         "seconds": {"prune": round(sum(cost["seconds"] for cost in costs), 3)},
         "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),

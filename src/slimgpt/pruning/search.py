@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from slimgpt.allocation.compass import Point, compass_search
 from slimgpt.allocation.shapes import BlockShape, BlockWidths
 from slimgpt.pruning.job import Job
+from slimgpt.pruning.plan import without_dropped
 from slimgpt.pruning.sensitivity import (
     Measurement,
     divergence,
@@ -68,9 +69,10 @@ def searched_widths(job: Job) -> list[BlockWidths]:
         Its run directory stores the trials. An interrupted search continues from there.
     """
     measurement, trials = measure(job), _finished(job)
+    shapes, _ = without_dropped(job.shapes, measurement.widths)
 
     def value(point: Point) -> float:
-        widths = reallocate(job, measurement, tilted(job.shapes, measurement, point))
+        widths = reallocate(job, measurement, tilted(shapes, measurement, point))
         known = [trial.divergence for trial in trials if trial.widths == widths]
         if known:
             return known[0]

@@ -44,8 +44,8 @@ from slimgpt.models.sublayers import Sublayer
 from slimgpt.pruning.block import replay_block
 from slimgpt.pruning.decisions import SavedBlock, SublayerPlan
 from slimgpt.pruning.job import Job
-from slimgpt.pruning.plan import initial_widths, width_rules
-from slimgpt.pruning.sequential import sequential_pass
+from slimgpt.pruning.plan import initial_widths, width_rules, with_dropped, without_dropped
+from slimgpt.pruning.sequential import kept_blocks, kept_indices, sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main
 from slimgpt.runtime.run_directory import MEASUREMENT_FILE
 from slimgpt.solver.elimination import (
@@ -172,10 +172,10 @@ def reallocate(
 ) -> list[BlockWidths]:
     """Move units to where they matter most at these prices, see `move_units`."""
     rules = width_rules(job.base_config, job.config)
-    scheduled = initial_widths(job.shapes, job.base_config, job.config, job.target)
-    return move_units(
-        job.shapes, scheduled, measurement.curves, prices, rules=rules, target=job.target
-    )
+    scheduled = initial_widths(job.shapes, job.base_config, job.config, job.target, job.dropped)
+    shapes, kept = without_dropped(job.shapes, scheduled)
+    moved = move_units(shapes, kept, measurement.curves, prices, rules=rules, target=job.target)
+    return with_dropped(moved, job.shapes, job.dropped)
 
 
 def measure(job: Job) -> Measurement:
@@ -188,7 +188,7 @@ def measure(job: Job) -> Measurement:
     """
     run = job.run
     if not run.all_have(MEASUREMENT_FILE):
-        widths = initial_widths(job.shapes, job.base_config, job.config, job.target)
+        widths = initial_widths(job.shapes, job.base_config, job.config, job.target, job.dropped)
         widths = _start(job, widths)
         log.info(
             "sensitivity of the layers, with %d of the samples",
@@ -222,7 +222,7 @@ def trial(job: Job, widths: Sequence[BlockWidths]) -> Iterator[list[SavedBlock]]
         samples_NT=job.samples_NT[::SENSITIVITY_SHARE],
     )
     sequential_pass(measuring, widths, "sensitivity")
-    names = [run.block_file(index, "sensitivity") for index in range(len(widths))] * is_main()
+    names = [run.block_file(index, "sensitivity") for index in kept_indices(widths)] * is_main()
     yield [SavedBlock.open(run.saved(name)) for name in names]
     for name in names:
         run.discard(name)
@@ -259,17 +259,25 @@ def _measured(job: Job, widths: list[BlockWidths], blocks: Sequence[SavedBlock])
     by_kind = defaultdict(list)
     for block, block_costs in zip(blocks, costs, strict=True):
         for plan, cost in zip(block.plan.sublayers, block_costs, strict=True):
-            by_kind[plan.kind].append(abs(cost))
-    # Without a floor, all units of a sublayer that seems to cost nothing would go.
-    floors = {kind: sum(values) / len(values) / 10 for kind, values in by_kind.items()}
+            if not plan.replaces:
+                by_kind[plan.kind].append(abs(cost))
+    means = {kind: sum(values) / len(values) for kind, values in by_kind.items()}
+
+    def known(plan: SublayerPlan, cost: float) -> float:
+        # A cost near or below zero is noise. Without a floor, all units of the sublayer would go.
+        # To undo a sublayer that replaces dropped blocks would undo that too, so its cost says
+        # nothing about its units.
+        mean = means.get(plan.kind, 1.0)
+        return mean if plan.replaces else max(cost, mean / 10)
+
     plans = [block.plan.sublayers for block in blocks]
-    floored = [
-        [max(cost, floors[plan.kind]) for plan, cost in zip(*block, strict=True)]
+    costs = [
+        [known(*pair) for pair in zip(*block, strict=True)]
         for block in zip(plans, costs, strict=True)
     ]
     curves = [[plan.curve for plan in block] for block in plans]
     errors = [[plan.error for plan in block] for block in plans]
-    return Measurement(widths, divergence, floored, curves, errors)
+    return Measurement(widths, divergence, costs, curves, errors)
 
 
 @torch.no_grad()
@@ -289,7 +297,7 @@ def sensitivities(
     streamed : StreamedModel
         The dense model.
     blocks : sequence of SavedBlock
-        The pruned blocks.
+        The pruned blocks; the others are dropped.
     samples_NT : Tensor
         int64, tokens for the gradient pass, preferably held out.
 
@@ -305,9 +313,10 @@ def sensitivities(
     stream = _replayed(streamed, blocks, samples_NT, inputs)
     gradient_NTC = torch.empty_like(stream.hidden_NTC)
     total, costs = _divergence(streamed, stream, gradient_NTC), []
-    for block in streamed.blocks(backward=True):
+    by_index = {saved.plan.block: saved for saved in blocks}
+    for block in streamed.blocks(reversed(by_index)):
         stream.hidden_NTC = inputs.pop()
-        sums = _pull_back(block, blocks[block.index], stream, gradient_NTC)
+        sums = _pull_back(block, by_index[block.index], stream, gradient_NTC)
         costs.insert(0, [total / samples_NT.numel() for total in sums])
     return total / samples_NT.numel(), costs
 
@@ -330,10 +339,13 @@ def _replayed(
     batch_size = max(1, TOKENS_PER_BATCH // samples_NT.shape[1])
     with pruned.around_blocks() as model:
         stream = embed(model, samples_NT, batch_size, with_dense=True)
-    for block, saved in zip(pruned.blocks(), blocks, strict=True):
+    by_index = {saved.plan.block: saved for saved in blocks}
+    for block, gap in kept_blocks(pruned, list(by_index)):
         if inputs is not None:
             inputs.append(stream.hidden_NTC.clone())
-        replay_block(block, saved, stream)
+        replay_block(block, by_index[block.index], stream)
+        if gap:
+            gap.move_dense(stream)
     return stream
 
 
@@ -402,7 +414,7 @@ def _pruned_projection(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight of the pruned model's output projection, with zeros in removed columns, and bias."""
     old_OI, bias_O = sublayer.output.weight, sublayer.output.bias
-    if len(plan.keep) == sublayer.num_units:
+    if len(plan.keep) == sublayer.num_units and not plan.replaces:
         return old_OI, bias_O
     if bias_O is not None:
         bias_O = saved.read(f"{sublayer.output_name}.bias").to(bias_O.device)

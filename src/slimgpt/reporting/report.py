@@ -195,8 +195,13 @@ def _drawn(
     blocks, ratios = pruning["blocks"], pruning["layer_ratios"]
 
     dense = [shape["sublayers"][1] for shape in pruning["shapes"]]
+    dropped = pruning.get("dropped", ())
     errors = {
-        name: [block["sublayers"][place]["relative_error"] for block in blocks]
+        name: [
+            (block["block"], block["sublayers"][place]["relative_error"])
+            for block in blocks
+            if block["block"] not in dropped
+        ]
         for place, name in enumerate(("attention", _ffn_name(pruning)))
     }
     kept, before = _heads(blocks, pruning["shapes"])
@@ -227,8 +232,8 @@ def _drawn(
         ),
         "errors": inline(
             f"Curves of the relative error of {' and '.join(errors)} in each block; the largest "
-            f"is {max(map(max, errors.values())):.1%}.",
-            curves({name: list(enumerate(y)) for name, y in errors.items()}, percent=True),
+            f"is {max(error for points in errors.values() for _, error in points):.1%}.",
+            curves(errors, percent=True),
         ),
     }
     if _has_attention(pruning):
@@ -275,18 +280,24 @@ def _has_attention(pruning: dict[str, Any]) -> bool:
 
 
 def _with_experts(pruning: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any], int]]:
-    """Decision and shape of each sublayer with experts, and its block."""
+    """Decision and shape of each sublayer with experts, and its block, if that is not dropped."""
+    dropped = pruning.get("dropped", ())
     blocks = zip(pruning["blocks"], pruning["shapes"], strict=True)
     pairs = ((b["sublayers"][1], s["sublayers"][1], b["block"]) for b, s in blocks)
-    return [pair for pair in pairs if pair[0]["kind"] == "experts"]
+    return [pair for pair in pairs if pair[0]["kind"] == "experts" and pair[2] not in dropped]
 
 
 def _removed_units(pruning: dict[str, Any]) -> str:
     """Name what was removed."""
+    dropped = pruning.get("dropped", ())
+    ratios = (r for i, r in enumerate(pruning["layer_ratios"]) if i not in dropped)
+    if dropped and not any(ratios):
+        return "layers"
     experts = _with_experts(pruning)
     has_parts = any(decided.get("parts") for decided, _, _ in experts)
     is_fewer = any(len(decided["keep"]) < shape["num_units"] for decided, shape, _ in experts)
     names = {
+        "layers": bool(dropped),
         "attention heads": _has_attention(pruning),
         "FFN channels": len(experts) < len(pruning["blocks"]),
         "channels of experts": has_parts,

@@ -40,6 +40,7 @@ _PROGRESS = (
     SCORES_FILE,
     MEASUREMENT_FILE,
     TRIALS_FILE,
+    "dropped-*.json",
     "sensitivity-*.safetensors",
     "block-*.safetensors",
     f"checkpoint-*/{CHECKSUMS_FILE}",
@@ -48,6 +49,11 @@ _PROGRESS = (
 _MANIFEST, _RESULT, _DRAFT, _LOCK = "manifest.json", "result", "result.tmp", "lock"
 
 _MARK = '{"slimgpt": '  # start of every manifest
+
+
+def dropped_file(number: int) -> str:
+    """Name of the state file with the choice of a layer to drop."""
+    return f"dropped-{number:05d}.json"
 
 
 @dataclass(frozen=True)
