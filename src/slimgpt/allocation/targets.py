@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median_low
 from typing import Self
 
 from slimgpt.allocation.schedule import (
@@ -53,7 +54,10 @@ class PriceCurve:
 
     @classmethod
     def fitted(cls, sublayer: SublayerShape, measured: Sequence[tuple[int, int]]) -> Self:
-        """Fit a curve that does not fall to the measured costs (isotonic regression).
+        """Fit a curve that does not fall to the measured costs.
+
+        It is the isotonic regression with the smallest sum of absolute differences, which ignores
+        single outliers: neighbours in the wrong order are replaced by their median.
 
         Parameters
         ----------
@@ -62,14 +66,13 @@ class PriceCurve:
         measured : sequence of tuple of int
             Widths, each larger than the one before, and the cost at each.
         """
-        pools: list[tuple[int, int]] = []  # sum and number of neighbouring costs
+        pools: list[list[int]] = []
         for _, cost in measured:
-            total, number = cost, 1
-            while pools and pools[-1][0] * number >= total * pools[-1][1]:
-                total, number = total + pools[-1][0], number + pools.pop()[1]
-            pools.append((total, number))
-        costs = [total // number for total, number in pools for _ in range(number)]
-        kept = [sublayer.kept_params(width) for width, _ in measured]
+            pools.append([cost])
+            while len(pools) > 1 and median_low(pools[-2]) >= median_low(pools[-1]):
+                pools[-2] += pools.pop()
+        kept = (sublayer.kept_params(width) for width, _ in measured)
+        costs = (median_low(pool) for pool in pools for _ in pool)
         return cls(tuple(zip(kept, costs, strict=True)))
 
     def of(self, sublayer: SublayerShape, width: Width) -> int:

@@ -1,14 +1,16 @@
 """Measure the latency of a model's parts, with random weights, and keep it in a table.
 
 Each kind of sublayer runs by itself at some widths, as a part of models that are built with these
-widths. The sublayers of one kind of block and the rest of the model take turns, so that other load
-on the machine slows all of them, and so that no weights stay in the processor's cache. What the
-block adds around its sublayers is the difference from the whole block's time.
+widths. The sublayers of one kind of block and the rest of the model take turns in random order, so
+that drift of the machine concerns all of them, and so that no weights stay in the processor's
+cache. What the block adds around its sublayers is the difference from the whole block's time.
 """
 
 import copy
 import logging
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -46,7 +48,7 @@ log = logging.getLogger(__name__)
 CONTEXT = 512
 NUM_WIDTHS = 8  # of a sublayer, evenly spaced, beside the smallest
 CHANNELS = 8  # measured widths are multiples of this
-WARMUP, ROUNDS = 1, 7
+WARMUP, ROUNDS = 1, 11
 NEW_TOKENS = 9  # of the text model without its blocks
 CALLS_ON_GPU = 10  # timed together, so that waiting for the device counts little
 
@@ -256,7 +258,7 @@ class _Rest:
     def seconds(self) -> float:
         """Time of a token in generation."""
         is_decode = self.setting.phase == "decode"
-        number, clock = NEW_TOKENS if is_decode else 1, _Clock()
+        number, clock = NEW_TOKENS if is_decode else 1, _Clock(self.device)
         mask = torch.ones_like(self.tokens_NT)
         self.model.generate(
             self.tokens_NT, attention_mask=mask, max_new_tokens=number, streamer=clock
@@ -299,14 +301,16 @@ class _PassThrough(nn.Module):
 class _Clock:
     """A streamer that records the times of the prompt and of each token."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.times: list[float] = []
+        self._device = device
 
     def put(self, _: Any) -> None:
-        self.times.append(time.perf_counter())
+        """Record the time."""
+        self.times.append(_now(self._device))
 
     def end(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class _BlockCache(DynamicCache):
@@ -387,24 +391,32 @@ def _seconds(
         {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
         for _ in range(number)
     ]
-    _synchronize(device)
-    start = time.perf_counter()
+    start = _now(device)
     for arguments in own:
         call(arguments)
-    _synchronize(device)
-    return (time.perf_counter() - start) / number
+    return (_now(device) - start) / number
 
 
-def _synchronize(device: torch.device) -> None:
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done its work.
+
+    Those of a CPU do not count while the thread waits for a core that does something else. (The
+    clock of Windows is too coarse for this.)
+    """
+    if device.type == "cpu" and sys.platform != "win32":
+        return time.thread_time()
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _interleaved(timers: Sequence[Timer]) -> list[list[float]]:
     """Seconds of each timer, by round. They take turns, in an order that changes."""
     seconds: list[list[float]] = [[] for _ in timers]
-    for number in range(WARMUP + ROUNDS):
-        for index in range(len(timers))[:: -1 if number % 2 else 1]:
+    order, shuffle = list(range(len(timers))), random.Random(0).shuffle
+    for _ in range(WARMUP + ROUNDS):
+        shuffle(order)
+        for index in order:
             seconds[index].append(timers[index]())
     return [found[WARMUP:] for found in seconds]
 
