@@ -69,8 +69,9 @@ class PriceCurve:
         pools: list[list[int]] = []
         for _, cost in measured:
             pools.append([cost])
-            while len(pools) > 1 and median_low(pools[-2]) >= median_low(pools[-1]):
-                pools[-2] += pools.pop()
+            while len(pools) > 1 and median_low(pools[-2]) > median_low(pools[-1]):
+                last = pools.pop()
+                pools[-1] += last
         kept = (sublayer.kept_params(width) for width, _ in measured)
         costs = (median_low(pool) for pool in pools for _ in pool)
         return cls(tuple(zip(kept, costs, strict=True)))

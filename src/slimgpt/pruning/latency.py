@@ -52,8 +52,8 @@ WARMUP, ROUNDS = 1, 11
 NEW_TOKENS = 9  # of the text model without its blocks
 CALLS_ON_GPU = 10  # timed together, so that waiting for the device counts little
 
-# Measures something once and returns the seconds.
-Timer = Callable[[], float]
+# Prepares a measurement, which then runs once and returns the seconds.
+Timer = Callable[[], Callable[[], float]]
 
 
 def latency(model: str, output: str | Path, **options: Any) -> LatencyTable:
@@ -127,7 +127,7 @@ def setting_of(
         If the context is too long for the model.
     """
     longest = config.get_text_config().max_position_embeddings
-    context = context or max(min(CONTEXT, longest // 2), 1)
+    context = context or default_context(config)
     if context + NEW_TOKENS > longest:
         raise ConfigError(
             f"context={context} and {NEW_TOKENS} new tokens are beyond the model's context of "
@@ -144,6 +144,11 @@ def setting_of(
         threads=torch.get_num_threads(),
         versions={name: found[name] for name in ("torch", "transformers")},
     )
+
+
+def default_context(config: PreTrainedConfig) -> int:
+    """Tokens of the context if no option says how many: 512, or half of what the model takes."""
+    return max(min(CONTEXT, config.get_text_config().max_position_embeddings // 2), 1)
 
 
 def cached_table(config: PreTrainedConfig, setting: LatencySetting, device: torch.device) -> Path:
@@ -195,7 +200,7 @@ def measure(
         blocks = [found[keys.index(key)] for found in smaller]
         for block in blocks:
             _fill(block.module, device)
-        timings = _interleaved([rest.seconds, *_timers(blocks, rest)])
+        timings = _interleaved([lambda: rest.seconds, *_timers(blocks, rest)])
         for block in blocks:
             block.module.to("meta")
         rest_seconds += timings[0]
@@ -367,10 +372,10 @@ def _timers(blocks: Sequence[Block], rest: _Rest) -> list[Timer]:
             smaller = block.sublayers[index]
             kwargs = arguments(block, smaller) if sublayer.kind == "attention" else {}
             call = partial(_run_sublayer, smaller, given_NTC)
-            timers.append(partial(_seconds, call, kwargs, device))
+            timers.append(partial(_timer, call, kwargs, device))
     attention = next(s for s in dense.sublayers if s.kind == "attention")
     call = partial(_run_block, dense, given_NTC)
-    return [*timers, partial(_seconds, call, arguments(dense, attention), device)]
+    return [*timers, partial(_timer, call, arguments(dense, attention), device)]
 
 
 def _run_sublayer(sublayer: Sublayer, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -382,19 +387,22 @@ def _run_block(block: Block, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
     return block.module(hidden, **kwargs)
 
 
-def _seconds(
+def _timer(
     call: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any], device: torch.device
-) -> float:
-    """Time of a call, each with a copy of the cache; on a GPU the mean of several."""
-    number = 1 if device.type == "cpu" else CALLS_ON_GPU
-    own = [
+) -> Callable[[], float]:
+    """Prepare a call, with a copy of the cache; on a GPU the mean of several calls is measured."""
+    copies = [
         {k: copy.deepcopy(v) if isinstance(v, Cache) else v for k, v in kwargs.items()}
-        for _ in range(number)
+        for _ in range(1 if device.type == "cpu" else CALLS_ON_GPU)
     ]
-    start = _now(device)
-    for arguments in own:
-        call(arguments)
-    return (_now(device) - start) / number
+
+    def seconds() -> float:
+        start = _now(device)
+        for own in copies:
+            call(own)
+        return (_now(device) - start) / len(copies)
+
+    return seconds
 
 
 def _now(device: torch.device) -> float:
@@ -411,13 +419,17 @@ def _now(device: torch.device) -> float:
 
 
 def _interleaved(timers: Sequence[Timer]) -> list[list[float]]:
-    """Seconds of each timer, by round. They take turns, in an order that changes."""
+    """Seconds of each timer, by round. They take turns, in an order that changes.
+
+    All of a round are prepared first, so that one runs right after the other, as in a model.
+    """
     seconds: list[list[float]] = [[] for _ in timers]
     order, shuffle = list(range(len(timers))), random.Random(0).shuffle
     for _ in range(WARMUP + ROUNDS):
         shuffle(order)
+        prepared = [timer() for timer in timers]
         for index in order:
-            seconds[index].append(timers[index]())
+            seconds[index].append(prepared[index]())
     return [found[WARMUP:] for found in seconds]
 
 
