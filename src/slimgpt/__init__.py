@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from slimgpt.exporting.export import export as export
     from slimgpt.pruning.family_check import FamilyCheck as FamilyCheck
     from slimgpt.pruning.family_check import check as check
+    from slimgpt.pruning.latency import latency as latency
+    from slimgpt.pruning.latency_table import LatencyTable as LatencyTable
     from slimgpt.pruning.plan import PrunePlan as PrunePlan
     from slimgpt.pruning.plan import plan as plan
     from slimgpt.pruning.prune import PruneResult as PruneResult
@@ -40,6 +42,7 @@ _HOMES = {
     "Evaluation": "evaluation.evaluate",
     "ExportResult": "exporting.export",
     "FamilyCheck": "pruning.family_check",
+    "LatencyTable": "pruning.latency_table",
     "ModelSummary": "checkpoint.inspection",
     "PrunePlan": "pruning.plan",
     "PruneResult": "pruning.prune",
@@ -52,6 +55,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "export": "exporting.export",
     "inspect": "checkpoint.inspection",
+    "latency": "pruning.latency",
     "plan": "pruning.plan",
     "prune": "pruning.prune",
     "recover": "recovery.recover",

@@ -44,13 +44,15 @@ ExpertUnits = Literal["channels", "experts", "both"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+Phase = Literal["decode", "prefill"]
+
 RecoverMethod = Literal["lora", "full", "distill"]
 
 # Types of matrices in the GGUF files that are written.
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 
 # The sizes that a model can be asked to have, instead of a ratio.
-TARGETS = ("target_params", "target_size", "target_kv_cache")
+TARGETS = ("target_params", "target_size", "target_kv_cache", "target_latency")
 
 _EXACT = {
     "attention_share": 1.0,
@@ -388,6 +390,23 @@ class PruneConfig(_ModelOptions):
         "heads × head_dim), e.g. 0.5x, instead of a ratio. Only attention is pruned then, by "
         "default with the schedule uniform.",
     )
+    target_latency: Annotated[float | None, _Factor] = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Largest predicted latency of the result at batch size 1, relative to the "
+        "dense model's, e.g. 0.6x, instead of a ratio. The times of its sublayers are measured on "
+        "this machine and kept, or read from --latency-table.",
+    )
+    latency_phase: Phase = Field(
+        "decode",
+        description="What --target-latency is the latency of; decode: a token after a text; "
+        "prefill: the first token.",
+    )
+    latency_table: str | None = Field(
+        None,
+        description="File of `slimgpt latency`, of this or another machine, for --target-latency.",
+    )
     tensor_parallel: int = Field(
         1,
         ge=1,
@@ -516,10 +535,16 @@ class PruneConfig(_ModelOptions):
             )
         if self.target_type != "auto" and self.target_size is None:
             raise ValueError(f"without target_size, target_type={self.target_type!r} does nothing")
-        if self.query_heads and (self.target_kv_cache or self.target_type != "auto"):
+        idle = {"latency_phase", "latency_table"} & self.model_fields_set
+        if idle and self.target_latency is None:
+            raise ValueError(f"without target_latency, {', '.join(sorted(idle))} would do nothing")
+        if self.query_heads and (
+            self.target_kv_cache or self.target_latency or self.target_type != "auto"
+        ):
             raise ValueError(
-                "query_heads=True has no place beside target_kv_cache, which is about kv heads, or "
-                "target_type, because only whole groups have a size in a GGUF file"
+                "query_heads=True has no place beside target_kv_cache, which is about kv heads, "
+                "target_latency, because only whole groups are timed, or target_type, because only "
+                "whole groups have a size in a GGUF file"
             )
         if (
             self.min_ratio is not None
@@ -540,6 +565,23 @@ class PruneConfig(_ModelOptions):
                 f"calibration={','.join(self.calibration)!r}"
             )
         return self
+
+
+class LatencyConfig(_RuntimeOptions):
+    """Options of ``slimgpt latency``."""
+
+    verb = "latency"
+
+    phase: Phase = Field(
+        "decode", description="decode: a token after a text; prefill: the first token."
+    )
+    context: int | None = Field(
+        None,
+        ge=1,
+        le=LENGTH,
+        description="Tokens before the one that is decoded, or of the prompt. Default: 512, or "
+        "half of the model's context if that is shorter.",
+    )
 
 
 class EvalConfig(_ModelOptions):

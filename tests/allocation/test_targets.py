@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain, combinations_with_replacement, pairwise, product
+from operator import ge
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from slimgpt.allocation.shapes import (
     removed_params,
     whole_widths,
 )
-from slimgpt.allocation.targets import Price, Target, target_widths
+from slimgpt.allocation.targets import Price, PriceCurve, Target, target_widths
 from slimgpt.errors import ConfigError
 
 fixed = settings(derandomize=True, deadline=None, database=None, max_examples=100)
@@ -48,8 +49,21 @@ class Model:
 
 
 @st.composite
+def measured(draw: st.DrawFn, sublayer: SublayerShape) -> list[tuple[int, int]]:
+    """Some widths of a sublayer, and times that mostly rise."""
+    count = sublayer.num_units
+    widths = sorted(draw(st.sets(st.integers(1, count), max_size=8)) | {count})
+    rises = draw(st.lists(st.integers(-200, 2000), min_size=len(widths), max_size=len(widths)))
+    return list(zip(widths, (max(t, 1) for t in accumulate(rises)), strict=True))
+
+
+def price_curves(sublayer: SublayerShape) -> st.SearchStrategy[PriceCurve]:
+    return measured(sublayer).map(partial(PriceCurve.fitted, sublayer))
+
+
+@st.composite
 def models(draw: st.DrawFn, alike: bool = False) -> Model:
-    """Blocks, each with more parameters in the FFN, priced by parameter, by block or by group."""
+    """Blocks, each with more parameters in the FFN, and any kind of price."""
     shapes = []
     for _ in range(draw(st.integers(1, 6))):
         groups, channels = draw(st.integers(1, 8)), draw(st.integers(128, 900))
@@ -59,9 +73,14 @@ def models(draw: st.DrawFn, alike: bool = False) -> Model:
         shapes.append(BlockShape((attention, SublayerShape("ffn", channels, channel))))
     if alike:
         shapes = [shapes[0]] * len(shapes)
-    kind = draw(st.sampled_from(["params", "bytes", "blocks of 32", "kv cache"]))
+    kind = draw(st.sampled_from(["params", "bytes", "blocks of 32", "kv cache", "latency"]))
+    curves: list[tuple[PriceCurve, ...]] = [()] * len(shapes)
+    if kind == "latency":
+        curves = [draw(st.tuples(*map(price_curves, shape.sublayers))) for shape in shapes]
+    if alike:
+        curves = [curves[0]] * len(shapes)
     prices = []
-    for shape in shapes:
+    for shape, curve in zip(shapes, curves, strict=True):
         attention, ffn = shape.sublayers
         prices.append(
             {
@@ -72,6 +91,7 @@ def models(draw: st.DrawFn, alike: bool = False) -> Model:
                     Price(34 * ffn.unit_params, 32 * ffn.unit_params),
                 ),
                 "kv cache": (Price(64, attention.unit_params), Price(0)),
+                "latency": curve,
             }[kind]
         )
     first = Target("target_params", 0, 0, draw(st.integers(0, 10**6)), tuple(prices))
@@ -182,6 +202,86 @@ def test_blocks_without_prunable_attention_keep_their_cache():
     none = Target("target_kv_cache", 0.5, 4, 8, prices[:1], whole=8, only_attention=True)
     with pytest.raises(ConfigError, match="the least with these options is 1x"):
         target_widths(shapes[:1], none, Schedule(0.2, "uniform"), WidthRules())
+
+
+# Measured times
+
+sublayers = st.builds(
+    SublayerShape, st.sampled_from(["attention", "ffn"]), st.integers(1, 400), st.integers(1, 3000)
+)
+
+
+@fixed
+@given(st.data(), sublayers)
+def test_a_curve_is_monotone_and_stays_between_its_points(data, sublayer):
+    points = data.draw(measured(sublayer))
+    curve = PriceCurve.fitted(sublayer, points)
+    costs = [curve.of(sublayer, width) for width in range(sublayer.num_units + 1)]
+    assert costs[0] == 0
+    assert costs == sorted(costs)
+    times = [cost for _, cost in points]
+    assert all(min(times) <= cost <= max(times) for cost in costs[1:])
+    if times == sorted(times):
+        assert [curve.of(sublayer, width) for width, _ in points] == times
+    smallest = points[0][0]
+    assert set(costs[1:smallest]) <= {costs[smallest]}
+    for (low, _), (high, _) in pairwise(points):
+        for width in range(low, high + 1):
+            exact = (costs[low] * (high - width) + costs[high] * (width - low)) / (high - low)
+            assert exact <= costs[width] < exact + 1
+
+
+def total(chosen: Sequence[int], times: Sequence[int]) -> int:
+    return sum(abs(a - b) for a, b in zip(chosen, times, strict=True))
+
+
+@fixed
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_a_curve_is_the_closest_that_does_not_fall(times):
+    sublayer = SublayerShape("ffn", len(times), 3)
+    curve = PriceCurve.fitted(sublayer, list(enumerate(times, 1)))
+    found = [curve.of(sublayer, width) for width in range(1, len(times) + 1)]
+    rising = combinations_with_replacement(range(1, 7), len(times))
+    assert total(found, times) == min(total(costs, times) for costs in rising)
+
+
+def test_an_outlier_does_not_move_its_neighbours():
+    sublayer = SublayerShape("ffn", 4, 10)
+    curve = PriceCurve.fitted(sublayer, [(1, 10), (2, 900), (3, 30), (4, 40)])
+    assert curve.points == ((10, 10), (20, 30), (30, 30), (40, 40))
+
+
+def test_query_heads_cost_what_their_parameters_do():
+    sublayer = SublayerShape("attention", 2, 100, parts=4, part_params=20)
+    curve = PriceCurve(((100, 50), (200, 90)))
+    assert curve.of(sublayer, (2, 3)) == 74  # 160 parameters
+    assert curve.of(sublayer, (1, 3)) == curve.of(sublayer, 1) == 50
+
+
+@fixed
+@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.floats(0.05, 1))
+def test_no_larger_model_meets_the_time(data, groups, steps_of_channels, share):
+    rules = WidthRules(8)
+    shape = BlockShape(
+        (SublayerShape("attention", groups, 50), SublayerShape("ffn", 8 * steps_of_channels, 40))
+    )
+    prices = tuple(data.draw(st.tuples(*map(price_curves, shape.sublayers))) for _ in range(2))
+    shapes = [shape, shape]
+    first = Target("target_latency", 1, 0, 20, prices)
+    whole = first.cost(shapes, [whole_widths(shape)] * 2)
+    limit = math.floor(share * whole)
+    target = Target("target_latency", share, limit, 20, prices, whole=whole)
+    per_block = list(product(*map(rules.widths, shape.sublayers)))
+    feasible = [w for w in product(per_block, repeat=2) if target.cost(shapes, w) <= limit]
+    if not feasible:
+        with pytest.raises(ConfigError, match="cannot be reached"):
+            target_widths(shapes, target, Schedule(0.2, "uniform"), rules)
+        return
+    found = tuple(target_widths(shapes, target, Schedule(0.2, "uniform"), rules))
+    assert found in feasible
+    kept = [*chain(*found)]
+    larger = (w for w in feasible if all(map(ge, chain(*w), kept)))
+    assert [*larger] == [found]
 
 
 # Devices that share layers

@@ -1,8 +1,11 @@
-"""Widths that meet a target: a number of parameters, of bytes, or of key/value heads."""
+"""Widths that meet a target: a number of parameters, of bytes, of key/value heads, or a time."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median_low
+from typing import Self
 
 from slimgpt.allocation.schedule import (
     Schedule,
@@ -37,8 +40,59 @@ class Price:
 
 
 @dataclass(frozen=True)
+class PriceCurve:
+    """Cost of a sublayer that was measured at some widths.
+
+    Attributes
+    ----------
+    points : tuple of tuple of int
+        Kept parameters and the cost, from few parameters to many. Costs do not fall. In between
+        they are linear; below the first point they stay, and without any parameters they are 0.
+    """
+
+    points: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def fitted(cls, sublayer: SublayerShape, measured: Sequence[tuple[int, int]]) -> Self:
+        """Fit a curve that does not fall to the measured costs.
+
+        It is the isotonic regression with the smallest sum of absolute differences, which ignores
+        single outliers: neighbours in the wrong order are replaced by their median.
+
+        Parameters
+        ----------
+        sublayer : SublayerShape
+            Which sublayer was measured.
+        measured : sequence of tuple of int
+            Widths, each larger than the one before, and the cost at each.
+        """
+        pools: list[list[int]] = []
+        for _, cost in measured:
+            pools.append([cost])
+            while len(pools) > 1 and median_low(pools[-2]) > median_low(pools[-1]):
+                last = pools.pop()
+                pools[-1] += last
+        kept = (sublayer.kept_params(width) for width, _ in measured)
+        costs = (median_low(pool) for pool in pools for _ in pool)
+        return cls(tuple(zip(kept, costs, strict=True)))
+
+    def of(self, sublayer: SublayerShape, width: Width) -> int:
+        """Cost of a sublayer with this width, rounded up."""
+        kept = sublayer.kept_params(width)
+        if kept == 0:
+            return 0
+        after = bisect_left(self.points, (kept,))
+        if after == len(self.points):
+            return self.points[-1][1]
+        (high, most), (low, least) = self.points[after], self.points[max(after - 1, 0)]
+        if kept == high or after == 0:
+            return most
+        return least - (least - most) * (kept - low) // (high - low)
+
+
+@dataclass(frozen=True)
 class Target:
-    """A limit on what a model costs, in parameters, bytes, or entries of the KV cache.
+    """A limit on what a model costs: parameters, bytes, entries of the KV cache, or nanoseconds.
 
     Attributes
     ----------
@@ -50,7 +104,7 @@ class Target:
         Largest cost.
     fixed : int
         What everything but the prunable units costs.
-    prices : tuple of tuple of Price
+    prices : tuple of tuple of Price or PriceCurve
         Of each sublayer, by block.
     whole : int
         Cost of which `asked` is a fraction, or 0 if it is a cost.
@@ -64,7 +118,7 @@ class Target:
     asked: float
     limit: int
     fixed: int
-    prices: tuple[tuple[Price, ...], ...]
+    prices: tuple[tuple[Price | PriceCurve, ...], ...]
     whole: int = 0
     unit: str = "parameters"
     only_attention: bool = False
@@ -232,8 +286,9 @@ def _wider(
     for index, (sublayer, before) in enumerate(
         zip(shapes[first].sublayers, kept[first], strict=True)
     ):
-        wider, of = rules.widths(sublayer), target.prices[first][index].of
+        wider = rules.widths(sublayer)
         if (position := wider.index(before) + 1) < len(wider):
-            cost = len(blocks) * (of(sublayer, wider[position]) - of(sublayer, before))
+            prices = (target.prices[block][index] for block in blocks)
+            cost = sum(p.of(sublayer, wider[position]) - p.of(sublayer, before) for p in prices)
             share = sublayer.kept_params(before) / sublayer.params
             yield _Step(blocks, index, wider[position], share, cost, sublayer.kind != "attention")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import slimgpt
+from slimgpt.cli.latency import check_latency
 from slimgpt.cli.options import options_of
 from slimgpt.cli.tables import (
     bench_lines,
@@ -34,6 +35,7 @@ from slimgpt.config import (
     BenchConfig,
     EvalConfig,
     ExportConfig,
+    LatencyConfig,
     PruneConfig,
     RecoverConfig,
     ReportConfig,
@@ -140,13 +142,33 @@ def prune(
         raise ConfigError("--output is missing", hint="name a directory for the pruned model")
     with _resumable(), progress_bar(stderr) as progress:
         result = slimgpt.prune(model, output, restart=restart, progress=progress, **values)
+    report, config = result.report, result.report["config"]
+    is_checked = config["target_latency"] is not None and config["latency_table"] is None
+    if not as_json:
+        seconds = sum(report["seconds"].values())
+        peak = size(report["peak_memory_bytes"] or 0)
+        where = f"the pruned model is in {result.output}"
+        _print(*ratio_lines(result.plan), f"{seconds:.0f} s, peak memory {peak}", where)
+    check = check_latency(model, result) if is_checked and _is_first_process() else None
     if as_json:
-        _emit({"output": str(result.output), **result.report}, (), as_json=True)
-        return
-    _emit(result.plan, ratio_lines(result.plan), as_json)
-    seconds = sum(result.report["seconds"].values())
-    peak = size(result.report["peak_memory_bytes"] or 0)
-    _print(f"{seconds:.0f} s, peak memory {peak}", f"the pruned model is in {result.output}")
+        measured = {"latency": check} if check else {}
+        _emit({"output": str(result.output), **report, **measured}, (), as_json=True)
+    elif check:
+        _print(*bench_lines(check.bench), check.line)
+
+
+@app.command()
+@options_of(LatencyConfig)
+def latency(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="File for the table, e.g. laptop.json.")],
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Measure the latency of MODEL's layers at several widths, for --latency-table."""
+    table = slimgpt.latency(model, output, **_given(None, options))
+    line = f"the {table.setting.described} on {table.setting.machine} is in {output}"
+    _emit(table.model_dump(), (line,), as_json)
 
 
 @app.command("eval")
@@ -337,7 +359,7 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between dependencies
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    is_main = os.environ.get("RANK", "0") == "0"  # under torchrun, only one process reports
+    is_main = _is_first_process()  # under torchrun, only one process reports
     if not is_main:
         sys.stdout = io.StringIO()
     log.setLevel(logging.INFO if is_main else logging.WARNING)
@@ -377,6 +399,10 @@ def _run() -> int:
             )
         )
         return known.exit_code if known else 1
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _report(err: SlimGPTError) -> None:

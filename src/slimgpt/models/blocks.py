@@ -1,6 +1,6 @@
 """The blocks of a live model, bound to the description of its family."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,22 @@ def bind(model: Any, directory: Path | None = None) -> Iterator[Block]:
             for spec in family.layer(config, index)
         )
         yield Block(index, name, module, sublayers, family.is_parallel(config))
+
+
+def settings_of(module: nn.Module) -> Hashable:
+    """What sets a block apart beside its widths and its index: modules, switches and settings."""
+    return tuple(
+        (name, type(child), key, value)
+        for name, child in module.named_modules()
+        for key, value in vars(child).items()
+        if _is_setting(key, value)
+    )
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an attribute switches something, rather than being a width or an index."""
+    is_switch = isinstance(value, int) and value in (0, 1) and name != "layer_idx"
+    return value is None or is_switch or isinstance(value, str)
 
 
 def _counts(spec: SublayerSpec, config: Any, module: nn.Module) -> dict[str, int]:

@@ -139,6 +139,17 @@ def text_tensors(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def result_dtype(source: Source, config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """Precision of the weights that a pruning run writes, for a value of the option ``dtype``."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if source.gguf_file:
+        return torch.float32
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return open_weights(source, config).dtype
+
+
 def open_weights(source: Source, config: PreTrainedConfig, dtype: str = "auto") -> Weights:
     """Find the tensors of a checkpoint; values are read later.
 

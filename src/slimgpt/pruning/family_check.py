@@ -19,7 +19,7 @@ from slimgpt.allocation.shapes import BlockWidths, Width, has_experts
 from slimgpt.calibration.activations import Stream, embed, pass_block
 from slimgpt.checkpoint.writer import pruned_config
 from slimgpt.errors import UnsupportedModelError
-from slimgpt.models.blocks import Block, bind, decoder_of
+from slimgpt.models.blocks import Block, bind, decoder_of, settings_of
 from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
@@ -199,21 +199,9 @@ def _distinct(blocks: Sequence[Block]) -> Iterator[Block]:
     """One block of each kind: they differ in modules, switches or settings, not only in widths."""
     seen = set()
     for block in blocks:
-        kind = tuple(
-            (name, type(module), key, value)
-            for name, module in block.module.named_modules()
-            for key, value in vars(module).items()
-            if _is_setting(key, value)
-        )
-        if kind not in seen:
+        if (kind := settings_of(block.module)) not in seen:
             seen.add(kind)
             yield block
-
-
-def _is_setting(name: str, value: object) -> bool:
-    """Whether an attribute switches something, rather than being a width or an index."""
-    is_switch = isinstance(value, int) and value in (0, 1) and name != "layer_idx"
-    return value is None or is_switch or isinstance(value, str)
 
 
 def _random_stream(model: Any) -> Stream:

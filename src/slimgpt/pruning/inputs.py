@@ -175,7 +175,8 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         "model": weights.source.title,
         **{name: sha256(c.to_json_string().encode()).hexdigest() for name, c in configs.items()},
         **{file.name: describe_file(file) for file in weights.files},
-        **config.model_dump(exclude={"activation_memory"}),
+        **config.model_dump(exclude={"activation_memory", "latency_table"}),
+        "target": sha256(repr(inputs.target).encode()).hexdigest(),  # with what the table says
         **{f"{kind} {f}": describe_file(f) for kind, found in files.items() for f in found},
         "device": inputs.streamed.device.type,
         "products": str(fast_dtype(inputs.streamed.device, weights.dtype)),

@@ -158,7 +158,10 @@ def _report(
         # The report goes to the hub with the model, so it holds no local paths.
         "base_model": streamed.weights.source.title,
         "config": config.model_dump()
-        | {"calibration": [Path(name).name for name in config.calibration]},
+        | {
+            "calibration": [Path(name).name for name in config.calibration],
+            "latency_table": config.latency_table and Path(config.latency_table).name,
+        },
         "dtype": str(streamed.weights.dtype).removeprefix("torch."),
         "products": str(fast_dtype(streamed.device, streamed.weights.dtype)).removeprefix("torch."),
         "device": str(streamed.device),

@@ -4,20 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
-import torch
 from transformers import PreTrainedConfig
 
 from slimgpt.allocation.shapes import BlockShape, has_experts, whole_widths
-from slimgpt.allocation.targets import Price, Target
+from slimgpt.allocation.targets import Price, PriceCurve, Target
 from slimgpt.checkpoint.writer import pruned_config, shard_bytes
 from slimgpt.config import PruneConfig, target_of
 from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
+from slimgpt.models.device import find_device
 from slimgpt.models.loading import build_skeleton
 from slimgpt.models.source import Source
-from slimgpt.models.weights import open_weights, saved_tensors
+from slimgpt.models.weights import result_dtype, saved_tensors
+from slimgpt.pruning.latency import cached_table, check_measurable, setting_of
+from slimgpt.pruning.latency_table import LatencyTable
+from slimgpt.runtime.distributed import broadcast, is_main
 
 # The names in a file that keeps those of the base may be longer than the model's own.
 LONGER_NAME = 16
@@ -45,6 +49,8 @@ def find_target(
             return _gguf_target(source, extended, config)
         case "target_kv_cache":
             return _cache_target(extended, config)
+        case "target_latency":
+            return _latency_target(source, extended, config)
     return None
 
 
@@ -74,7 +80,7 @@ def _params_target(extended: PreTrainedConfig, config: PruneConfig) -> Target:
 def _file_target(source: Source, extended: PreTrainedConfig, config: PruneConfig) -> Target:
     """Limit on the safetensors files; headers of smaller models have no more digits."""
     assert config.target_size is not None
-    skeleton = build_skeleton(extended, result_dtype(source, extended, config))
+    skeleton = build_skeleton(extended, result_dtype(source, extended, config.dtype))
     shapes, tensors = [block.shape for block in bind(skeleton)], saved_tensors(skeleton)
     files = shard_bytes(tensors, config.max_shard_size)
     digits = len(str(config.max_shard_size)) if len(files) > 1 else 0  # begin and end move
@@ -159,15 +165,48 @@ def _cache_target(extended: PreTrainedConfig, config: PruneConfig) -> Target:
     return replace(target, whole=whole, limit=limit)
 
 
-def result_dtype(source: Source, base_config: PreTrainedConfig, config: PruneConfig) -> torch.dtype:
-    """Precision of the result's weights."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if source.gguf_file:
-        return torch.float32
-    if isinstance(base_config.dtype, torch.dtype):
-        return base_config.dtype
-    return open_weights(source, base_config).dtype
+def _latency_target(source: Source, extended: PreTrainedConfig, config: PruneConfig) -> Target:
+    """Limit on the predicted latency, in nanoseconds."""
+    assert config.target_latency is not None
+    check_measurable(source.name, extended)
+    shapes = [block.shape for block in bind(build_skeleton(extended))]
+    found = broadcast(is_main() and _latency_table(source, extended, config).model_dump())
+    table = LatencyTable.model_validate(found)
+    curves = [
+        [
+            PriceCurve.fitted(sub, [(w, round(seconds * 1e9)) for w, seconds in measured.seconds])
+            for sub, measured in zip(shape.sublayers, table.kinds[kind], strict=True)
+        ]
+        for shape, kind in zip(shapes, table.blocks, strict=True)
+    ]
+    target = Target(
+        "target_latency",
+        config.target_latency,
+        0,
+        round(table.rest_seconds * 1e9),
+        tuple(map(tuple, curves)),
+        unit=f"of the dense {table.setting.described}",
+    )
+    whole = target.cost(shapes, list(map(whole_widths, shapes)))
+    return replace(target, whole=whole, limit=math.floor(config.target_latency * whole + 1e-9))
+
+
+def _latency_table(source: Source, extended: PreTrainedConfig, config: PruneConfig) -> LatencyTable:
+    """The table that the options name, or that of this machine."""
+    if config.latency_table is None:
+        device, dtype = find_device(config.device), result_dtype(source, extended, config.dtype)
+        setting = setting_of(extended, config.latency_phase, dtype, device)
+        file = cached_table(extended, setting, device)
+    else:
+        file = Path(config.latency_table)
+    table = LatencyTable.read(file)
+    table.check(file, [block.shape for block in bind(build_skeleton(extended))])
+    if table.setting.phase != config.latency_phase:
+        raise ConfigError(
+            f"{file} holds {table.setting.phase} latencies, not those of {config.latency_phase}",
+            hint=f"use --latency-phase {table.setting.phase}, or another table",
+        )
+    return table
 
 
 def _units(shapes: Sequence[BlockShape]) -> int:
