@@ -88,6 +88,13 @@ class _Target(_Read):
     unit: str
 
 
+class _Sensitivity(_Read):
+    widths: list[list[Any]]
+    layer_ratios: list[FiniteFloat]
+    divergence: FiniteFloat
+    costs: list[list[FiniteFloat]]
+
+
 def _options(config: type[BaseModel], *needed: str) -> Any:
     """Schema of the options in a report: the options of this version, some of them required."""
     fields: dict[str, Any] = {
@@ -120,6 +127,8 @@ class PruningReport(_Read):
     target: _Target | None = None
     dropped: list[Count] = []
     blocks: list[_Block] = Field(min_length=1)
+    sensitivity: _Sensitivity | None = None
+    trials: list[FiniteFloat] = []
     seconds: dict[str, FiniteFloat]
     peak_memory_bytes: Count | None
     versions: dict[str, str]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.allocation.shapes import BlockWidths
+from slimgpt.allocation.shapes import BlockWidths, removed_params
 from slimgpt.checkpoint.card import write_card
 from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.checkpoint.tokenizer import write_tokenizer
@@ -30,6 +30,7 @@ from slimgpt.pruning.plan import is_uniform, make_plan
 from slimgpt.pruning.sequential import kept_indices
 from slimgpt.runtime.distributed import is_main
 from slimgpt.runtime.environment import versions
+from slimgpt.runtime.run_directory import MEASUREMENT_FILE, TRIALS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,26 @@ def _warn_of_few_tokens(job: Job, blocks: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def _what_was_measured(job: Job) -> dict[str, Any]:
+    """Results of the sensitivity pass and of the search, if there were any."""
+    run, found = job.run, {}
+    if run.has(MEASUREMENT_FILE):
+        values = json.loads(run.saved(MEASUREMENT_FILE).read_text(encoding="utf-8"))
+        shapes, widths = job.shapes, [tuple(block) for block in values["widths"]]
+        found["sensitivity"] = {
+            "widths": widths,
+            "layer_ratios": [
+                removed_params(*p) / p[0].params for p in zip(shapes, widths, strict=True)
+            ],
+            "divergence": values["divergence"],
+            "costs": values["costs"],
+        }
+    if run.has(TRIALS_FILE):
+        trials = json.loads(run.saved(TRIALS_FILE).read_text(encoding="utf-8"))
+        found["trials"] = [trial["divergence"] for trial in trials]
+    return found
+
+
 def _report(
     job: Job, widths: Sequence[BlockWidths], metadata: Sequence[dict[str, str]]
 ) -> dict[str, Any]:
@@ -172,6 +193,7 @@ def _report(
         },
         **asdict(make_plan(job.base_config, config, widths, job.target)),
         "blocks": blocks,
+        **_what_was_measured(job),
         # Of all blocks, including those pruned before an interruption.
         "seconds": {"prune": round(sum(cost["seconds"] for cost in costs), 3)},
         "peak_memory_bytes": max(cost["peak_memory_bytes"] or 0 for cost in costs),

@@ -215,7 +215,7 @@ def _drawn(
             f"Bars of the share removed from each block: {ratios[0]:.1%} of the first, "
             f"{ratios[-1]:.1%} of the last.",
             bars(
-                {"": ratios},
+                {"removed": ratios} | _scheduled(pruning),
                 (f"all blocks: {pruning['block_ratio']:.1%}", pruning["block_ratio"]),
                 percent=True,
             ),
@@ -236,6 +236,25 @@ def _drawn(
             curves(errors, percent=True),
         ),
     }
+    if sensitivity := pruning.get("sensitivity"):
+        kept_blocks = [block["block"] for block in blocks if block["block"] not in dropped]
+        costs = {
+            name: list(
+                zip(kept_blocks, (cost[place] for cost in sensitivity["costs"]), strict=True)
+            )
+            for place, name in enumerate(errors)
+        }
+        drawn["costs"] = inline(
+            f"Curves of what the pruning of {' and '.join(costs)} costs in each block, in nats per "
+            "token.",
+            curves(costs),
+        )
+    if trials := pruning.get("trials"):
+        drawn["trials"] = inline(
+            f"Curve of the divergence of each trial: {trials[0]:.3f} at first, {min(trials):.3f} at "
+            "best.",
+            curves({"": list(enumerate(trials, 1))}, "trial"),
+        )
     if _has_attention(pruning):
         drawn["heads"] = inline(
             f"Map of the attention heads: {sum(map(len, kept))} of {sum(before)} are kept.",
@@ -265,6 +284,12 @@ def _drawn(
                 curves({"": points}, "step"),
             )
     return drawn
+
+
+def _scheduled(pruning: dict[str, Any]) -> dict[str, list[float]]:
+    """Share that the schedule would remove from each block, if the widths were measured."""
+    sensitivity = pruning.get("sensitivity")
+    return {"by the schedule": sensitivity["layer_ratios"]} if sensitivity else {}
 
 
 def _ffn_name(pruning: dict[str, Any]) -> str:
