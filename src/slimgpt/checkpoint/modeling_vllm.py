@@ -8,6 +8,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.transformers import TransformersMoEForCausalLM as StockMoE
 from vllm.model_executor.models.utils import extract_layer_index
 
 from slimgpt.models.family import PRUNED_PREFIX
@@ -40,3 +41,17 @@ def _decoder_layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
     if model_type == "qwen2":
         config.qkv_bias = True  # always true in Qwen2, so its config has no such key
     return LlamaDecoderLayer(vllm_config, prefix, config)
+
+
+class TransformersMoEForCausalLM(StockMoE):
+    """Pruned mixture of experts in vLLM's Transformers backend.
+
+    vLLM gives the experts of all layers the original width. The rest of a narrower expert, which
+    the checkpoint does not fill, must be zero. vLLM knows its backend by the name of this class.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for experts in self.moe_layers:
+            for parameter in experts.parameters():
+                parameter.data.zero_()
