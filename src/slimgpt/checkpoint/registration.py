@@ -70,9 +70,11 @@ def register_with_vllm() -> None:
     for model_type, family in load_families().items():
         if model_class := pruned_classes(model_type).get("AutoModelForCausalLM"):
             if model_type in VLLM_MODEL_TYPES:
-                implementation = "slimgpt.checkpoint.modeling_vllm:SlimForCausalLM"
+                name = "SlimForCausalLM"
             elif any(spec.kind == "experts" for spec in family.sublayers):
-                implementation = "slimgpt.checkpoint.modeling_vllm:TransformersMoEForCausalLM"
+                name = "TransformersMoEForCausalLM"
             else:
-                implementation = "vllm.model_executor.models.transformers:TransformersForCausalLM"
-            ModelRegistry.register_model(model_class.__name__, implementation)
+                name = "TransformersForCausalLM"
+            ModelRegistry.register_model(
+                model_class.__name__, f"slimgpt.checkpoint.modeling_vllm:{name}"
+            )
