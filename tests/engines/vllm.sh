@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Run pruned models in vLLM on the CPU and compare it with transformers. Takes some ten minutes, and
-# at the first run 4 GB for vLLM's own environment ($VENV). Needs Python 3.11. Options go to pytest.
+# Run pruned models in vLLM on the CPU and compare it with transformers. Takes about an hour, a model
+# type half a minute (-k mixtral), and at the first run 4 GB for vLLM's own environment ($VENV).
+# Needs Python 3.11. Options go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 VENV=${VENV:-.venv-vllm}

@@ -10,7 +10,7 @@ from typing import Any
 from slimgpt.models.family import WRAPPER_TYPES, load_families
 
 # Model types whose decoder layers `slimgpt.checkpoint.modeling_vllm` builds from vLLM's own.
-# Other types run on vLLM's Transformers backend, which needs only `register`.
+# The others run on vLLM's Transformers backend.
 VLLM_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -67,8 +67,14 @@ def register_with_vllm() -> None:
     """Register pruned models with vLLM, which calls this function as a plugin."""
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
-    for model_type in VLLM_MODEL_TYPES:
-        architecture = pruned_classes(model_type)["AutoModelForCausalLM"].__name__
-        ModelRegistry.register_model(
-            architecture, "slimgpt.checkpoint.modeling_vllm:SlimForCausalLM"
-        )
+    for model_type, family in load_families().items():
+        if model_class := pruned_classes(model_type).get("AutoModelForCausalLM"):
+            if model_type in VLLM_MODEL_TYPES:
+                name = "SlimForCausalLM"
+            elif any(spec.kind == "experts" for spec in family.sublayers):
+                name = "TransformersMoEForCausalLM"
+            else:
+                name = "TransformersForCausalLM"
+            ModelRegistry.register_model(
+                model_class.__name__, f"slimgpt.checkpoint.modeling_vllm:{name}"
+            )
