@@ -239,9 +239,10 @@ def _drawn(
     if sensitivity := pruning.get("sensitivity"):
         kept_blocks = [block["block"] for block in blocks if block["block"] not in dropped]
         costs = {
-            name: list(
-                zip(kept_blocks, (cost[place] for cost in sensitivity["costs"]), strict=True)
-            )
+            name: [
+                (block, by_sublayer[place])
+                for block, by_sublayer in zip(kept_blocks, sensitivity["costs"], strict=True)
+            ]
             for place, name in enumerate(errors)
         }
         drawn["costs"] = inline(
@@ -251,8 +252,8 @@ def _drawn(
         )
     if trials := pruning.get("trials"):
         drawn["trials"] = inline(
-            f"Curve of the divergence of each trial: {trials[0]:.3f} at first, {min(trials):.3f} at "
-            "best.",
+            f"Curve of the divergence of each trial: {trials[0]:.3f} at first, "
+            f"{min(trials):.3f} at best.",
             curves({"": list(enumerate(trials, 1))}, "trial"),
         )
     if _has_attention(pruning):
