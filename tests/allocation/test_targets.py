@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, combinations_with_replacement, pairwise, product
 from operator import ge
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimgpt.allocation.reallocation import measured_removals, move_units
-from slimgpt.allocation.schedule import Schedule, WidthRules, scheduled_widths
+from slimgpt.allocation.schedule import Schedule, WidthRules, feasible_ratio, scheduled_widths
 from slimgpt.allocation.shapes import (
     BlockShape,
     BlockWidths,
@@ -273,11 +273,13 @@ def test_no_larger_model_meets_the_time(data, groups, steps_of_channels, share):
     target = Target("target_latency", share, limit, 20, prices, whole=whole)
     per_block = list(product(*map(rules.widths, shape.sublayers)))
     feasible = [w for w in product(per_block, repeat=2) if target.cost(shapes, w) <= limit]
-    if not feasible:
+    schedule = Schedule(0.2, "uniform")
+    most = feasible_ratio(shapes, schedule, rules)
+    if target.cost(shapes, scheduled_widths(shapes, replace(schedule, ratio=most), rules)) > limit:
         with pytest.raises(ConfigError, match="cannot be reached"):
-            target_widths(shapes, target, Schedule(0.2, "uniform"), rules)
+            target_widths(shapes, target, schedule, rules)
         return
-    found = tuple(target_widths(shapes, target, Schedule(0.2, "uniform"), rules))
+    found = tuple(target_widths(shapes, target, schedule, rules))
     assert found in feasible
     kept = [*chain(*found)]
     larger = (w for w in feasible if all(map(ge, chain(*w), kept)))
