@@ -9,7 +9,7 @@ removed columns, ``N`` samples, ``T`` tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,6 +74,8 @@ class Method(ABC):
         Whether the kept weights are updated for what is gone.
     refit_epochs : int
         Epochs of the refit of each pruned FFN.
+    within : dict of (int, str) to tuple of int
+        By block and kind of sublayer, the only units that may stay; all where it is left out.
     scores : dict of str to Tensor
         The result of `score_model`; empty if the method has none.
     """
@@ -88,6 +90,14 @@ class Method(ABC):
     def __init__(self, config: PruneConfig) -> None:
         self.config = config
         self.scores: dict[str, Tensor] = {}
+        self.within: Mapping[tuple[int, str], Sequence[int]] = {}
+
+    def excluded(self, sublayer: Sublayer) -> Tensor:
+        """Units of a sublayer that must go, because `within` has others."""
+        units = range(sublayer.num_units)
+        left = self.within.get((sublayer.block, sublayer.kind), units)
+        gone = sorted(set(units).difference(left))
+        return torch.tensor(gone, dtype=torch.long, device=sublayer.weight.device)
 
     @property
     def scores_model(self) -> bool:
@@ -160,6 +170,7 @@ class ScoringMethod(Method):
         """Keep the units with the highest scores, see `Method.decide`."""
         assert isinstance(width, int)  # only measured widths may be of another kind
         scores_U = self.score(sublayer, activations)
+        scores_U = scores_U.index_fill(0, self.excluded(sublayer).to(scores_U.device), -torch.inf)
         kept = Kept(scores_U.argsort(descending=True, stable=True)[:width].sort().values)
         hessian_II, mean_I = activations.hessian_II, activations.mean_I
         weight_OI = sublayer.output.weight.to(mean_I.device).to(mean_I.dtype)

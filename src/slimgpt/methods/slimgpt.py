@@ -76,12 +76,13 @@ class SlimGPT(Method):
         if not isinstance(width, int):
             heads = HeadCounts(sublayer.num_units, sublayer.num_parts)
             return eliminate_heads(problem, heads, HeadCounts(*width), config.head_error), ()
-        num_remove = sublayer.num_units - width
+        num_remove, first = sublayer.num_units - width, self.excluded(sublayer)
         if sublayer.unit_size > 1:
             size = sublayer.unit_size
-            return eliminate_units(problem, num_remove, size, config.head_error), ()
+            units = eliminate_units(problem, num_remove, size, config.head_error, first=first)
+            return units, ()
         if config.channel_selection == "greedy":
-            return eliminate_channels(problem, num_remove), ()
+            return eliminate_channels(problem, num_remove, first=first), ()
         bounds = config.min_group_size, config.max_group_size
         return eliminate_channel_groups(problem, num_remove, *bounds), ()
 

@@ -185,7 +185,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def make_job(inputs: Inputs, run: Run) -> Job:
+def make_job(inputs: Inputs, run: Run, shared: Run) -> Job:
     """Check the memory estimate against the machine, draw the samples and choose layers to drop.
 
     Raises
@@ -204,8 +204,8 @@ def make_job(inputs: Inputs, run: Run) -> Job:
         memory.check(run.output, run.size)
     if memory.mapped_experts:
         inputs.streamed.directory = run.state
-    samples_NT = _samples(inputs, run)
-    job = Job(**vars(inputs), run=run, memory=memory, samples_NT=samples_NT)
+    samples_NT = _samples(inputs, shared)
+    job = Job(**vars(inputs), run=run, memory=memory, samples_NT=samples_NT, shared=shared)
     if config.drop_layers:
         dropped = choose_layers(job)
         source = inputs.streamed.weights.source

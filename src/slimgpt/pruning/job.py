@@ -76,11 +76,14 @@ class Job(Inputs):
         The memory estimate.
     samples_NT : Tensor
         int64, the calibration tokens for all processes together.
+    shared : Run
+        Has what jobs for several sizes share: the samples, and the results of the sensitivity pass.
     """
 
     run: Run
     memory: MemoryEstimate
     samples_NT: Tensor
+    shared: Run
 
     @property
     def batch_size(self) -> int:

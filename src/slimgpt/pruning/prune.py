@@ -14,12 +14,13 @@ from slimgpt.models.source import find_model
 from slimgpt.pruning.allocators import allocate
 from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inputs
+from slimgpt.pruning.job import Inputs
 from slimgpt.pruning.plan import PrunePlan
 from slimgpt.pruning.result import write_result
 from slimgpt.pruning.sequential import sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main, process_group
 from slimgpt.runtime.progress import Progress, no_progress
-from slimgpt.runtime.run_directory import open_run
+from slimgpt.runtime.run_directory import Run, open_run
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,24 @@ def prune(
         inputs = open_inputs(source, config, device, progress)
         if is_main():
             run.identify(identity_of(inputs), restart)
-        if not run.is_finished():
-            job = make_job(inputs, run)
-            widths = allocate(job)
-            sequential_pass(job, widths)
-            job.stopwatch.lap("prune")
-            write_result(job, widths)
-        run.publish()
-        report = broadcast(is_main() and json.loads((run.output / REPORT_FILE).read_text("utf-8")))
+        finish(inputs, run, run)
+        return read_result(run)
+
+
+def finish(inputs: Inputs, run: Run, shared: Run) -> None:
+    """Prune a model, from the first step that `run` does not have; `shared` as in `Job`."""
+    if not run.is_finished():
+        job = make_job(inputs, run, shared)
+        widths = allocate(job)
+        sequential_pass(job, widths)
+        job.stopwatch.lap("prune")
+        write_result(job, widths)
+    run.publish()
+
+
+def read_result(run: Run) -> PruneResult:
+    """Read what a finished run has written."""
+    report = broadcast(is_main() and json.loads((run.output / REPORT_FILE).read_text("utf-8")))
     plan = TypeAdapter(PrunePlan).validate_python(report)
     blocks = TypeAdapter(tuple[BlockPlan, ...]).validate_python(report["blocks"])
     return PruneResult(run.output, plan, blocks, report)

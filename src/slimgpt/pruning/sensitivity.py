@@ -186,8 +186,8 @@ def measure(job: Job) -> Measurement:
     NumericalError
         If gradients overflow.
     """
-    run = job.run
-    if not run.all_have(MEASUREMENT_FILE):
+    shared = job.shared
+    if not shared.all_have(MEASUREMENT_FILE):
         widths = initial_widths(job.shapes, job.base_config, job.config, job.target, job.dropped)
         widths = _start(job, widths)
         log.info(
@@ -197,9 +197,9 @@ def measure(job: Job) -> Measurement:
         with trial(job, widths) as blocks:
             if is_main():
                 measurement = _measured(job, widths, blocks)
-                with run.saving(MEASUREMENT_FILE) as temporary:
+                with shared.saving(MEASUREMENT_FILE) as temporary:
                     temporary.write_text(json.dumps(asdict(measurement)))
-    values = broadcast(is_main() and run.saved(MEASUREMENT_FILE).read_text())
+    values = broadcast(is_main() and shared.saved(MEASUREMENT_FILE).read_text())
     return TypeAdapter(Measurement).validate_json(values)
 
 

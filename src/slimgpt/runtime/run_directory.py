@@ -214,6 +214,11 @@ class Run:
         for file in (self.state / name, _checksum_file(self.state / name)):
             file.unlink()
 
+    def forget(self) -> None:
+        """Remove the state: what it has is no longer needed."""
+        if is_main():
+            self._forget()
+
     def identify(self, identity: dict[str, Any], restart: bool) -> None:
         """Compare the identity with that of an interrupted run, or record it for a new run.
 

@@ -6,7 +6,7 @@ query heads of a group can also be removed singly, as many in each remaining gro
 
 Shape suffixes: ``O`` out features, ``I`` in features (columns), ``K`` kept columns, ``R`` removed
 columns, ``U`` units, ``G`` key/value groups, ``S`` columns of a unit or group, ``P`` pivots
-(columns removed together), ``C`` candidates for removal.
+(columns removed together), ``F`` those removed first, ``C`` candidates for removal.
 
 References
 ----------
@@ -168,6 +168,7 @@ def eliminate_units(
     unit_size: int,
     method: Literal["exact", "diagonal"] = "exact",
     num_further: int = 0,
+    first: Tensor | None = None,
 ) -> Elimination:
     """Remove units of several columns greedily, one at a time, each time the one of least error.
 
@@ -183,9 +184,13 @@ def eliminate_units(
         See `unit_errors`.
     num_further : int
         Number of further units whose errors are computed; `order` and the weight exclude them.
+    first : Tensor, optional
+        Units to remove before all others, at most `num_remove`.
     """
     stops = sorted({num_remove, num_remove + num_further})
     units = _UnitElimination(problem, unit_size, stops[-1])
+    if first is not None and len(first):
+        units.remove(first)
     left = []
     for stop in stops:
         while len(units.order) < stop:
@@ -290,7 +295,11 @@ def trace_heads(
 
 
 def eliminate_channels(
-    problem: Problem, num_remove: int, panel_size: int = 192, num_further: int = 0
+    problem: Problem,
+    num_remove: int,
+    panel_size: int = 192,
+    num_further: int = 0,
+    first: Tensor | None = None,
 ) -> Elimination:
     """Remove single columns greedily, each time the one of least ‖w_j‖²/(H⁻¹)_jj.
 
@@ -310,6 +319,8 @@ def eliminate_channels(
         Pivots chosen at once; affects only the speed.
     num_further : int
         Number of further columns whose errors are computed; `order` and the weight exclude them.
+    first : Tensor, optional
+        Columns to remove before all others, at most `num_remove`.
 
     Returns
     -------
@@ -321,6 +332,12 @@ def eliminate_channels(
     norms_K = _squares(state.weight_KO)
     inverse_K = problem.inverse_II.diagonal()
     order, errors, left = [], [], []
+    if first is not None and len(first):
+        root_FK, half_FO = state.factorize(first)
+        order, errors = first.tolist(), list(half_FO.square().sum(dim=1))
+        left_K = state.remove(first, root_FK, half_FO)
+        norms_K = _squares(state.weight_KO)
+        inverse_K = (inverse_K - root_FK.square().sum(dim=0))[left_K]
     for stop in stops:
         while len(order) < stop:
             size = min(panel_size, stop - len(order))
