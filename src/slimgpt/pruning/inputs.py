@@ -81,6 +81,7 @@ def _check_headless(source: Source, config: PruneConfig) -> None:
     """Check that no option needs predictions of tokens, which the model does not make."""
     needs = {
         "--calibration self": (SELF in config.calibration, "other texts with --calibration"),
+        "--drop-layers": (config.drop_layers > 0, "--drop-layers 0"),
         "--widths measured": (config.widths == "measured", "--widths scheduled"),
         f"--method {config.method}": (METHODS[config.method].needs_gradients, "another --method"),
     }
