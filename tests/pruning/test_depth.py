@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -310,6 +311,13 @@ def test_any_method_meets_a_target_without_the_layers(
     assert bool(replaced) == (method == "slimgpt")
 
 
+def test_a_fraction_is_one_of_the_dense_model(llama: Path) -> None:
+    plan = slimgpt.plan(str(llama), target_kv_cache=0.5, drop_layers=2)
+    assert sum(width[0] for width in plan.widths) == 0.5 * NUM_LAYERS * 4
+    assert plan.target
+    assert plan.target.reached == 0.5
+
+
 def test_measured_widths_around_dropped_layers(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -495,6 +503,14 @@ def test_configs_that_depend_on_the_index_are_refused(
     with pytest.raises(UnsupportedModelError, match=key) as caught:
         config_without(config, [2])
     assert caught.value.hint
+
+
+def test_a_classifier_keeps_its_layers(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = tiny_config("llama", num_labels=2)
+    model = AutoModelForSequenceClassification.from_config(config)
+    dense = save(model, tokenizer, tmp_path / "dense")
+    with pytest.raises(UnsupportedModelError, match="no tokens, which --drop-layers needs"):
+        slimgpt.prune(str(dense), tmp_path / "slim", **OPTIONS, drop_layers=1, widths="scheduled")
 
 
 def test_periods_without_a_list_are_refused() -> None:

@@ -32,7 +32,7 @@ from slimgpt.runtime.run_directory import dropped_file
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = 4096  # on which the candidates are compared
+MAX_TOKENS = 2048  # on which the candidates are compared
 
 MODULE_INDICES = ("layer_idx", "layer_id")  # attributes with the place of a block
 

@@ -82,6 +82,7 @@ def _check_headless(source: Source, config: PruneConfig) -> None:
     needs = {
         "--calibration self": (SELF in config.calibration, "other texts with --calibration"),
         f"--widths {config.widths}": (config.widths != "scheduled", "--widths scheduled"),
+        "--drop-layers": (config.drop_layers > 0, "--drop-layers 0"),
         f"--method {config.method}": (METHODS[config.method].needs_gradients, "another --method"),
     }
     found = {option: instead for option, (needed, instead) in needs.items() if needed}
