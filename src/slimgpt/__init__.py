@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from slimgpt.pruning.plan import plan as plan
     from slimgpt.pruning.prune import PruneResult as PruneResult
     from slimgpt.pruning.prune import prune as prune
+    from slimgpt.pruning.sizes import SweepPoint as SweepPoint
+    from slimgpt.pruning.sizes import prune_family as prune_family
+    from slimgpt.pruning.sizes import sweep as sweep
     from slimgpt.recovery.recover import RecoverResult as RecoverResult
     from slimgpt.recovery.recover import recover as recover
     from slimgpt.reporting.report import report as report
@@ -49,6 +52,7 @@ _HOMES = {
     "RecipeResult": "experiments.runner",
     "RecoverResult": "recovery.recover",
     "SlimGPTError": "errors",
+    "SweepPoint": "pruning.sizes",
     "TaskResult": "evaluation.evaluate",
     "bench": "benchmarking.bench",
     "check": "pruning.family_check",
@@ -58,10 +62,12 @@ _HOMES = {
     "latency": "pruning.latency",
     "plan": "pruning.plan",
     "prune": "pruning.prune",
+    "prune_family": "pruning.sizes",
     "recover": "recovery.recover",
     "register": "checkpoint.registration",
     "report": "reporting.report",
     "run_recipe": "experiments.runner",
+    "sweep": "pruning.sizes",
 }
 
 

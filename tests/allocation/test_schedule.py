@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slimgpt.allocation import reallocation
 from slimgpt.allocation import schedule as module
-from slimgpt.allocation.reallocation import measured_removals
+from slimgpt.allocation.reallocation import measured_removals, nested_widths
 from slimgpt.allocation.schedule import Schedule, WidthRules, curve
 from slimgpt.allocation.shapes import BlockShape, SublayerShape, removed_params
 from slimgpt.errors import ConfigError
@@ -526,3 +526,20 @@ def test_a_group_that_does_not_fit_gives_way_to_channels():
     shapes, widths = [Shape(4, 100, 64, 1)], [Widths(3, 48)]
     errors = [[1.0, 2.0], [8.0, 16.0, 24.0, 32.0]]
     assert move_units(shapes, widths, errors, [1.0, 1.0], 8) == [Widths(3, 48)]
+
+
+@given(st.data())
+@settings(derandomize=True, deadline=None, database=None, max_examples=100)
+def test_nested_widths_stay_within_and_remove_as_much(data):
+    rules = WidthRules(8)
+    attention, ffn = SublayerShape("attention", 4, 64), SublayerShape("ffn", 64, 10)
+    shapes = [BlockShape((attention, ffn))] * data.draw(st.integers(1, 5))
+    drawn = st.tuples(st.integers(1, 4), st.integers(1, 8).map(lambda n: 8 * n))
+    widths, limits = ([data.draw(drawn) for _ in shapes] for _ in range(2))
+    found = nested_widths(shapes, widths, limits, rules)
+    pairs = (zip(*block, strict=True) for block in zip(found, limits, strict=True))
+    assert all(width <= most for pair in pairs for width, most in pair)
+    removed = [sum(map(removed_params, shapes, w)) for w in (found, widths)]
+    full = all(now[1] == most[1] for now, most in zip(found, limits, strict=True))
+    assert full or removed[0] - removed[1] <= 40
+    assert removed[1] - removed[0] <= 40

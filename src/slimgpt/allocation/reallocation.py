@@ -163,3 +163,54 @@ def _rounded_up(taken: Sequence[_Step], rest: Sequence[_Step], budget: int) -> l
             budget += step.freed
             undone.add(step)
     return [step for step in result if step not in undone]
+
+
+def nested_widths(
+    shapes: Sequence[BlockShape],
+    widths: Sequence[BlockWidths],
+    limits: Sequence[BlockWidths],
+    rules: WidthRules,
+) -> list[BlockWidths]:
+    """Reduce widths to those of a larger model; put channels back where most are gone.
+
+    Parameters
+    ----------
+    shapes, widths : sequence of BlockShape, sequence of BlockWidths
+        The blocks, and widths without query heads.
+    limits : sequence of BlockWidths
+        Widths of the larger model.
+    rules : WidthRules
+        Which widths a block may have.
+
+    Returns
+    -------
+    list of BlockWidths
+        None is above its limit. They remove as many parameters as `widths`, to the nearest step, or
+        more if nothing can be put back.
+    """
+    kept = [list(map(min, *pair)) for pair in zip(widths, limits, strict=True)]
+    excess = sum(
+        removed_params(shape, now) - removed_params(shape, block)
+        for shape, now, block in zip(shapes, kept, widths, strict=True)
+    )
+    while rules.group_counts is None:  # else all blocks have the same widths
+        steps = []
+        for block, shape in enumerate(shapes):
+            for index, sublayer in enumerate(shape.sublayers):
+                now, limit = kept[block][index], limits[block][index]
+                assert isinstance(now, int)
+                assert isinstance(limit, int)
+                allowed = (w for w in rules.widths(sublayer) if isinstance(w, int))
+                wider = next((w for w in allowed if now < w <= limit), None)
+                if sublayer.kind != "ffn" or wider is None:
+                    continue
+                freed = sublayer.kept_params(wider) - sublayer.kept_params(now)
+                if freed <= 2 * excess:
+                    steps.append(
+                        (sublayer.kept_params(now) / sublayer.params, block, index, wider, freed)
+                    )
+        if not steps:
+            break
+        _, block, index, kept[block][index], freed = min(steps)
+        excess -= freed
+    return [tuple(block) for block in kept]

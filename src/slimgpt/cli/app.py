@@ -29,6 +29,7 @@ from slimgpt.cli.tables import (
     plan_table,
     pruning_table,
     ratio_lines,
+    sweep_lines,
     task_lines,
 )
 from slimgpt.config import (
@@ -43,6 +44,7 @@ from slimgpt.config import (
 )
 from slimgpt.errors import ConfigError, ResourceError, SlimGPTError, resource_error
 from slimgpt.experiments.recipe import load_recipe
+from slimgpt.presentation import tables
 from slimgpt.pruning.memory import size
 from slimgpt.runtime.progress import progress_bar
 
@@ -155,6 +157,47 @@ def prune(
         _emit({"output": str(result.output), **report, **measured}, (), as_json=True)
     elif check:
         _print(*bench_lines(check.bench), check.line)
+
+
+@app.command()
+@options_of(PruneConfig)
+def family(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Directory for the pruned models, or the curve.")],
+    ratios: Annotated[
+        str, typer.Option(help="Ratios of the sizes, e.g. 0.2,0.33,0.5.", metavar="A,B,…")
+    ] = "0.2,0.33,0.5",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Write no model: only measure each size's divergence.")
+    ] = False,
+    recipe: Recipe = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
+    ] = False,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Prune MODEL to several sizes, each a part of the next larger one."""
+    values: dict[str, Any] = {"restart": restart, **_given(recipe, options)}
+    sizes = _ratios(ratios)
+    with _resumable(), progress_bar(stderr) as progress:
+        if sweep:
+            points = slimgpt.sweep(model, output, sizes, progress=progress, **values)
+            _emit(points, sweep_lines(points, output), as_json)
+            return
+        results = slimgpt.prune_family(model, output, sizes, progress=progress, **values)
+    summary = [{"output": str(result.output), **tables.sizes(result.plan)} for result in results]
+    lines = [f"{result.output}: {result.plan.params_after:,} parameters" for result in results]
+    _emit(summary, lines, as_json)
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--ratios {text!r} are not numbers", hint="give them as in --ratios 0.2,0.33,0.5"
+        ) from None
 
 
 @app.command()

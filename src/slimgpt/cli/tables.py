@@ -1,5 +1,6 @@
 """Tables of the command line."""
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -48,6 +49,15 @@ def _lines(table: tables.Table, title: str) -> tuple[Any, ...]:
 def ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
     """Say how many parameters are removed."""
     return tuple(f"{name}: {value}" for name, value in tables.sizes(planned).items())
+
+
+def sweep_lines(points: "tuple[slimgpt.SweepPoint, ...]", output: Path) -> tuple[Any, ...]:
+    """Show the curve of a sweep."""
+    table = rich.Table("ratio", "parameters", "KL", box=box.SIMPLE_HEAD)
+    for point in points:
+        table.add_row(f"{point.ratio:g}", f"{point.params:,}", f"{point.divergence:.4f}")
+    note = "KL divergence from the dense model, in nats per held-out calibration token, before the"
+    return table, f"{note} refit", f"the curve is in {output}"
 
 
 def check_lines(found: "slimgpt.FamilyCheck") -> tuple[Any, ...]:

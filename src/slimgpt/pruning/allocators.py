@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from slimgpt.allocation.reallocation import nested_widths
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.pruning.job import Job
-from slimgpt.pruning.plan import initial_widths, is_measured
+from slimgpt.pruning.plan import initial_widths, is_measured, width_rules
 from slimgpt.pruning.search import searched_widths
 from slimgpt.pruning.sensitivity import measured_widths
 
@@ -33,5 +34,12 @@ def allocate(job: Job) -> list[BlockWidths]:
     if name != "scheduled" and not is_measured(job.shapes, scheduled, job.seqlen, job.config):
         name = "scheduled"
     widths = ALLOCATORS[name](job)
+    if within := job.method.within:
+        limits = [
+            tuple(len(within[index, sublayer.kind]) for sublayer in shape.sublayers)
+            for index, shape in enumerate(job.shapes)
+        ]
+        rules = width_rules(job.base_config, job.config)
+        widths = nested_widths(job.shapes, widths, limits, rules)
     job.stopwatch.lap("sensitivity")
     return widths
