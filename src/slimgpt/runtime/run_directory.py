@@ -28,6 +28,8 @@ LAST_FILE = "config.json"
 
 GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
 
+LOGITS_FILE = "logits-{}-{:05d}.safetensors"  # of a teacher, for some windows
+
 WIDTHS_FILE = "widths.json"
 
 CHECKSUMS_FILE = "checksums.json"  # of a training checkpoint, written last
@@ -41,6 +43,7 @@ _PROGRESS = (
     WIDTHS_FILE,
     "sensitivity-*.safetensors",
     "block-*.safetensors",
+    "logits-*.safetensors",
     f"checkpoint-*/{CHECKSUMS_FILE}",
 )
 
