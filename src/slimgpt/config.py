@@ -206,6 +206,7 @@ _DISTILL: dict[str, Any] = {
     "seqlen": 512,
     "batch_size": 2,
     "micro_batch_size": 1,
+    "eval_tokens": 8192,
     "learning_rate": None,
     "warmup_steps": None,
     "eval_steps": None,
@@ -675,7 +676,9 @@ class RecoverConfig(_ModelOptions):
     eval_data: str = Field(
         "wikitext2", description="Text for the held-out perplexity and KL divergence."
     )
-    eval_tokens: int = Field(16_384, ge=2, le=COUNT, description="Use only its first N tokens.")
+    eval_tokens: int = Field(
+        16_384, ge=2, le=COUNT, description="Use only its first N tokens; distill: 8192."
+    )
     eval_steps: int | None = Field(
         20,
         ge=1,

@@ -257,6 +257,11 @@ def _train(job: _Job, data: _Data, arguments: TrainingArguments) -> None:
     pad_token: Any = job.tokenizer.pad_token_id or 0
     set_seed(config.seed)
     model = job.method.load_trainable(job.source)
+    if config.gradient_checkpointing:
+        # transformers has renamed it. The reentrant kind has no gradients if embeddings are frozen.
+        older = getattr(model, "gradient_checkpointing_enable", None)
+        enable: Any = getattr(model, "activation_checkpointing_enable", older)
+        enable({"use_reentrant": False})
     trainer = job.method.make_trainer(
         model=model,
         args=arguments,

@@ -233,8 +233,6 @@ def training_arguments(
         learning_rate=config.learning_rate or 0.0,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps or 0,
-        gradient_checkpointing=bool(config.gradient_checkpointing),
-        gradient_checkpointing_kwargs={"use_reentrant": False},  # the embeddings may be frozen
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
