@@ -616,7 +616,7 @@ class RecoverConfig(_ModelOptions):
     tokens: Annotated[int | None, _Count] = Field(
         None,
         ge=2,
-        le=COUNT,
+        le=2**28,
         description="Train on so many tokens of plain text, in windows of --seqlen, e.g. 100k or "
         "1M, and not on examples with labels; distill: 1M.",
     )

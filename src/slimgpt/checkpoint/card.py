@@ -99,8 +99,8 @@ The layers differ in width, so the checkpoint has a small modelling file of its 
 _RECOVERY = """
 ## Recovery
 
-After pruning, fine-tuned for {report.steps} steps of {config.batch_size} {examples} on {data}:
-method {config.method}, learning rate {config.learning_rate:g}, {config.seqlen} tokens per {example}.
+After pruning, fine-tuned for {report.steps} steps of {config.batch_size} {kind}s on {data}:
+method {config.method}, learning rate {config.learning_rate:g}, {config.seqlen} tokens per {kind}.
 Held-out perplexity on {held_out}, windows of {config.seqlen} tokens: {before:.2f} before and
 {after:.2f} after. {divergence}Curves: `{file}`.
 """
@@ -208,15 +208,14 @@ def _recovery(file: Path) -> str:
             before=divergences[0],
             after=divergences[best],
         )
-    data, example = escaped(report.data), "example"
+    data, kind = escaped(report.data), "example"
     if report.tokens:
-        data, example = f"{data} ({report.tokens:,} tokens)", "window"
+        data, kind = f"{data} ({report.tokens:,} tokens)", "window"
     return _RECOVERY.format(
         report=report,
         config=report.config,
         data=data,
-        example=example,
-        examples=f"{example}s",
+        kind=kind,
         held_out=escaped(report.held_out),
         before=report.held_out_perplexity[0][1],
         after=perplexities[best],
