@@ -121,7 +121,8 @@ def recover(
 ) -> RecoverResult:
     """Fine-tune a pruned model and write it as a checkpoint of the same kind.
 
-    After an interruption, the same call continues from the last training checkpoint.
+    After an interruption, the same call continues from what is stored: text, predictions of the
+    dense model, the last training checkpoint.
 
     Parameters
     ----------
@@ -139,7 +140,8 @@ def recover(
     Returns
     -------
     RecoverResult
-        The output directory, and the report with the training loss and the held-out perplexity.
+        The output directory, and the report with the training loss, the held-out perplexity and,
+        of distillation, the held-out KL divergence.
 
     Raises
     ------
@@ -150,7 +152,7 @@ def recover(
     Examples
     --------
     >>> import slimgpt
-    >>> slimgpt.recover("slim", "recovered", method="distill", max_steps=100)  # doctest: +SKIP
+    >>> slimgpt.recover("slim", "recovered", method="distill", tokens="1M")  # doctest: +SKIP
     """
     config = RecoverConfig.create(**options)
     output = Path(output)
@@ -158,7 +160,7 @@ def recover(
     if find_file(source, RECOVERY_FILE):
         raise ConfigError(
             f"{model} has been recovered already",
-            hint="recover the pruned model, with more --epochs or --max-steps",
+            hint="recover the pruned model, with more --tokens, --epochs or --max-steps",
         )
     teacher = _find_teacher(source, config) if config.uses_teacher else None
     for name in config.data:
