@@ -667,7 +667,7 @@ class RecoverConfig(_ModelOptions):
         "the pruning report.",
     )
     top_k: int = Field(
-        64,
+        128,
         ge=1,
         le=BATCH,
         description="Number of the teacher's likeliest tokens whose probabilities are stored at "

@@ -258,6 +258,7 @@ def test_a_worse_model_is_not_returned(
     assert min(kl for _, kl in report["held_out_kl"][1:]) > report["held_out_kl"][0][1]
     assert "has not lowered the held-out KL divergence" in caplog.text
     assert are_equal(weights(slim), weights(tmp_path / "out"))
+    assert "so the weights are those before it" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_best_step_is_returned_and_training_ends_early(
@@ -362,7 +363,7 @@ def test_damaged_and_other_predictions_are_refused(
         patch.setattr(recover, "_train", interrupt)
         with pytest.raises(Interrupted):
             distill()
-    with pytest.raises(RunStateError, match="top_k was 64 and is 3"):
+    with pytest.raises(RunStateError, match="top_k was 128 and is 3"):
         distill(top_k=3)
     with pytest.raises(RunStateError, match="tokens was 384 and is 320"):
         distill(tokens=10 * 32)

@@ -108,6 +108,9 @@ Held-out perplexity on {held_out}, windows of {config.seqlen} tokens: {before:.2
 _DIVERGENCE = """KL divergence from {teacher} there: {before:.4f} before and
 {after:.4f} after, at step {report.best_step}, from which the weights are. """
 
+_KEPT = """The training did not lower the KL divergence from {teacher}
+there ({before:.4f}), so the weights are those before it. """
+
 
 def write_card(directory: Path) -> None:
     """Write ``README.md`` from ``pruning_report.json`` and, if there is one, the recovery report.
@@ -202,7 +205,7 @@ def _recovery(file: Path) -> str:
     best = report.best_step if report.best_step in perplexities else max(perplexities)
     divergence = ""
     if {0, best} <= divergences.keys():
-        divergence = _DIVERGENCE.format(
+        divergence = (_DIVERGENCE if best else _KEPT).format(
             report=report,
             teacher=escaped(report.teacher or ""),
             before=divergences[0],
