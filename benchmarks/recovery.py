@@ -1,14 +1,17 @@
-r"""Compare recovery methods with the same number of steps on the same examples.
+r"""Compare ways of recovery with the same number of tokens: time, perplexity and KL divergence.
 
-For each ratio the model is pruned once and recovered with each method. Texts and tasks are those of
-`slimgpt eval`. Models in the folder --work with the same settings are reused. Usage:
+For each ratio the model is pruned once and recovered in each way. Models and measurements in the
+folder --work with the same settings are reused, and an interrupted run goes on. Usage:
 
-    python benchmarks/recovery.py --calibration c4.jsonl --data alpaca.json --eval-data valid.txt \
-        --texts test.txt --data-dir tasks --limit 500 --learning-rate 1e-3 --json recovery.json
+    python benchmarks/recovery.py --ratios 0.5 --tokens 100000 --text c4.jsonl \
+        --instructions alpaca.json --eval-data validation.txt \
+        --texts test.txt c4-heldout.jsonl pydocs --json recovery.json
 """
 
 import argparse
 import json
+import math
+import statistics
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -19,39 +22,40 @@ from rich.console import Console
 from rich.table import Table
 
 import slimgpt
+from slimgpt.data.examples import training_examples
+from slimgpt.models.source import find_model
+from slimgpt.models.tokenizer import load_tokenizer
+
+WAYS = ("lora", "lora distil", "distil", "cross-entropy")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
-    parser.add_argument("--methods", nargs="+", default=["lora", "distill"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--data", required=True, help="examples to train on")
+    parser.add_argument("--text", required=True, help="plain text to calibrate and train on")
+    parser.add_argument("--instructions", help="examples to train on, for lora")
     parser.add_argument("--eval-data", required=True, help="held-out text during training")
     parser.add_argument("--texts", nargs="+", required=True, help="texts evaluated after training")
+    parser.add_argument("--seqlen", nargs="+", type=int, default=[1024], help="of these texts")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="of each of these texts")
     parser.add_argument("--data-dir", type=Path, help="folder with the data of the tasks to run")
     parser.add_argument("--tasks", default="commonsense")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--max-steps", type=int, default=80)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--work", type=Path, default=Path(".recovery"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    training = {
-        key: getattr(args, key)
-        for key in ("data", "eval_data", "max_steps", "batch_size", "learning_rate", "dtype")
-    }
     rows: list[dict[str, Any]] = [measure(args.model, "dense", 0.0, args)]
     for ratio in args.ratios:
         pruning = {
             "preset": args.preset,
             "ratio": ratio,
-            "calibration": args.calibration,
+            "calibration": (args.text, "self") if args.preset == "default" else args.text,
             "nsamples": 64,
             "seqlen": 512,
         }
@@ -59,19 +63,59 @@ def main() -> None:
         if not is_complete(pruned):
             slimgpt.prune(args.model, pruned, **pruning)
         rows.append(measure(str(pruned), "pruned", ratio, args))
-        for method in args.methods:
-            options = training | ({"teacher": args.model} if method == "distill" else {})
-            output = folder(args.work, f"{method}-{ratio}", model=pruned.name, **options)
+        for way in args.ways:
+            options = options_of(way, args)
+            output = folder(args.work, f"{way}-{ratio}", model=pruned.name, **options)
             if not is_complete(output):
-                slimgpt.recover(str(pruned), output, method=method, **options)
-            rows.append(measure(str(output), method, ratio, args))
+                slimgpt.recover(str(pruned), output, **options)
+            rows.append(measure(str(output), way, ratio, args))
             report = json.loads((output / "recovery_report.json").read_text(encoding="utf-8"))
             rows[-1]["recovery"] = report
     report_rows(rows, args)
 
 
+def options_of(way: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `slimgpt.recover`; all ways see about the same number of tokens."""
+    text = {"data": (args.text, "self"), "tokens": args.tokens, "teacher": args.model}
+    shared = {"eval_data": args.eval_data, "dtype": args.dtype}
+    if way == "lora":  # the paper's, with smaller steps, of which there are few
+        number = num_examples(args)
+        return shared | {
+            "data": args.instructions,
+            "max_examples": number,
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+        }
+    if way == "cross-entropy":  # the schedule of distillation
+        steps = math.ceil(args.tokens // 512 / 2)
+        every = math.ceil(steps / 10)
+        return shared | text | {
+            "method": "full",
+            "seqlen": 512,
+            "batch_size": 2,
+            "micro_batch_size": 1,
+            "learning_rate": 3e-4,
+            "warmup_steps": math.ceil(steps / 20),
+            "eval_steps": every,
+            "save_steps": every,
+        }  # fmt: skip
+    return shared | text | {"method": "distill", "adapters": way == "lora distil"}
+
+
+def num_examples(args: argparse.Namespace) -> int:
+    """Number of instructions with as many tokens."""
+    tokenizer = load_tokenizer(find_model(args.model))
+    total = 0
+    for number, example in enumerate(training_examples(args.instructions, tokenizer, 256), 1):
+        total += len(example["input_ids"])
+        if total >= args.tokens:
+            return number
+    raise SystemExit(f"{args.instructions} has only {total} tokens")
+
+
 def folder(work: Path, name: str, **settings: Any) -> Path:
     """Folder of a model; its name depends on the settings."""
+    name = name.replace(" ", "-")
     return work / f"{name}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
 
@@ -81,38 +125,66 @@ def is_complete(model: Path) -> bool:
 
 
 def measure(model: str, name: str, ratio: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure perplexity on the texts, and the tasks if there is data for them."""
-    options: dict[str, Any] = {"data": args.texts, "seqlen": (128, 1024), "max_tokens": 30_720}
-    if args.data_dir:
-        options |= {"tasks": args.tasks, "data_dir": str(args.data_dir), "limit": args.limit}
-    file = folder(args.work, f"measured-{name}-{ratio}", model=model, dtype=args.dtype, **options)
-    if not file.exists():
-        result = slimgpt.evaluate(model, dtype=args.dtype, **options)
-        args.work.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(result)), encoding="utf-8")
-    return {"name": name, "ratio": ratio, **json.loads(file.read_text(encoding="utf-8"))}
+    """Measure perplexity and KL on the texts, and the tasks if there is data for them."""
+    texts = {"data": args.texts, "seqlen": args.seqlen, "max_tokens": args.max_tokens}
+    if name != "dense":
+        texts["against"] = args.model
+    tasks = {"tasks": args.tasks, "data_dir": str(args.data_dir), "limit": args.limit}
+    row: dict[str, Any] = {"name": name, "ratio": ratio, "perplexity": [], "tasks": []}
+    for kind, options in {"perplexity": texts, "tasks": tasks if args.data_dir else {}}.items():
+        if not options:
+            continue
+        place = folder(
+            args.work, f"{kind}-{name}-{ratio}", model=model, dtype=args.dtype, **options
+        )
+        file = place.with_suffix(".json")
+        if not file.exists():
+            result = asdict(slimgpt.evaluate(model, dtype=args.dtype, **options))[kind]
+            args.work.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(result), encoding="utf-8")
+        row[kind] = json.loads(file.read_text(encoding="utf-8"))
+    return row
+
+
+def loss_left(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """Loss ln(perplexity / dense) over that before the recovery, median over the texts."""
+    (pruned,) = (r for r in rows if (r["ratio"], r["name"]) == (row["ratio"], "pruned"))
+    losses = [
+        [math.log(text["perplexity"] / dense["perplexity"]) for text, dense in zip(
+            r["perplexity"], rows[0]["perplexity"], strict=True
+        )]
+        for r in (row, pruned)
+    ]  # fmt: skip
+    return statistics.median(after / before for after, before in zip(*losses, strict=True))
 
 
 def report_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print one line for each model, and write all measurements as JSON."""
     title = (
-        f"{args.model}, {args.max_steps} steps of {args.batch_size} examples, learning rate "
-        f"{args.learning_rate:g}, {args.dtype}; tasks: "
-        f"{f'first {args.limit} questions' if args.limit else 'all questions'}"
+        f"{args.model}, {args.tokens} tokens, {args.dtype}; texts: first {args.max_tokens} tokens; "
+        f"tasks: {f'first {args.limit} questions' if args.limit else 'all questions'}"
     )
-    table = Table("ratio", "model", title=title)
+    table = Table("ratio", "model", "s", "of these, teacher and text", "loss left", title=title)
     for text in rows[0]["perplexity"]:
-        table.add_column(f"{text['data']} × {text['seqlen']}")
+        table.add_column(f"{text['data']} × {text['seqlen']}: PPL (KL)")
     for task in rows[0]["tasks"]:
         table.add_column(f"{task['task']} ({task['metric']})")
     for row in rows:
+        cost = row.get("recovery", {"seconds": 0, "preparation_seconds": 0})
+        seconds = cost["seconds"] + cost["preparation_seconds"]
         table.add_row(
             f"{row['ratio']:.0%}",
             row["name"],
-            *(f"{text['perplexity']:.2f}" for text in row["perplexity"]),
+            f"{seconds:.0f}" if seconds else "",
+            f"{cost['preparation_seconds']:.0f}" if seconds else "",
+            f"{loss_left(row, rows):.2f}" if row["name"] != "dense" else "",
+            *(
+                f"{text['perplexity']:.2f} ({text['kl_divergence'] or 0:.3f})"
+                for text in row["perplexity"]
+            ),
             *(f"{task['value']:.3f}" for task in row["tasks"]),
         )
-    Console(width=160).print(table)
+    Console(width=180).print(table)
     if args.json:
         content = {"protocol": title, "environment": environment(), "models": rows}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -170,14 +170,13 @@ def test_c4_file_calibrates(
 
 
 def test_recovery(result: slimgpt.PruneResult, dense_directory: str, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     recovered = slimgpt.recover(
         str(result.output), tmp_path / "recovered", method="distill", teacher=dense_directory,
-        data="pydocs", eval_data="pydocs", eval_tokens=512, seqlen=64, max_steps=8, batch_size=4,
-        warmup_steps=1, learning_rate=1e-3, dtype="bfloat16",
+        data="pydocs", tokens=4096, eval_data="pydocs", eval_tokens=512, seqlen=128,
+        dtype="bfloat16", eval_steps=16, learning_rate=5e-5,
     )  # fmt: skip
-    (_, before), (_, after) = recovered.report["held_out_perplexity"]
-    assert after < 0.97 * before
+    (_, before), (_, after) = recovered.report["held_out_kl"]
+    assert after < before
     model = AutoModelForCausalLM.from_pretrained(recovered.output)
     assert model.dtype == torch.float32
     assert model.num_parameters() == result.plan.params_after

@@ -94,7 +94,7 @@ def _count(value: Any) -> Any:
         return value
     number = re.fullmatch(r"(\d{1,15}(?:[,_]\d{3}){0,5}(?:\.\d{1,9})?) ?([kmbt]?)", value, re.I)
     if not number:
-        raise ValueError("not a number of parameters; write it like 80M, 1.2B or 80000000")
+        raise ValueError("not a number; write it like 80M, 1.2B or 80000000")
     digits, unit = number[1].replace(",", "").replace("_", ""), number[2].lower()
     count = Decimal(digits) * 1000 ** " kmbt".index(unit or " ")
     if count % 1:
@@ -197,7 +197,22 @@ _ADAPTER_OPTIONS = {"rank", "alpha", "dropout"}
 RECOVERY_OPTIONS = {
     "lora": _ADAPTER_OPTIONS,
     "full": set(),
-    "distill": _ADAPTER_OPTIONS | {"teacher", "kl_weight"},
+    "distill": _ADAPTER_OPTIONS | {"adapters", "top_k"},
+}
+
+# Defaults of the method distill, where they are not the paper's; None: derived from the model and
+# the number of steps by `slimgpt.recovery.trainer.derive_options`.
+_DISTILL: dict[str, Any] = {
+    "data": ("c4", "self"),
+    "tokens": 1_000_000,
+    "seqlen": 512,
+    "batch_size": 2,
+    "micro_batch_size": 1,
+    "eval_tokens": 8192,
+    "learning_rate": None,
+    "warmup_steps": None,
+    "eval_steps": None,
+    "save_steps": None,
 }
 
 
@@ -648,56 +663,113 @@ class RecoverConfig(_ModelOptions):
     verb = "recover"
 
     method: RecoverMethod = Field(
-        "lora", description="Train adapters, all weights, or adapters with a teacher."
+        "lora",
+        description="lora: train adapters on labels; full: all weights; distill: all weights but "
+        "the embeddings, to predict what the dense model predicts.",
     )
-    data: str = Field(
-        "alpaca",
-        description="Data set, local file or directory: instructions, chats or plain text.",
+    adapters: bool = Field(False, description="With distill, train adapters instead of weights.")
+    data: Annotated[tuple[str, ...], _Listed] = Field(
+        ("alpaca",),
+        min_length=1,
+        description="Data set, local file or directory: instructions, chats or plain text. With "
+        "--tokens, texts in equal parts, comma-separated, also self (text that the dense model "
+        "generates); distill: c4,self.",
+    )
+    tokens: Annotated[int | None, _Count] = Field(
+        None,
+        ge=2,
+        le=2**28,
+        description="Train on so many tokens of plain text, in windows of --seqlen, e.g. 100k or "
+        "1M, and not on examples with labels; distill: 1M.",
     )
     max_examples: int | None = Field(
         None, ge=1, le=COUNT, description="Use only the first N examples."
     )
     seqlen: int = Field(
-        256, ge=2, le=LENGTH, description="Maximum tokens of an example; the rest is cut off."
+        256,
+        ge=2,
+        le=LENGTH,
+        description="Tokens of a window of text, and at most of an example; distill: 512.",
     )
     rank: int = Field(8, ge=1, le=BATCH, description="Rank of the adapters.")
     alpha: int = Field(
         16, ge=1, le=COUNT, description="LoRA alpha: adapters are scaled by alpha / rank."
     )
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapters.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate; cosine decay to 0.")
-    warmup_steps: int = Field(10, ge=0, le=COUNT, description="Steps until the peak learning rate.")
+    learning_rate: float | None = Field(
+        1e-4,
+        gt=0,
+        description="Peak learning rate; cosine decay to 0. distill: 3e-4 × 576 / hidden size, "
+        "with --adapters 1e-3 × 576 / hidden size.",
+    )
+    warmup_steps: int | None = Field(
+        10,
+        ge=0,
+        le=COUNT,
+        description="Steps until the peak learning rate; distill: a twentieth of all.",
+    )
     epochs: float = Field(1, gt=0, le=10**6, description="Epochs over the data.")
     max_steps: int | None = Field(
         None, ge=1, le=COUNT, description="Train for this many steps instead of epochs."
     )
     batch_size: int = Field(
-        64, ge=1, le=COUNT, description="Examples per step, over all processes."
+        64, ge=1, le=COUNT, description="Examples per step, over all processes; distill: 2."
     )
     micro_batch_size: int = Field(
-        4, ge=1, le=BATCH, description="Examples per forward pass in one process."
+        4, ge=1, le=BATCH, description="Examples per forward pass in one process; distill: 1."
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations a second time and not hold them: less memory, a third "
+        "more time. Default: for models of 10^9 parameters and more.",
     )
     teacher: str | None = Field(
-        None, description="Model to distil from. Default: the base model of the pruning report."
+        None,
+        description="Dense model, for distill and for the data self. Default: the base model of "
+        "the pruning report.",
     )
-    kl_weight: float = Field(
-        1.0,
-        ge=0,
-        le=10**6,
-        description="Weight of the KL divergence to the teacher, added to the loss.",
+    top_k: int = Field(
+        128,
+        ge=1,
+        le=BATCH,
+        description="Number of the teacher's likeliest tokens whose probabilities are stored at "
+        "each position; all others count as one.",
     )
-    eval_data: str = Field("wikitext2", description="Text for the held-out perplexity.")
-    eval_tokens: int = Field(16_384, ge=2, le=COUNT, description="Use only its first N tokens.")
-    eval_steps: int = Field(20, ge=1, le=COUNT, description="Steps between evaluations.")
-    save_steps: int = Field(
-        20, ge=1, le=COUNT, description="Steps between checkpoints to resume from."
+    eval_data: str = Field(
+        "wikitext2", description="Text for the held-out perplexity and KL divergence."
+    )
+    eval_tokens: int = Field(
+        16_384, ge=2, le=COUNT, description="Use only its first N tokens; distill: 8192."
+    )
+    eval_steps: int | None = Field(
+        20,
+        ge=1,
+        le=COUNT,
+        description="Steps between evaluations; distill: a tenth of all.",
+    )
+    save_steps: int | None = Field(
+        20,
+        ge=1,
+        le=COUNT,
+        description="Steps between checkpoints to resume from; distill: --eval-steps.",
     )
     report_to: Annotated[tuple[str, ...], _Listed] = Field(
         (), description="Trackers of transformers: tensorboard, wandb, mlflow, …"
     )
     seed: int = Field(
-        0, ge=0, le=MAX_SEED, description="Random seed of adapters, dropout and data order."
+        0, ge=0, le=MAX_SEED, description="Random seed of text, adapters, dropout and data order."
     )
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the dense model is needed."""
+        return self.method == "distill" or "self" in self.data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_method(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = {n: v for n, v in values.items() if v is not None or n not in _DISTILL}
+        return _DISTILL | given if values.get("method") == "distill" else given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -706,8 +778,6 @@ class RecoverConfig(_ModelOptions):
                 f"batch_size={self.batch_size} is no multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
-        if self.data == "self":
-            raise ValueError("data='self' is text for calibration, not for training")
         others = set().union(*RECOVERY_OPTIONS.values()) - RECOVERY_OPTIONS[self.method]
         if idle := others & self.model_fields_set:
             having = [name for name, options in RECOVERY_OPTIONS.items() if idle <= options]
@@ -715,9 +785,33 @@ class RecoverConfig(_ModelOptions):
                 f"method={self.method!r} has no {', '.join(sorted(idle))}; "
                 f"did you mean {' or '.join(map(repr, having))}?"
             )
+        idle = _ADAPTER_OPTIONS & self.model_fields_set
+        if idle and self.method == "distill" and not self.adapters:
+            raise ValueError(f"without adapters, {', '.join(sorted(idle))} would do nothing")
+        if self.teacher is not None and not self.uses_teacher:
+            raise ValueError("a teacher is for method='distill' or data='self'")
         if {"max_steps", "epochs"} <= self.model_fields_set and self.max_steps is not None:
             raise ValueError(f"max_steps={self.max_steps} leaves nothing to decide to epochs")
+        self._check_data()
         return self
+
+    def _check_data(self) -> None:
+        texts = ",".join(self.data)
+        if self.tokens is None:
+            if self.method == "distill":
+                raise ValueError("method='distill' needs a number of tokens")
+            if len(self.data) > 1 or "self" in self.data:
+                raise ValueError(f"data={texts!r} is for training on text: give tokens, e.g. 100k")
+            return
+        if self.max_examples is not None:
+            raise ValueError("tokens leaves nothing to decide to max_examples")
+        if len(set(self.data)) < len(self.data):
+            raise ValueError(f"data={texts!r} has a text twice")
+        if self.tokens < self.seqlen * len(self.data):
+            raise ValueError(
+                f"tokens={self.tokens} is less than one window of seqlen={self.seqlen} for each "
+                f"text of data={texts!r}"
+            )
 
 
 class ExportConfig(Options):

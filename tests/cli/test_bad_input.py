@@ -58,16 +58,16 @@ COUNTS = {
     "prune": ("nsamples", "seqlen", "seed", "min-group-size", "max-group-size", "refit-epochs",
               "multiple-of", "target-params", "tensor-parallel"),
     "eval": ("seqlen", "max-tokens", "limit", "num-fewshot", "batch-size"),
-    "recover": ("max-examples", "seqlen", "rank", "alpha", "warmup-steps", "max-steps",
-                "batch-size", "micro-batch-size", "eval-tokens", "eval-steps", "save-steps",
-                "seed"),
+    "recover": ("max-examples", "tokens", "seqlen", "rank", "alpha", "warmup-steps", "max-steps",
+                "batch-size", "micro-batch-size", "top-k", "eval-tokens", "eval-steps",
+                "save-steps", "seed"),
     "bench": ("batch-size", "prompt-length", "new-tokens", "warmup", "repeats", "threads"),
     "report": ("new-tokens",),
 }  # fmt: skip
 FRACTIONS = {
     "prune": ("ratio", "min-ratio", "attention-share", "layer-ratios", "damping", "correction",
               "target-kv-cache"),
-    "recover": ("dropout", "learning-rate", "epochs", "kl-weight"),
+    "recover": ("dropout", "learning-rate", "epochs"),
 }  # fmt: skip
 SIZES = ("activation-memory", "max-shard-size", "target-size")
 CHOICES = {

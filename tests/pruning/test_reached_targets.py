@@ -240,10 +240,10 @@ def test_factors(text: Any, factor: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_params": "80Q"}, "target_params='80Q': not a number of parameters"),
+        ({"target_params": "80Q"}, "target_params='80Q': not a number"),
         ({"target_params": "1.5"}, "target_params='1.5': not a whole number"),
         ({"target_params": "0"}, "target_params=0: Input should be greater"),
-        ({"target_params": "1" * 400}, "not a number of parameters"),
+        ({"target_params": "1" * 400}, "not a number"),
         ({"target_size": "12XB"}, "target_size='12XB': could not interpret"),
         ({"target_size": "1MB", "target_type": "Q4_K_M"}, "available: auto, f32, f16, bf16, q8_0"),
         ({"target_type": "q8_0"}, "without target_size, target_type='q8_0' does nothing"),

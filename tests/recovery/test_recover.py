@@ -13,15 +13,13 @@ import torch
 from conftest import TEXT, make_tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 import slimgpt
 from slimgpt.config import RECOVERY_OPTIONS, RecoverConfig, RecoverMethod
 from slimgpt.data.examples import IGNORED
 from slimgpt.errors import ConfigError, MissingDependencyError, NumericalError, RunStateError
 from slimgpt.recovery import recover, trainer
-from slimgpt.recovery.methods.distill import Distiller
 from slimgpt.recovery.methods.registry import RECOVERY_METHODS
 from slimgpt.runtime.run_directory import CHECKSUMS_FILE, STATE_DIR
 
@@ -167,7 +165,7 @@ def test_defaults_are_those_of_the_paper(slim: Path, data: str, tmp_path: Path) 
 def test_micro_batches_do_not_change_the_result(slim: Path, data: str, tmp_path: Path) -> None:
     """The loss of a step is the mean over its answer tokens, however it is accumulated."""
     for size in (1, 4):
-        run(slim, tmp_path / str(size), data, method="distill", micro_batch_size=size, dropout=0)
+        run(slim, tmp_path / str(size), data, micro_batch_size=size, dropout=0)
     one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
     assert any(not torch.equal(one[name], weight) for name, weight in weights(slim).items())
     for name, weight in one.items():
@@ -202,7 +200,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(trainer.MetricsLogger, "on_log", stop)
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "distill"])
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_resumed_run_equals_an_uninterrupted_one(
     slim: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -310,54 +308,6 @@ def test_a_damaged_checkpoint_is_named(
     run(slim, tmp_path / "out", data)
 
 
-def test_loss_of_the_distiller(tmp_path: Path) -> None:
-    """Negative log-likelihood plus divergence, both per token with a label."""
-    model, teacher = make_tiny_model("llama"), make_tiny_model("llama-mha")
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    distiller = Distiller(teacher, 0.7, model=model, args=arguments)
-    examples = [
-        {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, 7, 8, 9]},
-        {"input_ids": [10, 11, 12], "labels": [IGNORED, 11, 12]},
-    ]
-    batch = trainer.pad_batch(examples, pad_token=1)
-    assert batch["labels"][1].tolist() == [IGNORED, 11, 12] + 29 * [IGNORED]
-    assert batch["attention_mask"].sum(1).tolist() == [5, 3]
-    nll, divergence = 0.0, 0.0
-    for example in examples:
-        tokens = torch.tensor([example["input_ids"]])
-        log_p, log_q = (m(tokens).logits[0].double().log_softmax(-1) for m in (teacher, model))
-        targets = torch.tensor(example["labels"])[1:]
-        divergence += float((log_p.exp() * (log_p - log_q))[:-1][targets != IGNORED].sum())
-        nll += float(functional.nll_loss(log_q[:-1], targets, reduction="sum"))
-    model.train()
-    loss = distiller.compute_loss(model, batch, num_items_in_batch=torch.tensor(9))
-    assert float(loss) == pytest.approx((nll + 0.7 * divergence) / 9, rel=1e-5)
-    model.eval()
-    loss = distiller.compute_loss(model, batch, num_items_in_batch=torch.tensor(9))
-    assert float(loss) == pytest.approx(nll / 9, rel=1e-5)
-
-
-def test_distillation_follows_the_teacher(slim: Path, tmp_path: Path) -> None:
-    """With the KL, the model comes closer to the base; without it, it goes away from it."""
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(map(str, range(400))), encoding="utf-8")
-    options = {"max_steps": 24, "learning_rate": 1e-2, "dropout": 0.0}
-    base = json.loads((slim / "pruning_report.json").read_text())["base_model"]
-    assert run(slim, tmp_path / "lora", str(text), **options)["teacher"] is None
-    distill = {"method": "distill", "kl_weight": 10}
-    report = run(slim, tmp_path / "distilled", str(text), **options, **distill)
-    assert report["teacher"] == Path(base).name
-    assert str(slim.parent) not in json.dumps(report)
-    assert str(tmp_path) not in json.dumps(report)
-    to_base = {"data": str(text), "seqlen": 64, "max_tokens": 640, "against": base}
-    before, lora, distilled = (
-        slimgpt.evaluate(str(model), **to_base).perplexity[0].kl_divergence
-        for model in (slim, tmp_path / "lora", tmp_path / "distilled")
-    )
-    assert distilled < 0.8 * before
-    assert lora > before
-
-
 def test_mistakes(
     slim: Path,
     data: str,
@@ -366,8 +316,9 @@ def test_mistakes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "out"
+    distill = {"method": "distill", "adapters": True, "tokens": "1k"}
     with pytest.raises(ConfigError, match="no pruning report") as no_report:
-        run(tiny_checkpoint("llama"), output, data, method="distill")
+        run(tiny_checkpoint("llama"), output, data, **distill)
     assert "--teacher" in str(no_report.value.hint)
     local = tmp_path / "local"  # of a base model that was local, too
     shutil.copytree(slim, local)
@@ -376,13 +327,11 @@ def test_mistakes(
     (local / "pruning_report.json").write_text(json.dumps(pruning_report))
     monkeypatch.chdir(tiny_checkpoint("llama").parent)
     with pytest.raises(ConfigError, match="where on the hub its base model is"):
-        run(local, output, data, method="distill")
+        run(local, output, data, **distill)
     with pytest.raises(ConfigError, match="no multiple of micro_batch_size=3"):
         run(slim, output, data, micro_batch_size=3)
-    with pytest.raises(ConfigError, match="is text for calibration"):
-        run(slim, output, "self")
-    with pytest.raises(ConfigError, match=r"has no teacher; did you mean 'distill'\?"):
-        run(slim, output, data, teacher="smollm2-135m")
+    with pytest.raises(ConfigError, match=r"has no top_k; did you mean 'distill'\?"):
+        run(slim, output, data, top_k=3)
     with pytest.raises(MissingDependencyError, match="'clearml'"):
         run(slim, output, data, report_to="clearml")
     with pytest.raises(ConfigError, match="no tracker 'tensorbord'") as unknown:
@@ -429,6 +378,16 @@ def test_mistakes_are_found_before_data_is_read(
     (tmp_path / "full" / "file").touch()
     with pytest.raises(RunStateError, match="not empty"):
         run(slim, tmp_path / "full", data)
+
+
+def test_batches_of_examples_are_padded() -> None:
+    examples = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, 7, 8, 9]},
+        {"input_ids": [10, 11, 12], "labels": [IGNORED, 11, 12]},
+    ]
+    batch = trainer.pad_batch(examples, pad_token=1)
+    assert batch["labels"][1].tolist() == [IGNORED, 11, 12] + 29 * [IGNORED]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 3]
 
 
 def test_windows_are_not_longer_than_the_context(

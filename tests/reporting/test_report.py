@@ -80,6 +80,7 @@ def measured(
         "steps": 40, "seconds": 12.5, "peak_memory_bytes": 2**31,
         "train_loss": [[step, 3 - step / 40] for step in range(1, 41)],
         "held_out_perplexity": [[0, 91.0], [20, 70.5], [40, 61.25]],
+        "held_out_kl": [[0, 1.5], [20, 0.75], [40, 0.8]], "tokens": 40_960, "best_step": 20,
     }  # fmt: skip
     (slim / "recovery_report.json").write_text(json.dumps(recovery))
     return slim
@@ -112,6 +113,9 @@ def test_page_of_a_model_with_everything(
     assert "1.6 <small>1.5–1.7</small></td><td>1.9</td>" in page
     assert "<td>64</td><td>32</td><td>1,024</td>" in page
     assert "91.00 at first, 61.25 at last" in page
+    assert "1.50 at first, 0.80 at last" in page
+    assert "The weights are those of step 20" in page
+    assert "alpaca.json (40,960 tokens), method distill" in page
     kept = 0
     for block, shape in zip(pruning["blocks"], pruning["shapes"], strict=True):
         attention, heads = block["sublayers"][0], shape["sublayers"][0]["parts"]

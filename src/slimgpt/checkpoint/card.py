@@ -100,11 +100,17 @@ The layers differ in width, so the checkpoint has a small modelling file of its 
 _RECOVERY = """
 ## Recovery
 
-After pruning, fine-tuned for {report.steps} steps of {config.batch_size} examples on {data}:
-method {config.method}, learning rate {config.learning_rate:g}, {config.seqlen} tokens per example.
+After pruning, fine-tuned for {report.steps} steps of {config.batch_size} {kind}s on {data}:
+method {config.method}, learning rate {config.learning_rate:g}, {config.seqlen} tokens per {kind}.
 Held-out perplexity on {held_out}, windows of {config.seqlen} tokens: {before:.2f} before and
-{after:.2f} after. Curves: `{file}`.
+{after:.2f} after. {divergence}Curves: `{file}`.
 """
+
+_DIVERGENCE = """KL divergence from {teacher} there: {before:.4f} before and
+{after:.4f} after, at step {report.best_step}, from which the weights are. """
+
+_KEPT = """The training did not lower the KL divergence from {teacher}
+there ({before:.4f}), so the weights are those before it. """
 
 
 def write_card(directory: Path) -> None:
@@ -197,14 +203,28 @@ def _recovery(file: Path) -> str:
     if not file.is_file():
         return ""
     report = read_typed(file, RecoveryReport)
-    curve = report.held_out_perplexity
+    perplexities, divergences = dict(report.held_out_perplexity), dict(report.held_out_kl)
+    best = report.best_step if report.best_step in perplexities else max(perplexities)
+    divergence = ""
+    if {0, best} <= divergences.keys():
+        divergence = (_DIVERGENCE if best else _KEPT).format(
+            report=report,
+            teacher=escaped(report.teacher or ""),
+            before=divergences[0],
+            after=divergences[best],
+        )
+    data, kind = escaped(report.data), "example"
+    if report.tokens:
+        data, kind = f"{data} ({report.tokens:,} tokens)", "window"
     return _RECOVERY.format(
         report=report,
         config=report.config,
-        data=escaped(report.data),
+        data=data,
+        kind=kind,
         held_out=escaped(report.held_out),
-        before=curve[0][1],
-        after=curve[-1][1],
+        before=report.held_out_perplexity[0][1],
+        after=perplexities[best],
+        divergence=divergence,
         file=RECOVERY_FILE,
     )
 

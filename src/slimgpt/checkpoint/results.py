@@ -196,6 +196,10 @@ class RecoveryReport(_Read):
     peak_memory_bytes: Count | None
     train_loss: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
     held_out_perplexity: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
+    held_out_kl: list[tuple[Count, FiniteFloat]] = []
+    tokens: Count | None = None
+    best_step: Count | None = None
+    preparation_seconds: FiniteFloat = 0.0
 
 
 def read_typed(file: Path, kind: Any) -> Any:

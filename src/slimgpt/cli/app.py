@@ -249,10 +249,16 @@ def recover(
     with _resumable(), progress_bar(stderr) as progress:
         result = slimgpt.recover(model, output, restart=restart, progress=progress, **values)
     report = result.report
-    table = Table("step", "held-out perplexity", title=report["held_out"])
+    columns = ["step", "held-out perplexity"] + ["KL"] * bool(report["held_out_kl"])
+    table, divergences = Table(*columns, title=report["held_out"]), dict(report["held_out_kl"])
     for step, perplexity in report["held_out_perplexity"]:
-        table.add_row(str(step), f"{perplexity:.3f}")
+        kl = [f"{divergences[step]:.4f}"] if step in divergences else []
+        table.add_row(str(step), f"{perplexity:.3f}", *kl)
     where = f"the recovered model is in {result.output}"
+    if report["best_step"] == 0:
+        where += ", with the weights of MODEL: the training has not lowered the KL divergence"
+    elif divergences:
+        where += f", with the weights of step {report['best_step']}"
     _emit({"output": str(result.output), **report}, (table, where), as_json)
 
 

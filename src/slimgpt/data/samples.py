@@ -90,7 +90,7 @@ def calibration_tokens(
         raise DataError(
             f"{name} has {len(tokens)} tokens, {num_windows} samples of {seqlen}, but "
             f"{nsamples} samples need {needed} tokens",
-            hint="give a longer text, fewer --nsamples or a smaller --seqlen",
+            hint="give a longer text, fewer --nsamples (recover: --tokens) or a smaller --seqlen",
         )
     windows = torch.frombuffer(tokens, dtype=torch.int64)[: num_windows * seqlen]
     windows = windows.view(num_windows, seqlen)

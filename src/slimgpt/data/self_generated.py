@@ -52,7 +52,7 @@ def sample_from_model(
     if first is None:
         raise DataError(
             "the tokenizer has neither BOS nor EOS, so the model cannot start a text",
-            hint="give --calibration other texts than self",
+            hint="give other texts than self",
         )
     nsamples, seqlen = options.nsamples, options.seqlen
     needed, length = tokens_needed(nsamples, seqlen), min(TEXT_LENGTH, seqlen)
@@ -62,7 +62,7 @@ def sample_from_model(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(options.seed)
         for prompt in prompts.to(model.device).split(TEXTS_AT_ONCE):
-            log.info("generating calibration text %d of %d", len(texts), len(prompts))
+            log.info("generating text %d of %d", len(texts), len(prompts))
             texts += generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),

@@ -238,7 +238,8 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
         if cell.recover is not None:
             recovery = RecoverConfig.create(**cell.recover)
             check_packages(recovery)
-            check_dataset(recovery.data, "calibration")
+            for name in recovery.data:
+                check_dataset(name, "calibration")
             check_dataset(recovery.eval_data, "evaluation")
     options = (cell.evaluate for cell in cells if cell.evaluate is not None)
     for evaluation in dict.fromkeys(EvalConfig.create(**values) for values in options):

@@ -4,16 +4,18 @@ The methods are in `slimgpt.recovery.methods`; the default, low-rank adapters, h
 SlimGPT (arXiv 2412.18110, section 4.1). The training loop is `transformers.Trainer`.
 """
 
+import gc
 import hashlib
 import json
 import logging
 import shutil
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import (
     PreTrainedTokenizerBase,
@@ -32,29 +34,35 @@ from slimgpt.checkpoint.results import RECOVERY_FILE, REPORT_FILE, PruningReport
 from slimgpt.checkpoint.tokenizer import write_tokenizer
 from slimgpt.checkpoint.writer import add_older_keys
 from slimgpt.config import RecoverConfig, did_you_mean
-from slimgpt.data.datasets import check_dataset, describe_dataset
+from slimgpt.data.datasets import check_dataset, dataset_files, describe_dataset
 from slimgpt.data.examples import training_examples
 from slimgpt.data.samples import evaluation_tokens
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
 from slimgpt.models.comparison import check_same_vocabulary
 from slimgpt.models.layout import check_language_head
-from slimgpt.models.loading import load_config, load_model, usable_seqlen
+from slimgpt.models.loading import load_config, load_model
 from slimgpt.models.source import EMBEDDED_MODELS, Source, find_file, find_model
 from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import weight_files
 from slimgpt.recovery.methods.base import RecoveryMethod
 from slimgpt.recovery.methods.registry import RECOVERY_METHODS
+from slimgpt.recovery.teacher import draw_windows, store_predictions
 from slimgpt.recovery.trainer import (
     TENSORBOARD_DIR,
     Examples,
     MetricsLogger,
+    best_step,
+    check_checkpoint,
+    derive_options,
+    has_stalled,
+    held_out_curve,
     last_checkpoint,
     pad_batch,
     read_metrics,
     training_arguments,
 )
 from slimgpt.runtime.distributed import TIME_LIMIT, broadcast, is_main, training_together
-from slimgpt.runtime.environment import computation, peak_memory, versions
+from slimgpt.runtime.environment import computation, peak_memory, trim_heap, versions
 from slimgpt.runtime.files import describe_file, writing
 from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, open_run
@@ -82,16 +90,25 @@ class RecoverResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """The inputs of a recovery."""
+    """The inputs of a recovery; `examples` is None if the training is on text."""
 
     source: Source
     teacher: Source | None
     config: RecoverConfig
     method: RecoveryMethod
     tokenizer: PreTrainedTokenizerBase
-    examples: Examples
+    examples: Examples | None
     held_out: Examples
     progress: Progress
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The data sets of the Trainer, and the seconds that text and teacher have taken."""
+
+    train: Any
+    held_out: Any
+    seconds: float = 0.0
 
 
 def recover(
@@ -104,7 +121,8 @@ def recover(
 ) -> RecoverResult:
     """Fine-tune a pruned model and write it as a checkpoint of the same kind.
 
-    After an interruption, the same call continues from the last training checkpoint.
+    After an interruption, the same call continues from what is stored: text, predictions of the
+    dense model, the last training checkpoint.
 
     Parameters
     ----------
@@ -122,7 +140,8 @@ def recover(
     Returns
     -------
     RecoverResult
-        The output directory, and the report with the training loss and the held-out perplexity.
+        The output directory, and the report with the training loss, the held-out perplexity and,
+        of distillation, the held-out KL divergence.
 
     Raises
     ------
@@ -133,7 +152,7 @@ def recover(
     Examples
     --------
     >>> import slimgpt
-    >>> slimgpt.recover("slim", "recovered", method="distill", max_steps=100)  # doctest: +SKIP
+    >>> slimgpt.recover("slim", "recovered", method="distill", tokens="1M")  # doctest: +SKIP
     """
     config = RecoverConfig.create(**options)
     output = Path(output)
@@ -141,33 +160,31 @@ def recover(
     if find_file(source, RECOVERY_FILE):
         raise ConfigError(
             f"{model} has been recovered already",
-            hint="recover the pruned model, with more --epochs or --max-steps",
+            hint="recover the pruned model, with more --tokens, --epochs or --max-steps",
         )
-    needs_teacher = RECOVERY_METHODS[config.method].needs_teacher
-    teacher = _find_teacher(source, config) if needs_teacher else None
-    check_dataset(config.data, "calibration")
+    teacher = _find_teacher(source, config) if config.uses_teacher else None
+    for name in config.data:
+        check_dataset(name, "calibration")
     check_dataset(config.eval_data, "evaluation")
     check_packages(config)
     model_config = load_config(source)
     check_language_head(source.name, model_config)
-    seqlen = usable_seqlen(config.seqlen, model_config)
-    config = config.model_copy(update={"seqlen": seqlen})
+    config = derive_options(config, model_config)
     PartialState(timeout=TIME_LIMIT)  # joins the other processes of torchrun
     arguments = training_arguments(model_config, config, output)
     with open_run(output) as run:
         tokenizer = load_tokenizer(source)
-        examples = training_examples(
-            config.data, tokenizer, config.seqlen, config.max_examples, config.text_field
-        )
+        examples = None if config.tokens else _examples(config, tokenizer)
         held_out = _held_out_windows(config, tokenizer)
         method = RECOVERY_METHODS[config.method](config)
         job = _Job(source, teacher, config, method, tokenizer, examples, held_out, progress)
         if is_main():
             run.identify(_identity(job, arguments), restart)
         if not run.is_finished():
-            _train(job, arguments)
+            data = _load_data(run, job, str(arguments.device))
+            _train(job, data, arguments)
             if is_main():
-                _write(run, job)
+                _write(run, job, data)
         run.publish()
     report = broadcast(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
     return RecoverResult(output, report)
@@ -185,7 +202,7 @@ def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
             for file in (*weight_files(model), *copied_files(model).values())
         },
         **job.config.model_dump(mode="json", exclude={"teacher", "report_to"}),
-        "examples_sha256": _sha256(job.examples),
+        **_texts(job),
         "held_out_sha256": _sha256(job.held_out),
         "device": arguments.device.type,
         "processes": arguments.world_size,
@@ -194,53 +211,94 @@ def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
+def _texts(job: _Job) -> dict[str, Any]:
+    """What determines the text or the examples."""
+    if job.examples is not None:
+        return {"examples_sha256": _sha256(job.examples)}
+    files = [file for name in job.config.data for file in dataset_files(name)]
+    return {f"text file {file}": describe_file(file) for file in files}
+
+
+def _load_data(run: Run, job: _Job, device: str) -> _Data:
+    """Draw the text, and have the dense model read it; its memory is free again afterwards."""
+    config, teacher = job.config, None
+    if job.examples is not None:
+        return _Data(job.examples, job.held_out)
+    if job.teacher:
+        teacher = cache(partial(load_model, job.teacher, config.dtype, device))
+    windows_NT, seconds = draw_windows(run, config, job.tokenizer, teacher)
+    if not job.method.distils or teacher is None:
+        rows = windows_NT.tolist()
+        data = _Data([{"input_ids": r, "labels": r} for r in rows], job.held_out, seconds)
+    else:
+        held_out_NT = torch.tensor([window["input_ids"] for window in job.held_out])
+        texts = {"training": windows_NT, "held-out": held_out_NT}
+        train, held_out = (store_predictions(run, *t, teacher, config) for t in texts.items())
+        data = _Data(train, held_out, seconds + train.seconds + held_out.seconds)
+    del teacher
+    gc.collect()
+    trim_heap()
+    torch.cuda.empty_cache()
+    return data
+
+
 def _versions(method: RecoveryMethod) -> dict[str, str]:
     return versions("accelerate", *([method.package] if method.package else []))
 
 
-def _train(job: _Job, arguments: TrainingArguments) -> None:
+def _train(job: _Job, data: _Data, arguments: TrainingArguments) -> None:
     """Train to the last step and save a checkpoint; resume from the newest one if there is any."""
     state = Path(str(arguments.output_dir))
     checkpoint, before = broadcast(is_main() and last_checkpoint(state)) or (None, None)
     if before:
         log.info("resuming after step %d", before.global_step)
-        if before.global_step >= before.max_steps:
+        if before.global_step >= before.max_steps or has_stalled(before):
             return
     arguments.eval_on_start = not checkpoint
-    config, teacher = job.config, job.teacher
+    config = job.config
     pad_token: Any = job.tokenizer.pad_token_id or 0
     set_seed(config.seed)
     model = job.method.load_trainable(job.source)
+    if config.gradient_checkpointing:
+        # transformers has renamed it. The reentrant kind has no gradients if embeddings are frozen.
+        older = getattr(model, "gradient_checkpointing_enable", None)
+        enable: Any = getattr(model, "activation_checkpointing_enable", older)
+        enable({"use_reentrant": False})
     trainer = job.method.make_trainer(
-        load_model(teacher, config.dtype, str(arguments.device)) if teacher else None,
         model=model,
         args=arguments,
-        train_dataset=job.examples,
-        eval_dataset=job.held_out,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
         data_collator=partial(pad_batch, pad_token=pad_token),
         callbacks=[MetricsLogger(job.progress)],
     )
     trainer.remove_callback(PrinterCallback)
-    log.info("training on %d examples of %s", len(job.examples), config.data)
+    log.info("training on %d examples of %s", len(data.train), ", ".join(config.data))
     with writing(state.parent), training_together():
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _report(job: _Job, metrics: list[dict[str, Any]], state: TrainerState) -> dict[str, Any]:
-    config = job.config
-    cost = state.log_history[-1]
+def _report(job: _Job, data: _Data, state: TrainerState) -> dict[str, Any]:
+    config, metrics = job.config, [read_metrics(entry) for entry in state.log_history]
+    cost, names = state.log_history[-1], [Path(name).name for name in config.data]
+    described = [describe_dataset(name, "calibration") for name in config.data]
+    num_read = round((state.epoch or 0) * len(data.train))
     return {
         # The report goes to the hub with the model, so it holds no local paths.
         "model": job.source.title,
         "teacher": job.teacher.title if job.teacher else None,
         "config": config.model_dump(mode="json", exclude={"teacher"})
-        | {"data": Path(config.data).name, "eval_data": Path(config.eval_data).name},
-        "data": describe_dataset(config.data, "calibration"),
+        | {"data": names, "eval_data": Path(config.eval_data).name},
+        "data": ", ".join(described),
         "held_out": describe_dataset(config.eval_data, "evaluation"),
-        "num_examples": len(job.examples),
+        "num_examples": len(data.train),
+        "tokens": num_read * config.seqlen if config.tokens else None,
         "steps": state.global_step,
+        "best_step": best_step(state),
         "train_loss": [[m["step"], m["loss"]] for m in metrics if "loss" in m],
         "held_out_perplexity": [[m["step"], m["perplexity"]] for m in metrics if "perplexity" in m],
+        "held_out_kl": [[step, kl] for step, kl in held_out_curve(state).items()],
+        "preparation_seconds": round(data.seconds, 3),
         "seconds": round(cost["seconds"], 3),
         "peak_memory_bytes": max(cost["peak_memory_bytes"], peak_memory() or 0) or None,
         "versions": _versions(job.method),
@@ -257,7 +315,7 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
     if name is None:
         raise ConfigError(
             f"{source.name} has no pruning report that says where on the hub its base model is",
-            hint="name the model to distil from as --teacher",
+            hint="name the dense model as --teacher",
         )
     teacher = find_model(name)
     check_same_vocabulary(source, teacher)
@@ -266,7 +324,7 @@ def _find_teacher(source: Source, config: RecoverConfig) -> Source:
 
 def check_packages(config: RecoverConfig) -> None:
     """Check that the packages for the method and the trackers are installed."""
-    package = RECOVERY_METHODS[config.method].package
+    package = RECOVERY_METHODS[config.method](config).package
     if package and find_spec(package) is None:
         raise MissingDependencyError(
             package, f"the method {config.method!r}", "pip install 'slimgpt[recover]'"
@@ -277,6 +335,11 @@ def check_packages(config: RecoverConfig) -> None:
             raise ConfigError(f"no tracker {tracker!r}", hint=known)
         if tracker not in get_available_reporting_integrations():
             raise MissingDependencyError(tracker, "this tracker", f"pip install {tracker}")
+
+
+def _examples(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    (name,) = config.data
+    return training_examples(name, tokenizer, config.seqlen, config.max_examples, config.text_field)
 
 
 def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -304,21 +367,31 @@ def _sha256(examples: Examples) -> str:
     return digest.hexdigest()
 
 
-def _write(run: Run, job: _Job) -> None:
-    """Merge the trained weights into the weights of the checkpoint, and save them."""
+def _write(run: Run, job: _Job, data: _Data) -> None:
+    """Merge the best of the trained weights into the weights of the checkpoint, and save them."""
     last: Any = last_checkpoint(run.state)
-    trained, state = last
+    _, state = last
     source = job.source
-    model = job.method.load_trained(source, trained)
+    if best := best_step(state):
+        trained = run.state / f"checkpoint-{best}"
+        check_checkpoint(trained)
+        model = job.method.load_trained(source, str(trained))
+    else:
+        log.warning(
+            "the training has not lowered the held-out KL divergence of %.4f: the result has the "
+            "weights of %s; give a lower --learning-rate or more --tokens",
+            held_out_curve(state)[0],
+            source.name,
+        )
+        model = load_model(source, device="cpu")
     log.info("saving to %s", run.output)
     with run.result() as directory:
         model.save_pretrained(directory)
         add_older_keys(directory)
         write_tokenizer(source, job.tokenizer, directory)
-        metrics = [read_metrics(entry) for entry in state.log_history]
-        lines = "".join(json.dumps(entry) + "\n" for entry in metrics)
+        lines = "".join(json.dumps(read_metrics(entry)) + "\n" for entry in state.log_history)
         (directory / METRICS_FILE).write_text(lines, encoding="utf-8")
-        text = json.dumps(_report(job, metrics, state), indent=1) + "\n"
+        text = json.dumps(_report(job, data, state), indent=1) + "\n"
         (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
         if (run.state / TENSORBOARD_DIR).is_dir():
             shutil.copytree(run.state / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)

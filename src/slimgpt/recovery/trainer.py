@@ -23,7 +23,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from slimgpt.config import RecoverConfig
 from slimgpt.data.examples import IGNORED
 from slimgpt.errors import ConfigError, NumericalError
-from slimgpt.models.device import find_device
+from slimgpt.models.device import fast_dtype, find_device
+from slimgpt.models.loading import build_skeleton, usable_seqlen
 from slimgpt.runtime.distributed import broadcast, training_together
 from slimgpt.runtime.environment import peak_memory
 from slimgpt.runtime.files import describe_file, reading, write_atomically
@@ -36,9 +37,20 @@ Examples = list[dict[str, list[int]]]
 
 TENSORBOARD_DIR = "runs"
 
+PATIENCE = 5  # evaluations without a lower held-out divergence, after which distillation ends
+
+# Peak learning rates of distillation for a hidden size of 576, with which they were measured. The
+# steps of Adam have one size whatever the gradient, so the change of a matrix product grows with
+# the number of its inputs, and the rate falls with it.
+LEARNING_RATE, ADAPTERS_LEARNING_RATE, HIDDEN_SIZE = 3e-4, 1e-3, 576
+
+WARMUP, EVALUATIONS = 1 / 20, 10  # share of the steps; evaluations in a distillation
+
+LARGE_MODEL = 10**9  # parameters
+
 
 class RecoveryTrainer(Trainer):
-    """Trainer that writes checkpoints with checksums and keeps only the newest one.
+    """Trainer that writes checkpoints with checksums and keeps only the newest and the best one.
 
     It raises an ``OSError`` if a checkpoint cannot be written.
     """
@@ -58,7 +70,8 @@ class RecoveryTrainer(Trainer):
             files = sorted(path for path in newest.rglob("*") if path.is_file())
             sums = {file.relative_to(newest).as_posix(): describe_file(file) for file in files}
             write_atomically(newest / CHECKSUMS_FILE, json.dumps(sums) + "\n")
-            for older in set(state.glob("checkpoint-*")) - {newest}:
+            best = state / f"checkpoint-{best_step(self.state)}"
+            for older in set(state.glob("checkpoint-*")) - {newest, best}:
                 shutil.rmtree(older)
 
 
@@ -83,7 +96,7 @@ class MetricsLogger(TrainerCallback):
             "peak_memory_bytes": max(self._peak_before, peak_memory() or 0),
         }
         entry = read_metrics(state.log_history[-1])
-        for key in ("loss", "perplexity"):
+        for key in ("loss", "perplexity", "kl"):
             if not math.isfinite(entry.get(key, 0.0)):
                 raise NumericalError(
                     f"the training has diverged: {key} {entry[key]} at step {entry['step']}",
@@ -92,12 +105,30 @@ class MetricsLogger(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if "perplexity" in entry:
-            log.info("step %d: held-out perplexity %.3f", entry["step"], entry["perplexity"])
+            kl = f", held-out KL {entry['kl']:.4f}" if "kl" in entry else ""
+            text = "step %d: held-out perplexity %.3f%s"
+            log.info(text, entry["step"], entry["perplexity"], kl)
         elif "loss" in entry:
             left = seconds / (entry["step"] - self._first_step) * (state.max_steps - entry["step"])
             steps = entry["step"], state.max_steps
             log.info("step %d/%d: loss %.4f; %.0f s left", *steps, entry["loss"], left)
             self._progress("step", *steps)
+
+
+def best_step(state: TrainerState) -> int:
+    """Find the step with the lowest held-out divergence; without divergences, the last step."""
+    curve = held_out_curve(state)
+    return min(curve, key=curve.__getitem__) if curve else state.global_step
+
+
+def has_stalled(state: TrainerState) -> bool:
+    """Whether the last `PATIENCE` evaluations have not lowered the held-out divergence."""
+    return bool(curve := held_out_curve(state)) and best_step(state) not in [*curve][-PATIENCE:]
+
+
+def held_out_curve(state: TrainerState) -> dict[int, float]:
+    """Held-out divergence at each evaluated step; empty if the method measures none."""
+    return {int(m["step"]): m["eval_kl"] for m in state.log_history if "eval_kl" in m}
 
 
 def read_metrics(entry: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +138,8 @@ def read_metrics(entry: dict[str, Any]) -> dict[str, Any]:
     }
     if "eval_loss" in entry:  # math.exp would raise on overflow
         kept["perplexity"] = torch.tensor(entry["eval_loss"], dtype=torch.float64).exp().item()
+    if "eval_kl" in entry:
+        kept["kl"] = entry["eval_kl"]
     return kept
 
 
@@ -116,14 +149,55 @@ def last_checkpoint(state: Path) -> tuple[str, TrainerState] | None:
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest is None:
         return None
-    with reading(newest / CHECKSUMS_FILE):
-        sums = json.loads((newest / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+    check_checkpoint(newest)
+    return str(newest), TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Check the files of a checkpoint against their checksums.
+
+    Raises
+    ------
+    RunStateError
+        If a file is damaged.
+    """
+    with reading(directory / CHECKSUMS_FILE):
+        sums = json.loads((directory / CHECKSUMS_FILE).read_text(encoding="utf-8"))
         names = list(sums)
     for name in names:
-        with reading(newest / name):
-            if describe_file(newest / name) != sums[name]:
+        with reading(directory / name):
+            if describe_file(directory / name) != sums[name]:
                 raise ValueError("its checksum does not match")
-    return str(newest), TrainerState.load_from_json(str(newest / TRAINER_STATE_NAME))
+
+
+def derive_options(config: RecoverConfig, model_config: PreTrainedConfig) -> RecoverConfig:
+    """Fill in the options that depend on the model, the device and the number of steps."""
+    config = config.model_copy(update={"seqlen": usable_seqlen(config.seqlen, model_config)})
+    values: dict[str, Any] = {}
+    if config.gradient_checkpointing is None:
+        num_params = build_skeleton(model_config).num_parameters()
+        values["gradient_checkpointing"] = num_params >= LARGE_MODEL
+    if config.method == "distill":
+        peak = ADAPTERS_LEARNING_RATE if config.adapters else LEARNING_RATE
+        hidden_size = model_config.get_text_config().hidden_size
+        num_windows = (config.tokens or 0) // config.seqlen
+        num_steps = config.max_steps or math.ceil(
+            config.epochs * math.ceil(num_windows / config.batch_size)
+        )
+        eval_steps = config.eval_steps or math.ceil(num_steps / EVALUATIONS)
+        values |= {
+            "learning_rate": config.learning_rate or peak * HIDDEN_SIZE / hidden_size,
+            "eval_steps": eval_steps,
+            "save_steps": config.save_steps or eval_steps,
+        }
+        if config.warmup_steps is None:
+            values["warmup_steps"] = math.ceil(num_steps * WARMUP)
+        if config.dtype == "auto":
+            device, stored = find_device(config.device), model_config.dtype
+            stored = stored if isinstance(stored, torch.dtype) else torch.float32
+            fast = torch.bfloat16 if device.type == "cuda" else fast_dtype(device, stored)
+            values["dtype"] = str(fast).removeprefix("torch.")
+    return config.model_copy(update=values)
 
 
 def training_arguments(
@@ -156,9 +230,9 @@ def training_arguments(
         gradient_accumulation_steps=config.batch_size // at_once,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or 0.0,
         lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.warmup_steps or 0,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
@@ -169,7 +243,7 @@ def training_arguments(
         eval_steps=config.eval_steps,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=config.save_steps,
+        save_steps=config.save_steps or 0,
         disable_tqdm=True,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,

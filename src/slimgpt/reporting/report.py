@@ -277,8 +277,11 @@ def _drawn(
             curves(distances, percent=True),
         )
     if recovery:
-        for name, title in (("train_loss", "loss"), ("held_out_perplexity", "perplexity")):
-            points = recovery[name]
+        titles = {"train_loss": "loss", "held_out_perplexity": "perplexity", "held_out_kl": "KL"}
+        for name, title in titles.items():
+            points = recovery.get(name)
+            if not points:
+                continue
             drawn[name] = inline(
                 f"Curve of the {title} over the steps: {points[0][1]:.2f} at first, "
                 f"{points[-1][1]:.2f} at last.",

@@ -30,6 +30,8 @@ GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
 
 MEASUREMENT_FILE, TRIALS_FILE = "sensitivity.json", "trials.json"
 
+LOGITS_FILE = "logits-{}-{:05d}.safetensors"  # of a teacher, for some windows
+
 CHECKSUMS_FILE = "checksums.json"  # of a training checkpoint, written last
 
 # Purpose of a sequential pass: to measure sensitivity, or to prune.
@@ -43,6 +45,7 @@ _PROGRESS = (
     "dropped-*.json",
     "sensitivity-*.safetensors",
     "block-*.safetensors",
+    "logits-*.safetensors",
     f"checkpoint-*/{CHECKSUMS_FILE}",
 )
 

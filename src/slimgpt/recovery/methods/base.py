@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from slimgpt.config import RecoverConfig
 from slimgpt.models.source import Source
@@ -17,12 +17,12 @@ class RecoveryMethod(ABC):
     ----------
     package : str or None
         Package of the extra ``recover`` that the method needs.
-    needs_teacher : bool
-        Whether `make_trainer` takes a teacher.
+    distils : bool
+        Whether it trains on `slimgpt.recovery.teacher.Predictions`.
     """
 
-    package: ClassVar[str | None] = None
-    needs_teacher: ClassVar[bool] = False
+    package: str | None = None
+    distils: ClassVar[bool] = False
 
     def __init__(self, config: RecoverConfig) -> None:
         self.config = config
@@ -31,14 +31,11 @@ class RecoveryMethod(ABC):
     def load_trainable(self, source: Source) -> Any:
         """Load the model on the CPU, with the weights that are trained in float32."""
 
-    def make_trainer(self, teacher: PreTrainedModel | None, **kwargs: Any) -> Trainer:
-        """Create the trainer, by default with the loss on the labels only.
+    def make_trainer(self, **kwargs: Any) -> Trainer:
+        """Create the trainer, by default with the loss on the labels.
 
         Parameters
         ----------
-        teacher : PreTrainedModel or None
-            Has the model's vocabulary; in evaluation mode, on the training device. None if the
-            method needs no teacher.
         **kwargs
             Arguments of the `Trainer`.
         """

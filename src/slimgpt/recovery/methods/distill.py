@@ -1,38 +1,38 @@
-"""Adapters, trained by the loss and the KL divergence from the dense model.
+"""Training to predict what the dense model predicts (distillation).
 
 References
 ----------
 Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
+Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", arXiv
+2407.14679: after pruning, the divergence alone, without the loss on the labels.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback, default_data_collator
 
-from slimgpt.data.examples import IGNORED
+from slimgpt.config import RecoverConfig
+from slimgpt.models.source import Source
+from slimgpt.recovery.methods.base import RecoveryMethod
+from slimgpt.recovery.methods.full import Full
 from slimgpt.recovery.methods.lora import LoRA
-from slimgpt.recovery.trainer import RecoveryTrainer
+from slimgpt.recovery.teacher import TopK, divergence
+from slimgpt.recovery.trainer import RecoveryTrainer, has_stalled
 
 
 class Distiller(RecoveryTrainer):
-    """Trainer that adds the KL divergence from a teacher to the loss.
+    """Trainer whose loss is the KL divergence from a teacher's stored predictions.
 
-    Parameters
-    ----------
-    teacher : PreTrainedModel
-        Has the model's vocabulary; in evaluation mode, on the training device.
-    kl_weight : float
-        Weight of KL(teacher ‖ model). Like the loss, the divergence is a mean over the labelled
-        tokens of all examples of a step.
-    **kwargs
-        Arguments of the `Trainer`.
+    Its examples are those of `slimgpt.recovery.teacher.Predictions`, all of one length.
     """
 
-    def __init__(self, teacher: Any, kl_weight: float, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._teacher, self._kl_weight = teacher, kl_weight
+        self.model_accepts_loss_kwargs = False  # a mean: the Trainer divides it by the batches
+        self.args.prediction_loss_only = False
 
     def compute_loss(
         self,
@@ -41,31 +41,81 @@ class Distiller(RecoveryTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Add the divergence to the loss on the labels, in training only."""
-        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = result
-        if model.training:
-            read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                target = self._teacher(**read, use_cache=False).logits
-            is_label = inputs["labels"][:, 1:] != IGNORED
-            divergence = functional.kl_div(
-                outputs["logits"][:, :-1][is_label].float().log_softmax(-1),
-                target[:, :-1][is_label].float().log_softmax(-1),
-                reduction="sum",
-                log_target=True,
+        """Compute the mean divergence of the predictions."""
+        logits = _logits(model, inputs)
+        loss = divergence(_target(inputs), logits).mean()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the loss on the tokens and, in place of predictions, the divergence."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = _logits(model, inputs)
+            nll = functional.cross_entropy(
+                logits.flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
             )
-            # num_items_in_batch counts all processes, and their gradients are averaged.
-            weight = self._kl_weight * self.accelerator.num_processes / num_items_in_batch
-            loss = loss + weight * divergence
-        return (loss, outputs) if return_outputs else loss
+            kl = divergence(_target(inputs), logits).mean(-1)
+        return nll, kl, kl
 
 
-class Distill(LoRA):
-    """Train adapters with a teacher."""
+def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Logits of all tokens but the first of each window, in float32."""
+    return model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1].float()
 
-    needs_teacher = True
 
-    def make_trainer(self, teacher: PreTrainedModel | None, **kwargs: Any) -> Trainer:
-        """Create the trainer that adds the divergence from the teacher to the loss."""
-        return Distiller(teacher, self.config.kl_weight, **kwargs)
+def _target(inputs: dict[str, Any]) -> TopK:
+    return TopK(*(inputs[name] for name in TopK._fields))
+
+
+def _mean_divergence(prediction: EvalPrediction) -> dict[str, float]:
+    divergences: Any = prediction.predictions
+    return {"kl": float(divergences.mean())}
+
+
+class _Watch(TrainerCallback):
+    """Save a checkpoint at each evaluation, and stop when the divergence falls no more."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = True
+        if has_stalled(state):
+            control.should_training_stop = True
+
+
+class Distill(RecoveryMethod):
+    """Train all weights but the embeddings, or adapters, with a teacher.
+
+    Pruning leaves embeddings and language head as they are in the dense model, so they stay.
+    """
+
+    distils = True
+
+    def __init__(self, config: RecoverConfig) -> None:
+        super().__init__(config)
+        self._trained = LoRA(config) if config.adapters else Full(config)
+        self.package = self._trained.package
+
+    def load_trainable(self, source: Source) -> Any:
+        """Load the model without gradients of the embeddings."""
+        model = self._trained.load_trainable(source)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
+        return model
+
+    def make_trainer(self, **kwargs: Any) -> Trainer:
+        """Create the trainer whose loss is the divergence from the teacher."""
+        kwargs |= {
+            "data_collator": default_data_collator,
+            "compute_metrics": _mean_divergence,
+            "callbacks": [*kwargs["callbacks"], _Watch()],
+        }
+        return Distiller(**kwargs)
+
+    def load_trained(self, source: Source, checkpoint: str) -> Any:
+        """Load the model with its trained weights, in the precision of `source`."""
+        return self._trained.load_trained(source, checkpoint)

@@ -1,0 +1,241 @@
+"""What the dense model contributes to a recovery, stored on disk: its text and its predictions.
+
+Shapes: N windows, T tokens of a window, P = T - 1 predictions in it, V vocabulary, K likeliest
+tokens.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.config import RecoverConfig
+from slimgpt.data.datasets import SELF
+from slimgpt.data.samples import SampleOptions, calibration_tokens
+from slimgpt.data.self_generated import sample_from_model
+from slimgpt.errors import NumericalError
+from slimgpt.models.stored import read_tensor
+from slimgpt.runtime.distributed import training_together
+from slimgpt.runtime.files import reading
+from slimgpt.runtime.run_directory import GENERATED_FILE, LOGITS_FILE, Run
+
+log = logging.getLogger(__name__)
+
+FILE_TOKENS = 2**15  # whose predictions are in one file: what is lost if a run is interrupted
+
+SMALL_VOCABULARY = 2**16  # up to which token ids take two bytes
+
+Teacher = Callable[[], PreTrainedModel]
+
+
+class TopK(NamedTuple):
+    """Predictions of a model: its likeliest tokens, and all others as one.
+
+    Attributes
+    ----------
+    ids : Tensor
+        Token ids, (…, K), integers.
+    log_probs : Tensor
+        Their log-probabilities, (…, K).
+    log_rest : Tensor
+        Log of the probability of all other tokens, (…); -inf if there is none.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+
+def top_k(logits: Tensor, k: int) -> TopK:
+    """Reduce logits (…, V) to the `k` likeliest tokens (at most all) and the rest."""
+    log_probs = logits.log_softmax(-1)
+    kept, ids = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+    return TopK(ids, kept, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1))
+
+
+def divergence(teacher: TopK, logits: Tensor) -> Tensor:
+    """KL divergence from the teacher to a model, with all but the K likeliest tokens as one.
+
+    It is never above the divergence over all tokens, and equal to it for K = V.
+
+    Parameters
+    ----------
+    teacher : TopK
+        The teacher's predictions. They are normalised, because they may be rounded.
+    logits : Tensor
+        The model's logits, (…, V).
+
+    Returns
+    -------
+    Tensor
+        KL(teacher ‖ model) in nats, (…).
+    """
+    ids, has_rest = teacher.ids, teacher.ids.shape[-1] < logits.shape[-1]
+    log_q = logits.gather(-1, ids)
+    log_p = teacher.log_probs
+    if has_rest:
+        rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        log_q = torch.cat([log_q, rest], dim=-1)
+        log_p = torch.cat([log_p, teacher.log_rest[..., None]], dim=-1)
+    log_q = log_q - logits.logsumexp(-1, keepdim=True)
+    p = log_p.softmax(-1)
+    return (torch.xlogy(p, p) - p * log_q).sum(-1)
+
+
+class Predictions(Dataset):
+    """Windows of tokens with the teacher's predictions, which are read when they are needed."""
+
+    def __init__(self, windows_NT: Tensor, files: list[Any], num_at_once: int) -> None:
+        self._windows_NT, self._files, self._num_at_once = windows_NT, files, num_at_once
+
+    def __len__(self) -> int:
+        return len(self._windows_NT)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Read a window: ``input_ids`` (T,), and the fields of `TopK` for its P predictions."""
+        number, row = divmod(index, self._num_at_once)
+        with reading(self._files[number]), safe_open(self._files[number], "pt") as file:
+            ids, log_probs, log_rest = (file.get_slice(name)[row] for name in TopK._fields)
+        return {
+            "input_ids": self._windows_NT[index],
+            "ids": ids.long(),
+            "log_probs": log_probs.float(),
+            "log_rest": log_rest.float(),
+        }
+
+    @property
+    def seconds(self) -> float:
+        """How long the teacher has worked, summed over the processes."""
+        return sum(float(read_tensor(file, "seconds")) for file in self._files)
+
+
+def draw_windows(
+    run: Run, config: RecoverConfig, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None
+) -> tuple[Tensor, float]:
+    """Draw the text to train on, in equal parts from each source, or read what was drawn before.
+
+    Parameters
+    ----------
+    run : Run
+        Stores the text. All processes call this together.
+    config : RecoverConfig
+        With a number of tokens.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    teacher : callable or None
+        Loads the dense model; only for the source ``self``.
+
+    Returns
+    -------
+    Tensor, float
+        int64, (N, T); and the seconds that it took.
+
+    Raises
+    ------
+    DataError
+        If a source has too few tokens.
+    """
+    num_windows, num_texts = (config.tokens or 0) // config.seqlen, len(config.data)
+    windows, seconds = [], 0.0
+    for index, name in enumerate(config.data):
+        bounds = [num_windows * i // num_texts for i in (index, index + 1)]
+        options = SampleOptions(
+            bounds[1] - bounds[0],
+            config.seqlen,
+            config.seed + 1,  # other text than the calibration with the same seed
+            config.text_field,
+        )
+
+        def make(name: str = name, options: SampleOptions = options) -> bytes:
+            start = time.monotonic()
+            if name == SELF and teacher:
+                tokens_NT = sample_from_model(teacher(), tokenizer, options)
+            else:
+                tokens_NT = calibration_tokens(name, tokenizer, options)
+            return save({"tokens": tokens_NT, "seconds": _seconds_since(start)})
+
+        file = run.cached(GENERATED_FILE if name == SELF else f"text-{index}.safetensors", make)
+        windows.append(read_tensor(file, "tokens"))
+        seconds += float(read_tensor(file, "seconds"))
+    return torch.cat(windows), seconds
+
+
+def store_predictions(
+    run: Run, kind: str, windows_NT: Tensor, teacher: Teacher, config: RecoverConfig
+) -> Predictions:
+    """Store the teacher's predictions for some windows, those that are not stored yet.
+
+    Processes share the files. A file is checked when it is opened; together with the identity of
+    the run, that is a check of teacher, tokens and K.
+
+    Parameters
+    ----------
+    run : Run
+        Stores them. All processes call this together.
+    kind : str
+        What windows these are, in a few words.
+    windows_NT : Tensor
+        int64, (N, T).
+    teacher : callable
+        Loads the dense model, which is not called if all files exist.
+    config : RecoverConfig
+        Says how many tokens of each prediction are kept, and how many windows are computed at once.
+
+    Raises
+    ------
+    NumericalError
+        If the teacher's logits are not finite.
+    RunStateError
+        If a file is damaged or cannot be written.
+    """
+    num_at_once = max(1, FILE_TOKENS // windows_NT.shape[1])
+    parts = windows_NT.split(num_at_once)
+    names = [LOGITS_FILE.format(kind, index) for index in range(len(parts))]
+    state = PartialState()
+    for index in range(state.process_index, len(parts), state.num_processes):
+        if run.has(names[index]):
+            continue
+        start = time.monotonic()
+        tensors = _predict(teacher(), parts[index], config)
+        if not index:
+            num_bytes = sum(tensor[0, 0].nbytes for tensor in tensors.values())
+            log.info("%s: predictions take %d bytes per token", kind, num_bytes)
+        tensors["seconds"] = _seconds_since(start)
+        with run.saving(names[index]) as temporary:
+            temporary.write_bytes(save(tensors))
+        log.info("%s: the dense model has read part %d of %d", kind, index + 1, len(parts))
+    with training_together():
+        state.wait_for_everyone()
+    return Predictions(windows_NT, [run.saved(name) for name in names], num_at_once)
+
+
+def _seconds_since(start: float) -> Tensor:
+    return torch.tensor(time.monotonic() - start)
+
+
+@torch.no_grad()
+def _predict(
+    teacher: PreTrainedModel, windows_NT: Tensor, config: RecoverConfig
+) -> dict[str, Tensor]:
+    """Compute the teacher's predictions, in the types in which they are stored."""
+    batches = []
+    for batch in windows_NT.split(config.micro_batch_size):
+        logits = teacher(batch.to(teacher.device), use_cache=False).logits[:, :-1].float()
+        if not logits.isfinite().all():
+            dtype = str(teacher.dtype).removeprefix("torch.")
+            raise NumericalError(
+                f"the teacher's logits are not finite in {dtype}",
+                hint="give --dtype bfloat16 or float32",
+            )
+        ids_type = torch.uint16 if logits.shape[-1] <= SMALL_VOCABULARY else torch.int32
+        ids, log_probs, log_rest = top_k(logits, config.top_k)
+        batches.append((ids.to(ids_type).cpu(), log_probs.half().cpu(), log_rest.half().cpu()))
+    return dict(zip(TopK._fields, map(torch.cat, zip(*batches, strict=True)), strict=True))
