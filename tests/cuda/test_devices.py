@@ -106,9 +106,9 @@ def test_solver(name: str, dtype: torch.dtype, device: torch.device) -> None:
 # Calibration
 
 
-def stream_of(model: PreTrainedModel) -> Stream:
-    """The stream of a model on its device; that of the dense model is somewhere else."""
-    stream = embed(model, sample_tokens(64, 64), 8, with_dense=True)
+def stream_of(model: PreTrainedModel, place: torch.device | None = None) -> Stream:
+    """The stream of a model, in host memory or on a device; the dense one is somewhere else."""
+    stream = embed(model, sample_tokens(64, 64), 8, with_dense=True, place=place)
     noise = torch.randn(stream.hidden_NTC.shape, generator=torch.Generator().manual_seed(2))
     assert stream.dense_NTC is not None
     stream.dense_NTC += (0.1 * noise).to(stream.dense_NTC)
@@ -117,7 +117,7 @@ def stream_of(model: PreTrainedModel) -> Stream:
 
 def statistics(dtype: torch.dtype, device: torch.device, position: int) -> Activations:
     model = make_tiny_model("llama-biases").to(dtype).to(device)
-    return collect(next(iter(bind(model))).sublayers[position], stream_of(model), 2**20)
+    return collect(next(iter(bind(model))).sublayers[position], stream_of(model, device), 2**20)
 
 
 @DTYPES
