@@ -176,8 +176,9 @@ def seconds_by_phase(model: Model, run: Run, machine: Machine) -> dict[str, floa
 
     ffn_gram = gram(ffn_tokens, model.channels, 1024)
     statistics = gram(run.tokens, query, 1024) / machine.tf32
-    statistics += ffn_gram / (machine.float32 if is_mixture else machine.tf32)
-    statistics += cross(model, run) / machine.float32
+    # The inputs of experts are weighted, in float32.
+    rate = machine.float32 if is_mixture else machine.tf32
+    statistics += (ffn_gram + cross(model, run)) / rate
 
     solve = 0.0
     for columns, number in ((query, 1), (model.channels, model.experts or 1)):

@@ -11,6 +11,7 @@ output projection, ``O`` its rows (``O`` = ``C``).
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -305,7 +306,10 @@ class Sums:
                 product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
                 self._total_II[start:stop, start:] += product.to(device)
         if self._cross_OI is not None and self._target_O is not None and target_TO is not None:
-            self._cross_OI += (target_TO.T @ rows_TI).to(device)
+            # TF32 rounds the targets to 11 bits, without bias. On a CPU, bfloat16 is too coarse.
+            with exact_products(batch_TI) if batch_TI.is_cuda else nullcontext():
+                product = target_TO.T @ rows_TI
+            self._cross_OI += product.to(device)
             self._target_O += target_TO.sum(dim=0).to(device)
         self._sum_I += rows_TI.sum(dim=0).to(device)
         self.num_tokens += len(rows_TI)
