@@ -124,10 +124,17 @@ def factorisation(num_in: int) -> float:
     return float(num_in**3)
 
 
-def elimination(num_out: int, num_in: int, removed: float) -> tuple[float, float]:
-    """Operations of the removal of columns: those with H⁻¹ (float64), those with W (float32)."""
+def elimination(num_out: int, num_in: int, removed: float, panel: int = 192) -> tuple[float, float]:
+    """Operations of the removal of columns: those with H⁻¹ (float64), those with W (float32).
+
+    The candidates are 1.5 times as many as the pivots of a panel. What is done again for discarded
+    pivots is not counted.
+    """
+    left = num_in - removed / 2  # on average
     rows = removed**2 * num_in - 2 / 3 * removed**3
-    return rows, 4 * num_out * removed * (num_in - removed / 2)
+    candidates = 2 * 1.5**2 * panel * removed * (num_out + removed / 2)
+    inner = 2 * panel * removed * (num_out + left)
+    return rows + candidates + inner, 4 * num_out * removed * left
 
 
 def refit(model: Model, run: Run) -> float:
