@@ -7,10 +7,11 @@ root=$(cd "$here/../.." && pwd)
 python=${PYTHON:-python3}
 mkdir -p "$here/wheels"
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$here/wheels" "$root"
-names=(accelerate annotated-doc annotated-types anyio certifi click filelock gguf h11 hf-xet httpcore
-    httpx huggingface-hub idna iniconfig markdown-it-py mdurl numpy packaging pluggy psutil pydantic
-    pydantic-core pygments pytest pyyaml regex rich safetensors shellingham tokenizers tqdm
-    transformers typer typing-extensions typing-inspection wrapt peft)
+names=(accelerate annotated-doc annotated-types anyio certifi charset-normalizer click filelock fsspec
+    gguf h11 hf-xet httpcore2 httpx2 huggingface-hub idna iniconfig markdown-it-py mdurl numpy packaging
+    peft pluggy psutil pydantic pydantic-core pygments pytest pyyaml regex requests rich safetensors
+    shellingham tokenizers tqdm transformers truststore typer typing-extensions typing-inspection
+    urllib3 wrapt)
 for name in "${names[@]}"; do
     "$python" -m pip download --quiet --no-deps --only-binary=:all: --dest "$here/wheels" \
         --python-version "${1:-3.12}" --platform "${2:-manylinux2014_x86_64}" \
