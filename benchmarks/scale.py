@@ -28,7 +28,9 @@ from slimgpt.models.weights import write_file
 from slimgpt.runtime.environment import peak_memory
 
 
-def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, heads: int) -> None:
+def write_model(
+    directory: Path, num_blocks: int, hidden: int, channels: int, heads: int, device: str = "cpu"
+) -> None:
     """Write a dense checkpoint with normal random weights, one file for each block."""
     config = LlamaConfig(
         hidden_size=hidden,
@@ -45,11 +47,13 @@ def write_model(directory: Path, num_blocks: int, hidden: int, channels: int, he
     write_tokenizer(directory)
 
     tensors = build_skeleton(config, torch.bfloat16).state_dict()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(name: str) -> Tensor:
-        values = torch.ones(tensors[name].shape, dtype=torch.bfloat16)
-        return values if values.ndim == 1 else values.normal_(0, 0.02, generator=generator)
+        values = torch.ones(tensors[name].shape, dtype=torch.bfloat16, device=device)
+        if values.ndim > 1:
+            values.normal_(0, 0.02, generator=generator)
+        return values.cpu()
 
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

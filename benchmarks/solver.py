@@ -24,7 +24,6 @@ Shape suffixes as in `slimgpt.solver.elimination`: ``O`` out features, ``I`` in 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 from environment import environment
+from phases import now
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -92,35 +92,34 @@ class Stopwatch:
     """Seconds since the last reading."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
+        self._start = now()
 
     def __call__(self) -> float:
         """Return the seconds and restart."""
-        now = time.perf_counter()
-        lap, self._start = now - self._start, now
-        return lap
+        before, self._start = self._start, now()
+        return self._start - before
 
 
-def synthetic_layer(shape: Shape, seed: int) -> tuple[Tensor, Tensor]:
+def synthetic_layer(shape: Shape, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Make a weight and a Hessian that resemble those of a language model.
 
     The inputs are gated like those of down_proj, x = silu(g)·h, with g and h correlated through
     I/8 latent features of decaying scale; the scales of the channels are log-normal, and one
     channel in 200 is an outlier, 30 times larger. H = E[x xᵀ] over 2·I tokens.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     num_out, num_in, _ = shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+        return torch.randn(*size, generator=generator, device=device)
 
     scale_I = normal(num_in).exp()
-    scale_I[torch.randperm(num_in, generator=generator)[: -(-num_in // 200)]] *= 30
+    scale_I[torch.randperm(num_in, generator=generator, device=device)[: -(-num_in // 200)]] *= 30
     num_latent = num_in // 8
-    decay_F = torch.logspace(0, -1, num_latent)
+    decay_F = torch.logspace(0, -1, num_latent, device=device)
     decay_F /= decay_F.square().sum().sqrt()
     gate_FI, value_FI = normal(num_latent, num_in), normal(num_latent, num_in)
-    hessian_II = torch.zeros(num_in, num_in, dtype=torch.float64)
+    hessian_II = torch.zeros(num_in, num_in, dtype=torch.float64, device=device)
     tokens = 2 * num_in
     for start in range(0, tokens, 4096):
         size = min(4096, tokens - start)
@@ -140,14 +139,14 @@ def invert(hessian_II: Tensor) -> Tensor:
 
 def kept(num_in: int, removed_R: Tensor) -> Tensor:
     """Sorted indices of all other columns."""
-    keep_I = torch.ones(num_in, dtype=torch.bool)
+    keep_I = torch.ones(num_in, dtype=torch.bool, device=removed_R.device)
     keep_I[removed_R] = False
     return keep_I.nonzero().squeeze(1)
 
 
 def columns(units_U: Tensor, unit_size: int) -> Tensor:
     """Columns of the units, in the order of the units."""
-    return (units_U[:, None] * unit_size + torch.arange(unit_size)).flatten()
+    return (units_U[:, None] * unit_size + torch.arange(unit_size, device=units_U.device)).flatten()
 
 
 def solve_slimgpt(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_size: int) -> Run:
@@ -200,7 +199,7 @@ def solve_paper(weight_OI: Tensor, hessian_II: Tensor, num_remove: int, unit_siz
     weight_OI = weight_OI.double()
     hessian_II = hessian_II + torch.diag(DAMPING * hessian_II.diagonal())
     if len(hessian_II) <= 8192:
-        alive_I, removed = torch.arange(len(hessian_II)), []
+        alive_I, removed = torch.arange(len(hessian_II), device=hessian_II.device), []
         for size in sizes:
             weight_OI, removed_R, kept_K = paper_step(weight_OI, hessian_II, size, unit_size)
             removed.append(alive_I[removed_R])

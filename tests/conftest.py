@@ -51,8 +51,21 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first, so that several workers end together."""
+    """The files that take longest come first, so that several workers end together.
+
+    Tests marked `cuda` are skipped where there is no GPU.
+    """
     items.sort(key=lambda item: item.path.name not in ("test_smollm2.py", "test_bad_input.py"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="this machine has no CUDA GPU"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device whose results are compared with those of the CPU."""
+    return torch.device(request.param)
 
 
 @dataclass(frozen=True)

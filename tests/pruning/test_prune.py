@@ -143,7 +143,7 @@ def test_sums_of_bfloat16_numbers_lose_no_more_than_float32() -> None:
     stream = embed(dense, sample_tokens(), batch_size=3)
     block = next(iter(bind(dense)))
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with device.bfloat16_matmul(stream.hidden_NTC):
+    with device.exact_products(stream.hidden_NTC):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     activations = collect(block.sublayers[1], stream, 10**9)
     assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -11,6 +11,7 @@ output projection, ``O`` its rows (``O`` = ``C``).
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.models.blocks import Block, blocks_of, decoder_of
-from slimgpt.models.device import autocast, bfloat16_matmul
+from slimgpt.models.device import autocast, exact_products, sums_device
 from slimgpt.models.experts import Experts
 from slimgpt.models.layout import family_in
 from slimgpt.models.mapping import allocate
@@ -33,6 +34,7 @@ from slimgpt.runtime import distributed
 TOKENS_PER_BATCH, MIN_BATCHES = 4096, 8
 
 PANEL_SIZE = 256  # of the symmetric products, of which only the upper half is computed
+GPU_PANEL_SIZE = 1024  # enough tiles for all of its multiprocessors
 
 
 class Recorder(BlockStandIn):
@@ -57,7 +59,7 @@ class Stream:
     Attributes
     ----------
     hidden_NTC : Tensor
-        In the model's dtype, in host memory or in a memory-mapped file.
+        In the model's dtype, in the memory of the GPU or the host, or in a memory-mapped file.
     dense_NTC : Tensor or None
         The same for the dense model, if inherited errors are corrected.
     batch_size : int
@@ -116,7 +118,7 @@ def embed(
     samples_NT: Tensor,
     batch_size: int,
     with_dense: bool = False,
-    directory: Path | None = None,
+    place: Path | torch.device | None = None,
 ) -> Stream:
     """Compute the input of the first block.
 
@@ -130,9 +132,10 @@ def embed(
         From `choose_batch_size`.
     with_dense : bool
         Whether to keep a second stream for the dense model.
-    directory : Path, optional
-        If given, the stream is in a memory-mapped file there, instead of in memory. The file is
-        unlinked at once, so that nothing remains however the process ends.
+    place : Path or torch.device, optional
+        Where the stream is: in the memory of a device, or in a memory-mapped file in a directory,
+        which is unlinked at once, so that nothing remains however the process ends. Default: in
+        host memory.
 
     Raises
     ------
@@ -142,7 +145,9 @@ def embed(
     decoder, blocks = decoder_of(model), blocks_of(model)
     family, config = family_in(model.config), model.config.get_text_config()
     device = next(model.get_input_embeddings().parameters()).device
-    new_stream = partial(allocate, (*samples_NT.shape, config.hidden_size), model.dtype, directory)
+    directory, memory = (place, None) if isinstance(place, Path) else (None, place)
+    shape = (*samples_NT.shape, config.hidden_size)
+    new_stream = partial(allocate, shape, model.dtype, directory, memory)
     hidden_NTC = new_stream()
     recorders = [Recorder(block, family.returns_tuple) for block in blocks]
     name = family.blocks
@@ -282,9 +287,7 @@ class Sums:
     """
 
     def __init__(self, output: Projection, has_target: bool) -> None:
-        size, device = output.in_features, output.weight.device
-        if device.type == "mps":  # which has no float64
-            device = torch.device("cpu")
+        size, device = output.in_features, sums_device(output.weight.device)
         self._total_II = torch.zeros(size, size, dtype=torch.float64, device=device)
         self._sum_I = self._total_II.new_zeros(size)
         self.num_tokens = self._total_II.new_zeros(())
@@ -292,19 +295,21 @@ class Sums:
         if has_target:
             self._target_O = self._total_II.new_zeros(output.out_features)
             self._cross_OI = self._total_II.new_zeros(output.out_features, size)
-        self._panels = [
-            (start, min(start + PANEL_SIZE, size)) for start in range(0, size, PANEL_SIZE)
-        ]
+        panel = GPU_PANEL_SIZE if device.type == "cuda" else PANEL_SIZE
+        self._panels = [(start, min(start + panel, size)) for start in range(0, size, panel)]
 
     def add(self, batch_TI: Tensor, target_TO: Tensor | None = None) -> None:
         """Add inputs of the output projection, with their targets in float32 if there are any."""
         rows_TI, device = batch_TI.float(), self._total_II.device
-        with bfloat16_matmul(batch_TI):
+        with exact_products(batch_TI):
             for start, stop in self._panels:
                 product = rows_TI[:, start:stop].T @ rows_TI[:, start:]
                 self._total_II[start:stop, start:] += product.to(device)
         if self._cross_OI is not None and self._target_O is not None and target_TO is not None:
-            self._cross_OI += (target_TO.T @ rows_TI).to(device)
+            # TF32 rounds the targets to 11 bits, without bias. On a CPU, bfloat16 is too coarse.
+            with exact_products(batch_TI) if batch_TI.is_cuda else nullcontext():
+                product = target_TO.T @ rows_TI
+            self._cross_OI += product.to(device)
             self._target_O += target_TO.sum(dim=0).to(device)
         self._sum_I += rows_TI.sum(dim=0).to(device)
         self.num_tokens += len(rows_TI)
@@ -422,5 +427,6 @@ def _distances(sublayer: Sublayer, stream: Stream) -> Iterator[Tensor]:
 
 
 def _distance(sublayer: Sublayer, dense_NTC: Tensor, hidden_NTC: Tensor) -> Tensor:
-    distance_NTC = dense_NTC.float() - hidden_NTC.float()
+    device = sublayer.weight.device
+    distance_NTC = dense_NTC.to(device).float() - hidden_NTC.to(device).float()
     return distance_NTC if sublayer.multiplier == 1 else distance_NTC / sublayer.multiplier

@@ -29,22 +29,34 @@ def autocast(weight: Tensor) -> torch.autocast:
 
 
 @contextmanager
-def bfloat16_matmul(batch: Tensor) -> Iterator[None]:
-    """Use bfloat16 units for float32 products of bfloat16 activations, on a CPU.
+def exact_products(batch: Tensor) -> Iterator[None]:
+    """Use the fastest units that are exact for float32 products of half-precision activations.
 
-    This is exact, because the values have 8 significant bits and the units accumulate in float32.
-    (torch before 2.9 has no setting for it.)
+    On a CPU, these are bfloat16 units for bfloat16, whose values have 8 significant bits; on a GPU,
+    TF32 units (11 bits) for bfloat16 and float16. Both accumulate in float32. (torch before 2.9 has
+    no setting for it.)
     """
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None or batch.dtype != torch.bfloat16:
+    is_half = batch.dtype in (torch.bfloat16, torch.float16)
+    matmul: Any = None
+    precision = "bf16"
+    if batch.device.type == "cuda" and is_half:
+        matmul, precision = torch.backends.cuda.matmul, "tf32"
+    elif batch.device.type == "cpu" and batch.dtype == torch.bfloat16:
+        matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(matmul, "fp32_precision", None)
+    if before is None:
         yield
         return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = precision
     try:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def sums_device(device: torch.device) -> torch.device:
+    """Device of float64 sums: the CPU for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def find_device(name: str) -> torch.device:

@@ -11,8 +11,13 @@ from torch import Tensor
 CHUNK = 2**24  # bytes
 
 
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None) -> Tensor:
-    """Allocate a tensor in memory, or in a memory-mapped file in a directory.
+def allocate(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    directory: Path | None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Allocate a tensor in a device's memory, or in a memory-mapped file in a directory.
 
     The file is unlinked at once, so that nothing remains however the process ends.
 
@@ -22,7 +27,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, directory: Path | None)
         If there is not enough space for the file.
     """
     if directory is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape)
     descriptor, name = tempfile.mkstemp(dir=directory)
     try:

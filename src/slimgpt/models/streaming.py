@@ -166,6 +166,10 @@ class StreamedModel:
             for name, t in tensors.items()
         }
         module.load_state_dict(moved, strict=False, assign=True)
+        for child in module.modules():  # computed ones, which no file has
+            for name, buffer in child.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(child, name, buffer.to(self.device))
 
     def _release(self, module: nn.Module) -> None:
         """Move the parameters back to the meta device; buffers keep their values."""

@@ -44,7 +44,8 @@ from slimgpt.pruning.job import Inputs, Job
 from slimgpt.pruning.memory import (
     FLOAT32,
     MemoryEstimate,
-    divide_memory,
+    free_gpu_memory,
+    place_activations,
     probe_bytes,
     refit_bytes,
     solver_bytes,
@@ -64,6 +65,8 @@ from slimgpt.runtime.progress import Progress
 from slimgpt.runtime.run_directory import GENERATED_FILE, SCORES_FILE, Run
 
 log = logging.getLogger(__name__)
+
+READ_AHEAD = 2  # blocks in host memory beside a GPU: one is read, the other is pinned
 
 
 def check_inputs(config: PruneConfig) -> None:
@@ -224,7 +227,7 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     measures = is_measured(inputs.shapes, widths, inputs.seqlen, config)
     batch_size = choose_batch_size(config.nsamples, inputs.seqlen)
     num_own = len(shard(torch.arange(config.nsamples), batch_size))
-    size, num_params = skeleton.dtype.itemsize, skeleton.num_parameters()
+    size = skeleton.dtype.itemsize
     blocks, solvers, num_removed = list(bind(skeleton)), [], 0
     sublayers = [
         (sublayer, width)
@@ -251,17 +254,6 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
         solvers.append(solver_bytes(*sizes, columns, method.needs_dense, has_bias))
         if method.refit_epochs and shape.kind == "ffn" and kept < whole:
             solvers.append(refit_bytes(whole, kept, size))
-    whole = next(skeleton.get_input_embeddings().parameters()).numel() * size
-    if measures:
-        whole = max(whole, probe_bytes(skeleton, config.nsamples, inputs.seqlen))
-    if config.drop_layers:
-        whole = max(whole, choice_bytes(skeleton, config.nsamples, inputs.seqlen))
-    if not {SELF, PYDOCS}.issuperset(config.calibration):
-        whole = max(whole, READING_BYTES)
-    if SELF in config.calibration:
-        whole = max(whole, num_params * size)
-    if method.needs_gradients:
-        whole = 2 * num_params * FLOAT32
     activation = tokens * size
     stream = (
         activation
@@ -270,7 +262,6 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     )
     if blocks[0].is_parallel:
         stream *= 2
-    is_mapped, kept = divide_memory(stream, activation * widest, config.activation_memory)
     experts = [size * sub.shape.params for sub, _ in sublayers if isinstance(sub, Experts)]
     mapped = max(experts, default=0)
     if mapped <= config.activation_memory:
@@ -278,14 +269,41 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     block = max(sum(_held(sub, mapped > 0) for sub in block.sublayers) for block in blocks)
     if config.drop_layers:  # a dropped one beside the one before it
         block *= 2
+    device, room = inputs.streamed.device, None
+    others, on_host = _other_phases(inputs, measures)
+    working = max(block * size + max(solvers), others)
+    if device.type == "cuda":
+        room = free_gpu_memory(device)[0] - working
+    else:
+        working = max(working, on_host)
     return MemoryEstimate(
         stream,
-        is_mapped,
-        kept,
-        working=max(block * size + max(solvers), whole),
-        result=(num_params - num_removed) * size,
+        place_activations(stream, activation * widest, config.activation_memory, room),
+        working,
+        result=(skeleton.num_parameters() - num_removed) * size,
+        device=device,
         mapped_experts=mapped,
+        beside=max(READ_AHEAD * block * size, on_host),
     )
+
+
+def _other_phases(inputs: Inputs, measures: bool) -> tuple[int, int]:
+    """Bytes that phases outside the blocks need on the device, and on the host."""
+    config, skeleton = inputs.config, inputs.streamed.skeleton
+    size, num_params = skeleton.dtype.itemsize, skeleton.num_parameters()
+    phases = [next(skeleton.get_input_embeddings().parameters()).numel() * size]
+    if measures:
+        phases.append(probe_bytes(skeleton, config.nsamples, inputs.seqlen))
+    if config.drop_layers:
+        phases.append(choice_bytes(skeleton, config.nsamples, inputs.seqlen))
+    on_host = max(phases)  # a part of each
+    if not {SELF, PYDOCS}.issuperset(config.calibration):
+        on_host = max(on_host, READING_BYTES)
+    if SELF in config.calibration:
+        phases.append(num_params * size)
+    if inputs.method.needs_gradients:
+        phases.append(2 * num_params * FLOAT32)
+    return max(phases), on_host
 
 
 def _held(sublayer: Sublayer, is_mapped: bool) -> int:

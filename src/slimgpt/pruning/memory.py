@@ -5,13 +5,34 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+import torch
 from transformers import PreTrainedModel
 
 from slimgpt.allocation.reallocation import PROBE_TOKENS, probe_samples
 from slimgpt.errors import ConfigError
+from slimgpt.runtime.environment import available_memory
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Where the activations are.
+
+    Attributes
+    ----------
+    kept : int
+        Bytes of sublayer activations that may be kept from calibration to propagation. They are on
+        the device of the block.
+    is_mapped : bool
+        Whether the residual streams are in a memory-mapped file.
+    on_gpu : bool
+        Whether they are in the memory of the GPU.
+    """
+
+    kept: int
+    is_mapped: bool = False
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -22,30 +43,51 @@ class MemoryEstimate:
     ----------
     stream : int
         Residual stream of this process's calibration samples, and the dense model's if needed.
-    is_mapped : bool
-        Whether the stream exceeds the budget and therefore lives in a memory-mapped file.
-    kept : int
-        Sublayer activations that may be kept from calibration to propagation.
+    activations : Activations
+        Where the stream is, and how much of the activations of a sublayer is kept.
     working : int
         The largest block with the solver's matrices, or the peak of another phase if higher.
     result : int
         The pruned model.
+    device : torch.device
+        Device of the block. `working` and the kept activations are in its memory.
+    beside : int
+        Bytes of host memory that a GPU needs: a block that is read ahead, or the peak of a phase
+        on the host.
     mapped_experts : int
         Weights of the experts of the largest layer, if they exceed the budget and therefore live in
         memory-mapped files.
     """
 
     stream: int
-    is_mapped: bool
-    kept: int
+    activations: Activations
     working: int
     result: int
+    device: torch.device
+    beside: int
     mapped_experts: int = 0
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether the stream is in a memory-mapped file."""
+        return self.activations.is_mapped
+
+    @property
     def memory(self) -> int:
-        """Bytes of memory, in addition to those already allocated by the process."""
-        return self.working + self.kept + (0 if self.is_mapped else self.stream)
+        """Bytes of host memory, in addition to those already allocated by the process."""
+        is_elsewhere = self.activations.is_mapped or self.activations.on_gpu
+        stream = 0 if is_elsewhere else self.stream
+        if self.device.type == "cuda":
+            return self.beside + stream
+        return self.working + self.activations.kept + stream
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of GPU memory."""
+        if self.device.type != "cuda":
+            return 0
+        stream = self.stream if self.activations.on_gpu else 0
+        return self.working + self.activations.kept + stream
 
     @property
     def disk(self) -> int:
@@ -56,14 +98,18 @@ class MemoryEstimate:
     def __str__(self) -> str:
         """Summarise the estimate in one line for the log."""
         place = "in a memory-mapped file" if self.is_mapped else "in memory"
+        on_gpu = ""
+        if self.device.type == "cuda":
+            on_gpu = f"{size(self.gpu_memory)} of GPU memory, "
+            place = "in GPU memory" if self.activations.on_gpu else place
         return (
-            f"needs about {size(self.memory)} of memory and {size(self.disk)} of disk; the "
+            f"needs about {on_gpu}{size(self.memory)} of memory and {size(self.disk)} of disk; the "
             f"activations ({size(self.stream)}) are {place}"
             + (", the experts of a layer too" if self.mapped_experts else "")
         )
 
     def check(self, output: Path, written: int) -> None:
-        """Check that enough memory and disk are free.
+        """Check that enough memory, on the GPU too, and disk are free.
 
         Parameters
         ----------
@@ -77,8 +123,10 @@ class MemoryEstimate:
         ConfigError
             If too little is free. The message has both numbers.
         """
+        if self.device.type == "cuda":
+            self._check_gpu()
         # The processes of torchrun on this machine share its memory.
-        memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        memory = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if self.memory > memory:
             raise ConfigError(
                 f"the run needs about {size(self.memory)} of memory, and {size(memory)} are free",
@@ -93,8 +141,21 @@ class MemoryEstimate:
                 hint="free some space, or choose another --output",
             )
 
+    def _check_gpu(self) -> None:
+        free, total = free_gpu_memory(self.device)
+        if self.gpu_memory > free:
+            raise ConfigError(
+                f"the run needs about {size(self.gpu_memory)} of GPU memory, of which "
+                f"{size(self.working)} for the largest block with the solver's matrices or another "
+                f"phase, and {size(free)} of {size(total)} are free on {self.device}",
+                hint="use a GPU with more memory or --device cpu; --widths scheduled, "
+                "--refit-epochs 0 and --calibration without self need less",
+            )
 
-def divide_memory(stream: int, widest: int, budget: int) -> tuple[bool, int]:
+
+def place_activations(
+    stream: int, widest: int, budget: int, gpu_room: int | None = None
+) -> Activations:
     """Divide the budget for activations.
 
     Parameters
@@ -102,15 +163,27 @@ def divide_memory(stream: int, widest: int, budget: int) -> tuple[bool, int]:
     stream, widest : int
         Bytes of the residual streams, and of the largest input of an output projection.
     budget : int
-        Bytes for streams and activations together.
-
-    Returns
-    -------
-    tuple
-        Whether the streams go into a mapped file, and the bytes of activations to keep.
+        Bytes for streams and activations together. On a GPU they may also take half of the room.
+    gpu_room : int, optional
+        Bytes of the GPU's memory that nothing else needs; none without a GPU.
     """
+    if gpu_room is None:
+        is_mapped = stream > budget
+        return Activations(min(widest, budget if is_mapped else budget - stream), is_mapped)
+    room = max(gpu_room, 0)
+    within = min(max(budget, room // 2), room)
+    if stream <= within:
+        return Activations(min(widest, within - stream), on_gpu=True)
     is_mapped = stream > budget
-    return is_mapped, min(widest, budget if is_mapped else budget - stream)
+    left = within if is_mapped else min(within, budget - stream)
+    return Activations(min(widest, left), is_mapped)
+
+
+def free_gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU's memory: free, with what torch has reserved and does not use; all of it."""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused, total
 
 
 def solver_bytes(

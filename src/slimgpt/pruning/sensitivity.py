@@ -38,7 +38,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.methods.slimgpt import SlimGPT
 from slimgpt.models.blocks import Block
-from slimgpt.models.device import autocast
+from slimgpt.models.device import autocast, sums_device
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.pruning.block import replay_block
@@ -356,7 +356,7 @@ def _divergence(
 
     If wanted, its gradient for the pruned model's stream is written to `gradient_NTC`.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=sums_device(streamed.device))
     with streamed.after_blocks() as head:
         assert stream.dense_NTC is not None
         samples = zip(stream.hidden_NTC, stream.dense_NTC, strict=True)
@@ -366,10 +366,10 @@ def _divergence(
                 last_TC = hidden_TC.detach().requires_grad_(gradient_NTC is not None)
                 pruned_TV = log_softmax(head(last_TC).float(), dim=-1)
                 value = kl_div(pruned_TV, dense_TV, reduction="sum", log_target=True)
-            total += float(value)
+            total += value.detach().to(total.device)
             if gradient_NTC is not None:
                 gradient_NTC[index] = torch.autograd.grad(value, last_TC)[0]
-    return total
+    return float(total)
 
 
 def _pull_back(
@@ -383,11 +383,11 @@ def _pull_back(
         _pruned_projection(sublayer, saved, plan)
         for sublayer, plan in zip(block.sublayers, saved.plan.sublayers, strict=True)
     ]
-    costs = [0.0] * len(projections)
+    device = projections[0][0].device
+    costs = torch.zeros(len(projections), dtype=torch.float64, device=sums_device(device))
     for input_NTC, given_NTC in zip(
         stream.batches(), gradient_NTC.split(stream.batch_size), strict=True
     ):
-        device = projections[0][0].device
         first = state = input_NTC.to(device).detach().requires_grad_()
         outputs, changes = [], []
         for sublayer, (new_OI, new_O) in zip(block.sublayers, projections, strict=True):
@@ -404,9 +404,9 @@ def _pull_back(
                 changes.append(linear(batch_NTI, new_OI - sublayer.output.weight, change_O))
         before, *gradients = torch.autograd.grad(state, [first, *outputs], given_NTC.to(device))
         for index, (g, change) in enumerate(zip(gradients, changes, strict=True)):
-            costs[index] += float((g.float() * change.float()).sum())
+            costs[index] += (g.float() * change.float()).sum().to(costs.device)
         given_NTC.copy_(before)
-    return costs
+    return costs.tolist()
 
 
 def _pruned_projection(

@@ -37,9 +37,11 @@ def sequential_pass(job: Job, widths: Sequence[BlockWidths], stage: Stage = "blo
     """
     run, memory = job.run, job.memory
     samples_NT = shard(job.samples_NT, job.batch_size)
-    directory = run.state if memory.is_mapped else None
+    place = run.state if memory.is_mapped else None
+    if memory.activations.on_gpu:
+        place = job.streamed.device
     with writing(run.output), job.streamed.around_blocks() as model:
-        stream = embed(model, samples_NT, job.batch_size, job.method.needs_dense, directory)
+        stream = embed(model, samples_NT, job.batch_size, job.method.needs_dense, place)
     log.info("calibrating on %d samples of %d tokens", *samples_NT.shape)
     kept = kept_indices(widths)
     begun, num_blocks = time.monotonic(), len(kept)
@@ -52,7 +54,8 @@ def sequential_pass(job: Job, widths: Sequence[BlockWidths], stage: Stage = "blo
             if gap:
                 gap.move_dense(stream)
         else:
-            plan = prune_block(block, widths[block.index], stream, job.method, memory.kept, gap)
+            kept_bytes = memory.activations.kept
+            plan = prune_block(block, widths[block.index], stream, job.method, kept_bytes, gap)
             if is_main():
                 _save_block(run, name, block, plan, time.monotonic() - start)
         left = (time.monotonic() - begun) / done * (num_blocks - done)

@@ -55,6 +55,58 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def available_memory() -> int:
+    """Return the bytes of memory that are free for this process, also within its cgroup's limit."""
+    import psutil
+
+    within = free_within_cgroups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return min(psutil.virtual_memory().available, *within)
+
+
+def free_within_cgroups(root: Path, membership: Path) -> list[int]:
+    """Bytes until the limit of each cgroup that a process is in, where there is a limit.
+
+    The page cache that the kernel would give up first (inactive files) counts as free. In a
+    container the named cgroup may not be visible; then its root is the container's.
+
+    Parameters
+    ----------
+    root : Path
+        Where the cgroup file system is mounted.
+    membership : Path
+        ``/proc/PID/cgroup``, of version 1 or 2.
+    """
+    found = []
+    lines = membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = top / path.strip("/")
+        outer = [directory for directory in inner.parents if directory.is_relative_to(top)]
+        limits = [_free_within(directory, *names) for directory in (inner, *outer)]
+        found += [free for free in limits if free is not None]
+    return found
+
+
+def _free_within(directory: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
+    try:
+        limit, used, stat = (
+            (directory / name).read_text(encoding="utf-8")
+            for name in (limit_name, used_name, "memory.stat")
+        )
+    except OSError:  # the root of version 2 has none of these
+        return None
+    if limit.strip() == "max":
+        return None
+    cache = dict(line.split() for line in stat.splitlines()).get(cache_name, "0")
+    return max(int(limit) - int(used) + int(cache), 0)
+
+
 def trim_heap() -> None:
     """Return freed memory to the system; glibc would keep it in a fragmented heap."""
     if sys.platform == "linux":

@@ -15,6 +15,7 @@ Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Self
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slimgpt.errors import NumericalError
 from slimgpt.solver.hessian import Problem
 
 
@@ -196,7 +198,7 @@ def eliminate_units(
         while len(units.order) < stop:
             units.remove(units.unit_errors(method).argmin()[None])
         left = left or [units.elimination()]
-    return left[0]._replace(errors=torch.stack(units.errors)) if units.errors else left[0]
+    return left[0]._replace(errors=_joined(units.errors, left[0].errors))
 
 
 def eliminate_heads(
@@ -276,13 +278,10 @@ def trace_heads(
     while path[-1].removed_params < num_params and state.heads.total > 1:
         *others, last = state.steps()
         trials = [step(state.clone()) for step in others] + [last(state)]
+        errors = torch.stack([torch.cat(trial.errors).sum() for trial in trials]).tolist()
         ends = [
-            HeadState(
-                trial.heads,
-                params.count(heads) - params.count(trial.heads),
-                float(torch.stack(trial.errors).sum()),
-            )
-            for trial in trials
+            HeadState(trial.heads, params.count(heads) - params.count(trial.heads), error)
+            for trial, error in zip(trials, errors, strict=True)
         ]
         prices = [
             (end.error - path[-1].error) / (end.removed_params - path[-1].removed_params)
@@ -332,15 +331,17 @@ def eliminate_channels(
     norms_K = _squares(state.weight_KO)
     inverse_K = problem.inverse_II.diagonal()
     order, errors, left = [], [], []
+    num_removed = 0
     if first is not None and len(first):
+        num_removed = len(first)
         root_FK, half_FO = state.factorize(first)
-        order, errors = first.tolist(), list(half_FO.square().sum(dim=1))
+        order, errors = [first], [half_FO.square().sum(dim=1)]
         left_K = state.remove(first, root_FK, half_FO)
         norms_K = _squares(state.weight_KO)
         inverse_K = (inverse_K - root_FK.square().sum(dim=0))[left_K]
     for stop in stops:
-        while len(order) < stop:
-            size = min(panel_size, stop - len(order))
+        while num_removed < stop:
+            size = min(panel_size, stop - num_removed)
             ranked_K = (norms_K.clamp(min=0) / inverse_K).argsort(stable=True)
             candidates_C = ranked_K[: 3 * size // 2].sort().values
             weight_CO = state.weight_KO[candidates_C].double()
@@ -356,12 +357,13 @@ def eliminate_channels(
             others_P = others_PK.index_fill_(1, candidates_C, torch.inf).amin(dim=1)
             valid = 1 + int((errors_P[1:] <= others_P).cumprod(dim=0).sum())
 
-            order += state.columns_K[pivots_P[:valid]].tolist()
-            errors += errors_P[:valid]
+            num_removed += valid
+            order.append(state.columns_K[pivots_P[:valid]])
+            errors.append(errors_P[:valid])
             left_K = state.remove(pivots_P[:valid], root_PK[:valid], half_PO[:valid])
             norms_K, inverse_K = norms_PK[valid - 1, left_K], inverse_PK[valid - 1, left_K]
         left = left or [state.elimination(order, errors)]
-    return left[0]._replace(errors=torch.stack(errors)) if errors else left[0]
+    return left[0]._replace(errors=_joined(errors, left[0].errors))
 
 
 def eliminate_channel_groups(
@@ -385,17 +387,29 @@ def eliminate_channel_groups(
     state = _EliminationState(problem, num_remove)
     inverse_K = problem.inverse_II.diagonal()
     order, errors = [], []
-    group = num_remove
-    while len(order) < num_remove:
+    group, left = num_remove, num_remove
+    while left:
         group = min(max((group - 512) // 2, min_group), max_group)
         errors_K = _squares(state.weight_KO) / inverse_K
-        pivots_P = errors_K.argsort(stable=True)[: min(group, num_remove - len(order))]
-        order += state.columns_K[pivots_P].tolist()
+        pivots_P = errors_K.argsort(stable=True)[: min(group, left)]
+        left -= len(pivots_P)
+        order.append(state.columns_K[pivots_P])
         root_PK, half_PO = state.factorize(pivots_P)
-        errors += half_PO.square().sum(dim=1)
+        errors.append(half_PO.square().sum(dim=1))
         left_K = state.remove(pivots_P, root_PK, half_PO)
         inverse_K = (inverse_K - root_PK.square().sum(dim=0))[left_K]
     return state.elimination(order, errors)
+
+
+def _joined(parts: list[Tensor], empty: Tensor) -> Tensor:
+    """Join the parts, if there are any."""
+    return torch.cat(parts) if parts else empty
+
+
+def _cholesky(matrix_SS: Tensor) -> Tensor:
+    """Factorise matrices; a factor is NaN where it fails, so that no device waits for a check."""
+    factor_SS, failed = torch.linalg.cholesky_ex(matrix_SS)
+    return factor_SS.masked_fill_((failed != 0)[..., None, None], torch.nan)
 
 
 def _squares(weight_KO: Tensor) -> Tensor:
@@ -417,12 +431,12 @@ def _unit_blocks(inverse_II: Tensor, unit_size: int) -> Tensor:
 
 
 def _unit_errors(grams_USS: Tensor, inverse_USS: Tensor, head_error: str) -> Tensor:
-    factors_USS = torch.linalg.cholesky(inverse_USS)
+    factors_USS = _cholesky(inverse_USS)
     if head_error == "diagonal":
         pivots_US = factors_USS.diagonal(dim1=1, dim2=2)
         norms_US = grams_USS.diagonal(dim1=1, dim2=2).clamp(min=0)
         return (norms_US / pivots_US.square()).sum(dim=1)
-    eye_SS = torch.eye(inverse_USS.shape[1]).to(inverse_USS)
+    eye_SS = torch.eye(inverse_USS.shape[1], dtype=inverse_USS.dtype, device=inverse_USS.device)
     solved_USS = torch.linalg.solve_triangular(factors_USS, eye_SS, upper=False)
     return (solved_USS @ grams_USS).mul_(solved_USS).sum(dim=(1, 2)).clamp(min=0)
 
@@ -450,7 +464,7 @@ class _EliminationState:
         self.weight_KO = weight_IO.clone(memory_format=torch.contiguous_format)
         self._root_KR = inverse_II.new_empty(len(inverse_II), capacity)
         self._num_removed = 0
-        self._error = 0.0
+        self._error = inverse_II.new_zeros(())
         self._problem = problem
 
     def clone(self) -> Self:
@@ -471,7 +485,7 @@ class _EliminationState:
     def factorize(self, pivots_P: Tensor) -> tuple[Tensor, Tensor]:
         """R and Y for the removal of the pivots."""
         inverse_PK = self.inverse(pivots_P)
-        factor_PP = torch.linalg.cholesky(inverse_PK[:, pivots_P])
+        factor_PP = _cholesky(inverse_PK[:, pivots_P])
         return (
             torch.linalg.solve_triangular(factor_PP, inverse_PK, upper=False),
             torch.linalg.solve_triangular(
@@ -493,12 +507,13 @@ class _EliminationState:
     def remove(self, pivots_P: Tensor, root_PK: Tensor, half_PO: Tensor) -> Tensor:
         """Remove pivots; return the old positions of the remaining columns, in their new order."""
         num_left = len(self.columns_K) - len(pivots_P)
-        is_left_K = torch.ones_like(self.columns_K, dtype=torch.bool)
-        is_left_K[pivots_P] = False
-        left_K = torch.arange(num_left, device=pivots_P.device)
-        free = ~is_left_K[:num_left]
-        last = num_left + is_left_K[num_left:].nonzero().squeeze(1)
-        left_K[free] = last
+        # The remaining ones of the last columns, then pivots among these. They come into the places
+        # of the pivots in order; there are as many pivots, and the last ones are cut off.
+        is_gone_K = torch.zeros_like(self.columns_K).index_fill_(0, pivots_P, 1)
+        last_P = num_left + is_gone_K[num_left:].argsort(stable=True)
+        free_P = pivots_P.sort().values
+        left_K = torch.arange(len(self.columns_K), device=pivots_P.device)
+        left_K = left_K.index_copy_(0, free_P, last_P)[:num_left]
 
         dtype = self.weight_KO.dtype
         self.weight_KO.addmm_(root_PK.T.to(dtype), half_PO.to(dtype), alpha=-1)
@@ -506,25 +521,39 @@ class _EliminationState:
         self._root_KR[: len(self.columns_K), self._num_removed : end] = root_PK.T
         self._num_removed = end
         removed_P = self.columns_K[pivots_P]
-        self._error += float(half_PO.square().sum()) - self._damping_error(removed_P, 0)
+        damping_error = self._damping_error(removed_P, 0)
+        self._error = self._error + (half_PO.square().sum() - damping_error)
         for rows in (self.columns_K, self.weight_KO, self._root_KR[:, :end]):
-            rows[:num_left][free] = rows[last]
+            rows.index_copy_(0, free_P, rows[last_P])
         self.columns_K, self.weight_KO = self.columns_K[:num_left], self.weight_KO[:num_left]
         return left_K
 
-    def _damping_error(self, columns_K: Tensor, weight_KO: Tensor | float) -> float:
+    def _damping_error(self, columns_K: Tensor, weight_KO: Tensor | float) -> Tensor:
         """Contribution of some columns to the damping term tr(ΔW D ΔWᵀ)."""
         change_KO = self._problem.weight_OI.T[columns_K].sub_(weight_KO)
-        return float(self._problem.added_I[columns_K] @ _squares(change_KO))
+        return self._problem.added_I[columns_K] @ _squares(change_KO)
 
-    def elimination(self, order: list[int], errors: list[Tensor]) -> Elimination:
-        """The result: the removed units and the compensated weight."""
+    def elimination(self, order: list[Tensor], errors: list[Tensor]) -> Elimination:
+        """The result: the removed units and the compensated weight.
+
+        Raises
+        ------
+        NumericalError
+            If a block of M was not positive definite, or a weight is not finite.
+        """
         kept_K, positions_K = self.columns_K.sort()
         weight_KO = self.weight_KO[positions_K]
-        error = self._error - self._damping_error(kept_K, weight_KO)
+        error = float(self._error - self._damping_error(kept_K, weight_KO))
+        if math.isnan(error):
+            raise NumericalError(
+                f"the error is not a number after {self._num_removed} of "
+                f"{len(self._problem.added_I)} columns were removed: the Hessian is nearly "
+                "singular, or a weight is not finite",
+                hint="use more calibration tokens, or a higher --damping",
+            )
         return Elimination(
-            torch.tensor(order, dtype=torch.long, device=kept_K.device),
-            torch.stack(errors) if errors else self._root_KR.new_empty(0),
+            _joined(order, self.columns_K[:0]),
+            _joined(errors, self._error[None][:0]),
             kept_K,
             weight_KO.T,
             max(error, 0.0),
@@ -539,7 +568,7 @@ class _UnitElimination:
 
     def __init__(self, problem: Problem, unit_size: int, capacity: int) -> None:
         self.state = _EliminationState(problem, capacity * unit_size)
-        self.order: list[int] = []
+        self.order: list[Tensor] = []
         self.errors: list[Tensor] = []
         self._unit_size = unit_size
         self._inverse_USS = _unit_blocks(problem.inverse_II, unit_size)
@@ -553,9 +582,9 @@ class _UnitElimination:
         """Remove the units at some positions together; `errors` is exact, each unit's share."""
         size = self._unit_size
         pivots_P = self.columns(units).flatten()
-        self.order += (self.state.columns_K[pivots_P[::size]] // size).tolist()
+        self.order += (self.state.columns_K[pivots_P[::size]] // size).split(1)
         root_PK, half_PO = self.state.factorize(pivots_P)
-        self.errors += [half_SO.square().sum() for half_SO in half_PO.split(size)]
+        self.errors += [half_SO.square().sum()[None] for half_SO in half_PO.split(size)]
         root_UPS, cross_UPS = (
             rows_PK.view(len(pivots_P), -1, size).transpose(0, 1)
             for rows_PK in (root_PK, self.state.cross(root_PK, half_PO))
@@ -635,7 +664,7 @@ def _eliminate_one_by_one(
     r = M_:p/√M_pp and q = A_:p/√M_pp − ½ (A_pp/M_pp) r. Only the diagonals are updated; full rows
     are formed only for pivots. Runs in numpy on the CPU, where a call has the least overhead.
     """
-    gram, inverse = gram_CC.numpy(force=True), inverse_CC.numpy(force=True)
+    gram, inverse = torch.stack((gram_CC, inverse_CC)).numpy(force=True)
     norms, pivots = gram.diagonal().copy(), inverse.diagonal().copy()
     r, q = np.empty((2, num_remove, len(norms)))
     order, errors = [], []

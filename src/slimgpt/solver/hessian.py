@@ -204,11 +204,11 @@ def output_power(weight_OI: Tensor, hessian_II: Tensor, panel_size: int = 512) -
     skipped.
     """
     weight_IO = weight_OI.T.float()
-    power = 0.0
+    power = torch.zeros((), dtype=torch.float64, device=hessian_II.device)
     for start in range(0, len(hessian_II), panel_size):
         end = start + panel_size
         hessian_PI = hessian_II[start:end, start:].to(torch.float32, copy=True)
         hessian_PI[:, :panel_size] /= 2
         product_PO = hessian_PI @ weight_IO[start:]
-        power += 2 * float(product_PO.mul_(weight_IO[start:end]).sum(dtype=torch.float64))
-    return power
+        power += 2 * product_PO.mul_(weight_IO[start:end]).sum(dtype=torch.float64)
+    return float(power)
