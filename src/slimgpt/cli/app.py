@@ -89,6 +89,14 @@ Model = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Upload the result to this repository of the hub, with the login of `hf auth login`.",
+    ),
+]
+
 Recipe = Annotated[
     Path | None, typer.Option(help="YAML file with any of these options; flags override it.")
 ]
@@ -122,12 +130,16 @@ def prune(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
     ] = False,
+    push_to_hub: PushToHub = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Prune MODEL into a smaller dense model."""
     values = _given(recipe, options)
+    _check_destination(push_to_hub)
     if dry_run:
+        if push_to_hub:
+            raise ConfigError("--dry-run leaves nothing to push", hint="leave out --push-to-hub")
         planned = slimgpt.plan(model, **values)
         lines = plan_table(planned)
         if planned.dropped:
@@ -155,6 +167,7 @@ def prune(
         _emit({"output": str(result.output), **report, **measured}, (), as_json=True)
     elif check:
         _print(*bench_lines(check.bench), check.line)
+    _push(push_to_hub, result.output)
 
 
 @app.command()
@@ -198,11 +211,13 @@ def recover(
         bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
     ] = False,
     recipe: Recipe = None,
+    push_to_hub: PushToHub = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Fine-tune a pruned MODEL to recover quality."""
     values = _given(recipe, options)
+    _check_destination(push_to_hub)
     with _resumable(), progress_bar(stderr) as progress:
         result = slimgpt.recover(model, output, restart=restart, progress=progress, **values)
     report = result.report
@@ -211,6 +226,7 @@ def recover(
         table.add_row(str(step), f"{perplexity:.3f}")
     where = f"the recovered model is in {result.output}"
     _emit({"output": str(result.output), **report}, (table, where), as_json)
+    _push(push_to_hub, result.output)
 
 
 @app.command("inspect")
@@ -282,13 +298,16 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Output file. Default: in the directory of the model.")
     ] = None,
+    push_to_hub: PushToHub = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Write MODEL as a GGUF file for llama.cpp."""
+    _check_destination(push_to_hub)
     result = slimgpt.export(model, output, **_given(None, options))
     line = f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}"
     _emit({**asdict(result), "output": str(result.output)}, (line,), as_json)
+    _push(push_to_hub, result.output, model)
 
 
 @app.command()
@@ -497,6 +516,19 @@ def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
             hint="a recipe with a grid is for `slimgpt run`",
         )
     return values | flags
+
+
+def _check_destination(name: str | None) -> None:
+    """Before any work, check that its result can be uploaded."""
+    if name is not None:
+        from slimgpt.checkpoint.hub import check_destination
+
+        check_destination(name)
+
+
+def _push(name: str | None, output: Path, exported_from: str | None = None) -> None:
+    if name is not None and _is_first_process():
+        slimgpt.push(output, name, exported_from)
 
 
 def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:
