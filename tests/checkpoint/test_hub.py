@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import TEXT, Run
@@ -21,7 +21,7 @@ Checkpoint = Callable[[str], Path]
 class StubApi:
     """Keeps the content of repositories, as the hub would have it."""
 
-    files: dict[str, dict[str, bytes]] = {}
+    files: ClassVar[dict[str, dict[str, bytes]]] = {}
 
     def __init__(self, library_name: str) -> None:
         assert library_name == "slimgpt"
@@ -179,6 +179,8 @@ def test_failed_upload_leaves_the_result(
         raise failure
 
     monkeypatch.setattr(StubApi, "upload_folder", fail)
-    with pytest.raises(ResourceError, match="not uploaded to me/tiny: the network is down") as error:
+    with pytest.raises(
+        ResourceError, match="not uploaded to me/tiny: the network is down"
+    ) as error:
         slimgpt.push(slim, "me/tiny")
     assert f"hf upload me/tiny {slim}" in str(error.value.hint)

@@ -29,6 +29,7 @@ from slimgpt.cli.tables import (
     plan_table,
     pruning_table,
     ratio_lines,
+    rich_table,
     task_lines,
 )
 from slimgpt.config import (
@@ -43,6 +44,7 @@ from slimgpt.config import (
 )
 from slimgpt.errors import ConfigError, ResourceError, SlimGPTError, resource_error
 from slimgpt.experiments.recipe import load_recipe
+from slimgpt.presentation.tables import blocks_table
 from slimgpt.pruning.memory import size
 from slimgpt.runtime.progress import progress_bar
 
@@ -244,9 +246,7 @@ def inspect_model(
         _emit(found, check_lines(found), as_json)
         return
     summary = slimgpt.inspect(model)
-    table = Table("block", "heads", "kv heads", "channels", "experts", "attention", "ffn params")
-    for index, block in enumerate(summary.blocks):
-        table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
+    table = rich_table(blocks_table(summary))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
     header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
     lines = [header, table, f"parameters: {kinds}"]
