@@ -32,7 +32,7 @@ wheel: $(VENV)/test  ## build the distribution; check its metadata and files, an
 	tests/wheel.sh .wheel/*.whl $(BIN)/python
 
 docs: $(VENV)/docs  ## build the site in .site; a dead link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import slimgpt
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 QUICK = '"nsamples": 2, "seqlen": 32, "refit_epochs": 0, "correction": 0'
@@ -50,3 +52,10 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = "".join(output.get("text", "") for output in outputs)
     assert "KL divergence to the base" in printed
     assert list(tmp_path.glob("*/slim/slim-q8_0.gguf"))
+
+
+def test_every_public_name_has_a_docstring_on_the_site() -> None:
+    public = {f"slimgpt.{home}.{name}" for name, home in slimgpt._HOMES.items()}
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = {line.removeprefix("::: ") for line in text.splitlines() if line.startswith(":::")}
+    assert listed == public - {"slimgpt.checkpoint.registration.register"}

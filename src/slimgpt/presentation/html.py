@@ -13,6 +13,7 @@ _STYLE = """<style>
   --ink: currentColor; --muted: currentColor; --line: #8886; --faint: #8885;
   --series-1: #4a8ae8; --series-2: #d97a2b; --series-3: #3f9d68; max-width: 47rem;
 }
+.slimgpt :is(th, td) { text-align: left; }
 .slimgpt svg { display: block; width: 100%; height: auto; }
 .slimgpt svg.narrow { display: none; }
 .slimgpt .scroll { max-height: 24rem; overflow: auto; }
