@@ -13,6 +13,9 @@ from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.errors import ConfigError, ResourceError
 from slimgpt.runtime.run_directory import STATE_DIR
 
+# Of the HTTP library that the installed version uses.
+_NetworkError = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
 log = logging.getLogger(__name__)
 
 
@@ -119,7 +122,7 @@ def _uploading(output: Path, name: str) -> Iterator[None]:
     """Convert what the hub or the network says into an error for the user."""
     try:
         yield
-    except (errors.HTTPError, OSError, ValueError) as err:
+    except (_NetworkError, OSError, ValueError) as err:
         raise ResourceError(
             f"{output} is complete, but was not uploaded to {name}: {' '.join(str(err).split())}",
             hint=f"`hf upload {name} {output}` uploads it without pruning again",
