@@ -13,9 +13,9 @@ from slimgpt.config import PRESETS
 # Where a page explains more.
 MORE = {
     "attention_share": "method.md#layer-ratios",
-    "calibration": "evaluation.md#data-files",
+    "calibration": "evaluation.md#data-sets",
     "correction": "method.md#correction",
-    "data": "evaluation.md#data-files",
+    "data": "evaluation.md#data-sets",
     "data_dir": "evaluation.md#local-data-of-tasks",
     "drop_layers": "method.md#whole-layers",
     "engine": "bench.md",
