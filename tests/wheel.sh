@@ -7,10 +7,10 @@ dependencies=$("$2" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 environment=$(mktemp -d)
 trap 'rm -rf "$environment"' EXIT
 "$2" -m venv "$environment"
-# Not the editable install, because only site directories have .pth files that are read.
+"$environment/bin/python" -m pip install --quiet --no-deps --disable-pip-version-check "$wheel"
+# Last on the path, and without an editable install there, whose .pth file is not read.
 site=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "$dependencies" > "$site/dependencies.pth"
-"$environment/bin/python" -m pip install --quiet --no-deps --disable-pip-version-check "$wheel"
 cd "$environment"
 export PATH="$environment/bin:$PATH" HF_HUB_OFFLINE=1 PYTHONPATH=
 python - <<'PYTHON'
