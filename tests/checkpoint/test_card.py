@@ -125,3 +125,13 @@ def test_license_of_a_base_in_the_cache(
     assert data["base_model"] == "owner/name"
     assert {key: value for key, value in data.items() if "license" in key} == expected
     assert asked == [("owner/name", "README.md")]
+
+
+def test_metadata_names_the_base_and_how_it_is_related(slim: Path) -> None:
+    edited = json.loads((slim / "pruning_report.json").read_text()) | {"base_model": "owner/base"}
+    (slim / "pruning_report.json").write_text(json.dumps(edited))
+    card.write_card(slim)
+    data = ModelCard.load(slim / "README.md").data.to_dict()
+    assert data["base_model"] == "owner/base"
+    assert data["base_model_relation"] == "finetune"
+    assert data["pipeline_tag"] == "text-generation"

@@ -132,6 +132,13 @@ def test_sections_without_data_are_left_out(slim: Path) -> None:
     assert sections(slimgpt.report(slim).read_text()) == ALWAYS
 
 
+def test_page_of_a_model_without_a_sensitivity_pass(slim: Path) -> None:
+    edit(slim / "pruning_report.json", lambda report: report.pop("sensitivity", None))
+    page = slimgpt.report(slim).read_text()
+    assert sections(page) == ALWAYS
+    assert "by the schedule" not in page
+
+
 def test_methods_for_comparison_are_named(slim: Path) -> None:
     edit(slim / "pruning_report.json", lambda report: report["config"].update(method="wanda_sp"))
     page = slimgpt.report(slim).read_text()

@@ -2,7 +2,7 @@
 
 References
 ----------
-Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110,
+Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110,
 section 3.4 (Incremental Pruning Ratio).
 """
 

@@ -76,6 +76,15 @@ Not measured. `slimgpt eval --tasks commonsense` measures them and fills this se
 Kept indices, errors and versions: `{report_file}`.
 """
 
+_EXPORT_CARD = """---
+{metadata}
+---
+
+# {title}
+
+`{file}` is a{pruned} model for llama.cpp, made from {base} with SlimGPT.
+"""
+
 _REST = """the
 remaining weights are updated so that each layer's output changes as little as possible
 (method: [arXiv 2412.18110](https://arxiv.org/abs/2412.18110))"""
@@ -152,13 +161,49 @@ def write_card(directory: Path) -> None:
 
 def _metadata(base: str, pipeline: str) -> ModelCardData:
     """Metadata for the hub; names the base model if it is a hub id."""
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
     return ModelCardData(
-        base_model=base if is_on_hub else None,
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=["slimgpt", "pruned"],
-        **(_license(base) if is_on_hub else {}),
+        **_origin(base, "finetune"),  # the hub's word for other weights of the same kind
+    )
+
+
+def _origin(base: str, relation: str) -> dict[str, Any]:
+    """Base model, relation to it and license, if the base is on the hub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        return {}
+    return {"base_model": base, "base_model_relation": relation, **_license(base)}
+
+
+def export_card(file: Path, model: str) -> str:
+    """Make the card of a file for llama.cpp.
+
+    Parameters
+    ----------
+    file : Path
+        The exported file.
+    model : str
+        The model that it was exported from: a directory or a hub id.
+    """
+    directory = Path(model)
+    report, base = directory / REPORT_FILE, model
+    if report.is_file():
+        base = read_typed(report, PruningReport).base_model
+    elif directory.exists():
+        base = directory.resolve().name
+    metadata = ModelCardData(
+        library_name="gguf",
+        pipeline_tag="text-generation",
+        tags=["slimgpt", "gguf", *(["pruned"] if report.is_file() else [])],
+        **_origin(base, "quantized"),
+    )
+    return _EXPORT_CARD.format(
+        metadata=metadata.to_yaml(),
+        title=escaped(file.stem),
+        file=escaped(file.name),
+        pruned=" pruned" if report.is_file() else "",
+        base=escaped(base),
     )
 
 

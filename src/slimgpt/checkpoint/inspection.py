@@ -12,6 +12,8 @@ from slimgpt.models.layout import is_wrapped
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_file, find_model
 from slimgpt.models.sublayers import Projection, Sublayer
+from slimgpt.presentation import html
+from slimgpt.presentation.tables import blocks_table
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class ModelSummary:
     params: dict[str, int]
     pruning: PruningCost | None
     dropped: tuple[int, ...] = ()
+
+    def _repr_html_(self) -> str:
+        counts = ((kind, f"{count:,}") for kind, count in self.params.items())
+        header = f"{self.model_type}, {len(self.blocks)} blocks, head_dim {self.head_dim}"
+        return html.page(
+            html.rows([(self.model, header), *counts]),
+            html.table("Widths and parameters of each block", blocks_table(self)),
+        )
 
 
 def inspect(model: str | Path) -> ModelSummary:

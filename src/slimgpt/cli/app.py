@@ -29,6 +29,7 @@ from slimgpt.cli.tables import (
     plan_table,
     pruning_table,
     ratio_lines,
+    rich_table,
     sweep_lines,
     task_lines,
 )
@@ -44,7 +45,7 @@ from slimgpt.config import (
 )
 from slimgpt.errors import ConfigError, ResourceError, SlimGPTError, resource_error
 from slimgpt.experiments.recipe import load_recipe
-from slimgpt.presentation import tables
+from slimgpt.presentation.tables import blocks_table, sizes
 from slimgpt.pruning.memory import size
 from slimgpt.runtime.progress import progress_bar
 
@@ -91,6 +92,14 @@ Model = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Upload the result to this repository of the hub, with the login of `hf auth login`.",
+    ),
+]
+
 Recipe = Annotated[
     Path | None, typer.Option(help="YAML file with any of these options; flags override it.")
 ]
@@ -124,12 +133,16 @@ def prune(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
     ] = False,
+    push_to_hub: PushToHub = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Prune MODEL into a smaller dense model."""
     values = _given(recipe, options)
+    _check_destination(push_to_hub)
     if dry_run:
+        if push_to_hub:
+            raise ConfigError("--dry-run leaves nothing to push", hint="leave out --push-to-hub")
         planned = slimgpt.plan(model, **values)
         lines = plan_table(planned)
         if planned.dropped:
@@ -157,6 +170,7 @@ def prune(
         _emit({"output": str(result.output), **report, **measured}, (), as_json=True)
     elif check:
         _print(*bench_lines(check.bench), check.line)
+    _push(push_to_hub, result.output)
 
 
 @app.command()
@@ -179,14 +193,14 @@ def family(
 ) -> None:
     """Prune MODEL to several sizes, each a part of the next larger one."""
     values: dict[str, Any] = {"restart": restart, **_given(recipe, options)}
-    sizes = _ratios(ratios)
+    asked = _ratios(ratios)
     with _resumable(), progress_bar(stderr) as progress:
         if sweep:
-            points = slimgpt.sweep(model, output, sizes, progress=progress, **values)
+            points = slimgpt.sweep(model, output, asked, progress=progress, **values)
             _emit(points, sweep_lines(points, output), as_json)
             return
-        results = slimgpt.prune_family(model, output, sizes, progress=progress, **values)
-    summary = [{"output": str(result.output), **tables.sizes(result.plan)} for result in results]
+        results = slimgpt.prune_family(model, output, asked, progress=progress, **values)
+    summary = [{"output": str(result.output), **sizes(result.plan)} for result in results]
     lines = [f"{result.output}: {result.plan.params_after:,} parameters" for result in results]
     _emit(summary, lines, as_json)
 
@@ -241,11 +255,13 @@ def recover(
         bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
     ] = False,
     recipe: Recipe = None,
+    push_to_hub: PushToHub = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Fine-tune a pruned MODEL to recover quality."""
     values = _given(recipe, options)
+    _check_destination(push_to_hub)
     with _resumable(), progress_bar(stderr) as progress:
         result = slimgpt.recover(model, output, restart=restart, progress=progress, **values)
     report = result.report
@@ -260,6 +276,7 @@ def recover(
     elif divergences:
         where += f", with the weights of step {report['best_step']}"
     _emit({"output": str(result.output), **report}, (table, where), as_json)
+    _push(push_to_hub, result.output)
 
 
 @app.command("inspect")
@@ -277,9 +294,7 @@ def inspect_model(
         _emit(found, check_lines(found), as_json)
         return
     summary = slimgpt.inspect(model)
-    table = Table("block", "heads", "kv heads", "channels", "experts", "attention", "ffn params")
-    for index, block in enumerate(summary.blocks):
-        table.add_row(str(index), *(f"{value:,}" for value in asdict(block).values()))
+    table = rich_table(blocks_table(summary))
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.params.items())
     header = f"{summary.model}: {summary.model_type}, head_dim {summary.head_dim}"
     lines = [header, table, f"parameters: {kinds}"]
@@ -331,13 +346,16 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Output file. Default: in the directory of the model.")
     ] = None,
+    push_to_hub: PushToHub = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
     """Write MODEL as a GGUF file for llama.cpp."""
+    _check_destination(push_to_hub)
     result = slimgpt.export(model, output, **_given(None, options))
     line = f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}"
     _emit({**asdict(result), "output": str(result.output)}, (line,), as_json)
+    _push(push_to_hub, result.output, model)
 
 
 @app.command()
@@ -546,6 +564,19 @@ def _given(recipe: Path | None, options: dict[str, Any]) -> dict[str, Any]:
             hint="a recipe with a grid is for `slimgpt run`",
         )
     return values | flags
+
+
+def _check_destination(name: str | None) -> None:
+    """Before any work, check that its result can be uploaded."""
+    if name is not None:
+        from slimgpt.checkpoint.hub import check_destination
+
+        check_destination(name)
+
+
+def _push(name: str | None, output: Path, exported_from: str | None = None) -> None:
+    if name is not None and _is_first_process():
+        slimgpt.push(output, name, exported_from)
 
 
 def _emit(result: Any, renderables: Iterable[Any], as_json: bool) -> None:

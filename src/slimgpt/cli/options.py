@@ -1,6 +1,7 @@
 """Command-line flags derived from the fields of a config class."""
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -38,9 +39,9 @@ def _flag(name: str, field: FieldInfo) -> Any:
     metavar, default, text = None, field.default, field.description
     if get_origin(kind) is Literal:
         # A list of names as the metavar would be cut off on a narrow terminal.
-        text = f"{text} One of {', '.join(get_args(kind)).replace('_', '-')}."
+        text = f"{text} One of {', '.join(map(_dashed, get_args(kind)))}."
         kind, metavar = str, "NAME"
-        default = str(default).replace("_", "-")
+        default = _dashed(str(default))
     elif kind is ByteSize:
         default = default and default.human_readable(decimal=True)
         kind, metavar = str, "BYTES"
@@ -56,6 +57,11 @@ def _flag(name: str, field: FieldInfo) -> Any:
         show_default=False if default in (None, "") or kind is bool else str(default),
     )
     return Annotated[kind | None, option]
+
+
+def _dashed(name: str) -> str:
+    """Write a name as on the command line: wanda-sp, but q8_0."""
+    return re.sub("(?<=[a-z])_(?=[a-z])", "-", name)
 
 
 def _union_args(annotation: Any) -> Iterable[Any]:

@@ -11,6 +11,15 @@ from slimgpt.presentation import tables
 from slimgpt.pruning.memory import size
 
 
+def rich_table(data: tables.Table) -> rich.Table:
+    """All columns of a table, for the terminal."""
+    names = list(data.rows[0])
+    shown = rich.Table(*names)
+    for row in data.rows:
+        shown.add_row(*row.values())
+    return shown
+
+
 def perplexity_lines(results: "tuple[slimgpt.EvalResult, ...]") -> tuple[Any, ...]:
     """Show perplexities, and those of the base model beside them."""
     table = tables.perplexity_table(results, digits=3)
@@ -78,14 +87,7 @@ def check_lines(found: "slimgpt.FamilyCheck") -> tuple[Any, ...]:
 
 def plan_table(planned: "slimgpt.PrunePlan") -> tuple[Any, ...]:
     """Show the widths of every block."""
-    kinds = {sublayer.kind for shape in planned.shapes for sublayer in shape.sublayers}
-    others = {"ffn": "channels", "experts": "experts × channels"}
-    header = " or ".join(name for kind, name in others.items() if kind in kinds)
-    table = rich.Table("block", "kv groups", header, "removed")
-    for index, (width, ratio) in enumerate(zip(planned.widths, planned.layer_ratios, strict=True)):
-        cells = (str(w) if isinstance(w, int) else " × ".join(map(str, w)) for w in width)
-        table.add_row(str(index), *cells, f"{ratio:.1%}")
-    return table, *ratio_lines(planned)
+    return rich_table(tables.widths_table(planned)), *ratio_lines(planned)
 
 
 def pruning_table(summary: "slimgpt.ModelSummary") -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,42 @@ def sizes(planned: Any) -> dict[str, str]:
         values = f"{target.reached:,.12g} {target.unit}, asked for {target.asked:,.12g} at most"
         found[f"Reached for --{name}"] = values
     return found
+
+
+def widths_table(planned: Any) -> Table:
+    """Make a table of the units that each block keeps.
+
+    Parameters
+    ----------
+    planned : PrunePlan
+        Shapes, widths and ratios of the blocks.
+    """
+    kinds = {sublayer.kind for shape in planned.shapes for sublayer in shape.sublayers}
+    others = {"ffn": "channels", "experts": "experts × channels"}
+    names = ("kv groups", " or ".join(name for kind, name in others.items() if kind in kinds))
+    rows = []
+    for index, (width, ratio) in enumerate(zip(planned.widths, planned.layer_ratios, strict=True)):
+        cells = (str(w) if isinstance(w, int) else " × ".join(map(str, w)) for w in width)
+        units = dict(zip(names, cells, strict=True))
+        rows.append({"block": str(index), **units, "removed": f"{ratio:.1%}"})
+    return Table(rows, {*names, "removed"})
+
+
+def blocks_table(summary: Any) -> Table:
+    """Make a table of the widths and parameters of each block.
+
+    Parameters
+    ----------
+    summary : ModelSummary
+        A dense or a pruned model.
+    """
+    names = ("heads", "kv heads", "channels", "experts", "attention", "ffn params")
+    rows = [
+        {"block": str(index)}
+        | {name: f"{value:,}" for name, value in zip(names, asdict(block).values(), strict=True)}
+        for index, block in enumerate(summary.blocks)
+    ]
+    return Table(rows, set(names))
 
 
 def perplexity_table(results: Iterable[Any], digits: int = 2) -> Table:

@@ -1,6 +1,6 @@
 """Prune one block: collect, decide, compensate, propagate, slice.
 
-Layer-wise structured pruning as in SlimGPT (Ling, Wang & Liu 2024, arXiv 2412.18110, algorithm 1):
+Layer-wise structured pruning as in SlimGPT (Ling et al. 2024, arXiv 2412.18110, algorithm 1):
 blocks are pruned in order, each calibrated on the outputs of the pruned blocks before it.
 """
 

@@ -26,6 +26,8 @@ from slimgpt.models.blocks import bind
 from slimgpt.models.layout import family_in
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import Source, find_model
+from slimgpt.presentation import html
+from slimgpt.presentation.tables import sizes, widths_table
 from slimgpt.pruning.targets import find_target
 
 
@@ -88,6 +90,19 @@ class PrunePlan:
     is_measured: bool
     target: ReachedTarget | None = None
     dropped: tuple[int, ...] = ()
+
+    def html_parts(self) -> tuple[str, ...]:
+        """What a notebook shows of the widths and ratios."""
+        level = (f"all blocks: {self.block_ratio:.1%}", self.block_ratio)
+        ratios = {"removed": self.layer_ratios}
+        return (
+            html.rows(sizes(self).items()),
+            html.chart("Share removed from each block", "bars", ratios, level, percent=True),
+            html.table("Widths of each block", widths_table(self)),
+        )
+
+    def _repr_html_(self) -> str:
+        return html.page(*self.html_parts())
 
 
 def plan(model: str, **options: Any) -> PrunePlan:

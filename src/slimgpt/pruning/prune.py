@@ -11,6 +11,7 @@ from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.models.device import find_device
 from slimgpt.models.source import find_model
+from slimgpt.presentation import html
 from slimgpt.pruning.allocators import allocate
 from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inputs
@@ -43,6 +44,18 @@ class PruneResult:
     plan: PrunePlan
     blocks: tuple[BlockPlan, ...]
     report: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        errors: dict[str, list[tuple[int, float]]] = {}
+        for index, block in enumerate(self.blocks):
+            for sublayer in block.sublayers:
+                if index not in self.plan.dropped:
+                    errors.setdefault(sublayer.kind, []).append((index, sublayer.relative_error))
+        return html.page(
+            html.rows([("Pruned model", str(self.output))]),
+            *self.plan.html_parts(),
+            html.chart("Relative error of each sublayer", "curves", errors, percent=True),
+        )
 
 
 def prune(

@@ -11,7 +11,7 @@ columns, ``U`` units, ``G`` key/value groups, ``S`` columns of a unit or group, 
 References
 ----------
 Hassibi & Stork 1992, "Second order derivatives for network pruning: Optimal Brain Surgeon".
-Ling, Wang & Liu 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110.
+Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning for LLMs", arXiv 2412.18110.
 """
 
 import copy
