@@ -172,8 +172,8 @@ def test_c4_file_calibrates(
 def test_recovery(result: slimgpt.PruneResult, dense_directory: str, tmp_path: Path) -> None:
     recovered = slimgpt.recover(
         str(result.output), tmp_path / "recovered", method="distill", teacher=dense_directory,
-        data="pydocs", tokens=4096, eval_data="pydocs", eval_tokens=512, seqlen=128,
-        dtype="bfloat16", eval_steps=16, learning_rate=5e-5,
+        data="pydocs", tokens=2048, eval_data="pydocs", eval_tokens=512, seqlen=128,
+        dtype="bfloat16", eval_steps=8, learning_rate=5e-5,
     )  # fmt: skip
     (_, before), (_, after) = recovered.report["held_out_kl"]
     assert after < before

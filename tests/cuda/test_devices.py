@@ -298,12 +298,12 @@ def test_recovery(
         "batch_size": 4,
         "micro_batch_size": 4,
         "seqlen": 128,
-        "rank": 4,
-        "dropout": 0,
         "warmup_steps": 1,
     }
     if method == "distill":
-        options["teacher"] = str(tiny_checkpoint("llama"))
+        options |= {"teacher": str(tiny_checkpoint("llama")), "data": TEXT, "tokens": 1024}
+    else:
+        options |= {"rank": 4, "dropout": 0}
     slim = str(slim_checkpoint("llama"))
     expected, found = (
         slimgpt.recover(slim, tmp_path / f"{index}", device=d, **options).report

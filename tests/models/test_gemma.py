@@ -278,7 +278,13 @@ class TestEmbedded:
         generated = model.generate(**prompt, max_new_tokens=7, do_sample=False)
         assert own_tokenizer.decode(generated[0, -7:]) == " the capital of the country of France"
 
-    @pytest.mark.parametrize("options", [{"ratio": 0.2}, {"ratio": 0.33, "uniform": True}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({"ratio": 0.2}, marks=pytest.mark.slow),
+            {"ratio": 0.33, "uniform": True},
+        ],
+    )
     def test_pruned(
         self,
         options: dict[str, Any],

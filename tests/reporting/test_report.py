@@ -97,8 +97,8 @@ def test_page_of_a_model_with_everything(
     assert sections(page) == [
         *ALWAYS[:2], "Quality", "Speed and memory", "Recovery", "Samples", ALWAYS[2],
     ]  # fmt: skip
-    assert page.count('<div role="img" aria-label="') == page.count("<figcaption>") == 8
-    assert page.count("<svg") == 16  # a wide and a narrow one of each
+    assert page.count('<div role="img" aria-label="') == page.count("<figcaption>") == 9
+    assert page.count("<svg") == 18  # a wide and a narrow one of each
     pruning = json.loads((measured / "pruning_report.json").read_text())
     for number in ("params_before", "params_after"):
         assert f"{pruning[number]:,}" in page
