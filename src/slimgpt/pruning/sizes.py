@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from slimgpt.allocation.shapes import BlockWidths, has_experts
 from slimgpt.config import TARGETS, PruneConfig
 from slimgpt.errors import ConfigError, MissingDependencyError, OtherRunError
+from slimgpt.methods.registry import make_method
 from slimgpt.models.device import find_device
 from slimgpt.models.source import find_model
 from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inputs
@@ -24,6 +25,7 @@ from slimgpt.pruning.plan import initial_widths, is_measured, make_plan
 from slimgpt.pruning.prune import PruneResult, finish, read_result
 from slimgpt.pruning.sensitivity import divergence, measure, probes, reallocate, trial
 from slimgpt.runtime.distributed import broadcast, is_main, process_group
+from slimgpt.runtime.environment import Stopwatch
 from slimgpt.runtime.files import write_atomically
 from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import TRIALS_FILE, Run, open_run
@@ -203,7 +205,8 @@ def _sizes(
     source = find_model(model)
     check_inputs(configs[0])
     with process_group(find_device(configs[0].device)) as device, open_run(directory) as shared:
-        sizes = [open_inputs(source, config, device, progress) for config in configs]
+        largest = open_inputs(source, configs[-1], device, progress)
+        sizes = [*(_resized(largest, config) for config in configs[:-1]), largest]
         if has_experts(sizes[0].shapes):
             raise ConfigError(
                 "models with experts are not pruned to several sizes at once",
@@ -213,6 +216,18 @@ def _sizes(
             # The largest ratio alone decides what is shared.
             shared.identify(identity_of(sizes[-1]), restart)
         yield sizes, shared
+
+
+def _resized(inputs: Inputs, config: PruneConfig) -> Inputs:
+    """The same model for another size, with a skeleton of its own."""
+    initial_widths(inputs.shapes, inputs.base_config, config, None)  # raises if it is infeasible
+    return replace(
+        inputs,
+        config=config,
+        method=make_method(config),
+        streamed=inputs.streamed.anew(),
+        stopwatch=Stopwatch(),
+    )
 
 
 def _is_measured(size: Inputs) -> bool:
