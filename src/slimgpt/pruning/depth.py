@@ -27,7 +27,7 @@ from slimgpt.models.streaming import StreamedModel
 from slimgpt.pruning.job import Job
 from slimgpt.pruning.memory import FLOAT32
 from slimgpt.pruning.plan import config_without
-from slimgpt.runtime.distributed import all_reduce, broadcast, is_main, shard_batches
+from slimgpt.runtime.distributed import all_reduce, is_main, shard_batches
 from slimgpt.runtime.run_directory import dropped_file
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def choose_layers(job: Job) -> tuple[int, ...]:
         If a layer would become another kind of layer in its new place.
     """
     dropped: list[int] = []
-    samples_NT = _held_out(job.samples_NT)
+    samples_NT = job.probes
+    samples_NT = samples_NT[: max(1, MAX_TOKENS // samples_NT.shape[1])]
     for number in range(job.config.drop_layers):
         name = dropped_file(number)
         if not job.run.all_have(name):
@@ -64,10 +65,8 @@ def choose_layers(job: Job) -> tuple[int, ...]:
             candidates = [index for index in choices if index not in dropped]
             losses = divergences(job.streamed, samples_NT, dropped, candidates)
             best = min(candidates, key=losses.__getitem__)
-            if is_main():
-                with job.run.saving(name) as temporary:
-                    temporary.write_text(json.dumps({"layer": best, "divergences": losses}))
-        saved = broadcast(is_main() and json.loads(job.run.saved(name).read_text()))
+            job.run.write(name, json.dumps({"layer": best, "divergences": losses}))
+        saved = json.loads(job.run.read(name))
         dropped.append(saved["layer"])
         loss = saved["divergences"][str(dropped[-1])]
         log.info("layer %d is dropped: KL divergence %.4f without compensation", dropped[-1], loss)
@@ -75,12 +74,6 @@ def choose_layers(job: Job) -> tuple[int, ...]:
             job.progress("depth", number + 1, job.config.drop_layers)
     check_same_layers(job.base_config, dropped)
     return tuple(sorted(dropped))
-
-
-def _held_out(samples_NT: Tensor) -> Tensor:
-    """Some samples that a sensitivity pass does not use, and the start of each."""
-    chosen = samples_NT[probe_samples(len(samples_NT)), :PROBE_TOKENS]
-    return chosen[: max(1, MAX_TOKENS // chosen.shape[1])]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from slimgpt.allocation.reallocation import PROBE_TOKENS, probe_samples
 from slimgpt.allocation.shapes import BlockShape
 from slimgpt.allocation.targets import Target
 from slimgpt.calibration.activations import choose_batch_size
@@ -84,6 +85,11 @@ class Job(Inputs):
     memory: MemoryEstimate
     samples_NT: Tensor
     shared: Run
+
+    @property
+    def probes(self) -> Tensor:
+        """Held-out tokens: the start of some samples that a sensitivity pass does not use."""
+        return self.samples_NT[probe_samples(len(self.samples_NT)), :PROBE_TOKENS]
 
     @property
     def batch_size(self) -> int:

@@ -32,6 +32,7 @@ from slimgpt.models.device import find_device
 from slimgpt.models.layout import check_language_head, family_in
 from slimgpt.models.loading import build_skeleton, load_config
 from slimgpt.models.source import find_model
+from slimgpt.models.streaming import BlockStandIn
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.weights import result_dtype, text_tensors
 from slimgpt.pruning.latency_table import (
@@ -291,16 +292,13 @@ class _Rest:
         return recorder.kwargs
 
 
-class _PassThrough(nn.Module):
+class _PassThrough(BlockStandIn):
     """A block that does nothing."""
 
-    def __init__(self, returns_tuple: bool) -> None:
-        super().__init__()
-        self._returns_tuple = returns_tuple
-
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
-        """Return the hidden states in the form in which blocks do."""
-        return (hidden,) if self._returns_tuple else hidden
+        """Return the hidden states that come in."""
+        self.hidden = hidden
+        return super().forward()
 
 
 class _Clock:

@@ -147,7 +147,7 @@ def _warn_of_few_tokens(job: Job, blocks: Sequence[dict[str, Any]]) -> None:
 
 def _what_was_measured(job: Job) -> dict[str, Any]:
     """Results of the sensitivity pass and of the search, if there were any."""
-    found, run = {}, job.run
+    run, found = job.run, {}
     if job.shared.has(MEASUREMENT_FILE):
         values = json.loads(job.shared.saved(MEASUREMENT_FILE).read_text(encoding="utf-8"))
         shapes, widths = job.shapes, [tuple(block) for block in values["widths"]]

@@ -19,15 +19,8 @@ from slimgpt.allocation.compass import Point, compass_search
 from slimgpt.allocation.shapes import BlockShape, BlockWidths
 from slimgpt.pruning.job import Job
 from slimgpt.pruning.plan import without_dropped
-from slimgpt.pruning.sensitivity import (
-    Measurement,
-    divergence,
-    measure,
-    probes,
-    reallocate,
-    trial,
-)
-from slimgpt.runtime.distributed import broadcast, is_main
+from slimgpt.pruning.sensitivity import Measurement, divergence_at, measure, reallocate
+from slimgpt.runtime.distributed import broadcast
 from slimgpt.runtime.run_directory import TRIALS_FILE
 
 log = logging.getLogger(__name__)
@@ -79,7 +72,7 @@ def searched_widths(job: Job) -> list[BlockWidths]:
         if trials and sum(trial.seconds for trial in trials) >= 60 * job.config.search_budget:
             return math.inf
         trials.append(_try(job, widths))
-        _save(job, trials)
+        job.run.write(TRIALS_FILE, json.dumps([asdict(trial) for trial in trials]))
         best = min(trial.divergence for trial in trials)
         log.info("search, trial %d: KL %.4f, best %.4f", len(trials), trials[-1].divergence, best)
         return trials[-1].divergence
@@ -116,19 +109,11 @@ def tilted(
 
 def _try(job: Job, widths: Sequence[BlockWidths]) -> Trial:
     start = time.monotonic()
-    with trial(job, widths) as blocks:
-        found = broadcast(is_main() and divergence(job.streamed, blocks, probes(job)))
+    found = divergence_at(job, widths)
     return Trial(list(widths), found, broadcast(time.monotonic() - start))
 
 
 def _finished(job: Job) -> list[Trial]:
     if not job.run.all_have(TRIALS_FILE):
         return []
-    values = broadcast(is_main() and job.run.saved(TRIALS_FILE).read_text())
-    return TypeAdapter(list[Trial]).validate_json(values)
-
-
-def _save(job: Job, trials: Sequence[Trial]) -> None:
-    if is_main():
-        with job.run.saving(TRIALS_FILE) as temporary:
-            temporary.write_text(json.dumps([asdict(trial) for trial in trials]))
+    return TypeAdapter(list[Trial]).validate_json(job.run.read(TRIALS_FILE))

@@ -24,12 +24,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, linear, log_softmax
 
 from slimgpt.allocation.reallocation import (
-    PROBE_TOKENS,
     SENSITIVITY_SHARE,
     Curve,
     measured_removals,
     move_units,
-    probe_samples,
 )
 from slimgpt.allocation.schedule import WidthRules
 from slimgpt.allocation.shapes import BlockWidths, SublayerShape, Width
@@ -194,18 +192,27 @@ def measure(job: Job) -> Measurement:
             "sensitivity of the layers, with %d of the samples",
             len(job.samples_NT[::SENSITIVITY_SHARE]),
         )
-        with trial(job, widths) as blocks:
+        method = MeasuringSlimGPT(job.config, width_rules(job.base_config, job.config))
+        with _trial(job, widths, method) as blocks:
             if is_main():
                 measurement = _measured(job, widths, blocks)
-                with shared.saving(MEASUREMENT_FILE) as temporary:
-                    temporary.write_text(json.dumps(asdict(measurement)))
-    values = broadcast(is_main() and shared.saved(MEASUREMENT_FILE).read_text())
-    return TypeAdapter(Measurement).validate_json(values)
+                shared.write(MEASUREMENT_FILE, json.dumps(asdict(measurement)))
+    return TypeAdapter(Measurement).validate_json(shared.read(MEASUREMENT_FILE))
+
+
+def divergence_at(job: Job, widths: Sequence[BlockWidths]) -> float:
+    """KL(dense ‖ model pruned to these widths) on held-out tokens, in nats per token.
+
+    The model is pruned with part of the samples and without refit.
+    """
+    method = SlimGPT(job.config.model_copy(update={"refit_epochs": 0}))
+    with _trial(job, widths, method) as blocks:
+        return broadcast(is_main() and divergence(job.streamed, blocks, job.probes))
 
 
 @contextmanager
-def trial(job: Job, widths: Sequence[BlockWidths]) -> Iterator[list[SavedBlock]]:
-    """Prune part of the samples to some widths, without refit; the blocks are discarded at the end.
+def _trial(job: Job, widths: Sequence[BlockWidths], method: SlimGPT) -> Iterator[list[SavedBlock]]:
+    """Prune with part of the samples; the blocks are discarded at the end.
 
     An interrupted pass continues from its saved blocks.
 
@@ -217,7 +224,7 @@ def trial(job: Job, widths: Sequence[BlockWidths]) -> Iterator[list[SavedBlock]]
     run = job.run
     measuring = replace(
         job,
-        method=MeasuringSlimGPT(job.config, width_rules(job.base_config, job.config)),
+        method=method,
         streamed=job.streamed.anew(),
         samples_NT=job.samples_NT[::SENSITIVITY_SHARE],
     )
@@ -226,11 +233,6 @@ def trial(job: Job, widths: Sequence[BlockWidths]) -> Iterator[list[SavedBlock]]
     yield [SavedBlock.open(run.saved(name)) for name in names]
     for name in names:
         run.discard(name)
-
-
-def probes(job: Job) -> Tensor:
-    """Held-out tokens of the calibration samples, on which the divergence is measured."""
-    return job.samples_NT[probe_samples(len(job.samples_NT)), :PROBE_TOKENS]
 
 
 def _start(job: Job, widths: Sequence[BlockWidths]) -> list[BlockWidths]:
@@ -250,7 +252,7 @@ def _start(job: Job, widths: Sequence[BlockWidths]) -> list[BlockWidths]:
 
 
 def _measured(job: Job, widths: list[BlockWidths], blocks: Sequence[SavedBlock]) -> Measurement:
-    divergence, costs = sensitivities(job.streamed, blocks, probes(job))
+    divergence, costs = sensitivities(job.streamed, blocks, job.probes)
     if not all(map(math.isfinite, chain.from_iterable(costs))):
         raise NumericalError(
             "the gradients of the sensitivity pass overflow",

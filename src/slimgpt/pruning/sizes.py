@@ -23,7 +23,7 @@ from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inp
 from slimgpt.pruning.job import Inputs, Job
 from slimgpt.pruning.plan import initial_widths, is_measured, make_plan
 from slimgpt.pruning.prune import PruneResult, finish, read_result
-from slimgpt.pruning.sensitivity import divergence, measure, probes, reallocate, trial
+from slimgpt.pruning.sensitivity import divergence_at, measure, reallocate
 from slimgpt.runtime.distributed import broadcast, is_main, process_group
 from slimgpt.runtime.environment import Stopwatch
 from slimgpt.runtime.files import write_atomically
@@ -166,16 +166,13 @@ def sweep(
         job = make_job(sizes[-1], run, run)
         measurement = measure(job)
         if run.all_have(TRIALS_FILE):
-            saved = broadcast(is_main() and run.saved(TRIALS_FILE).read_text(encoding="utf-8"))
-            points = TypeAdapter(list[SweepPoint]).validate_json(saved)
+            points = TypeAdapter(list[SweepPoint]).validate_json(run.read(TRIALS_FILE))
         for size in sizes[len(points) :]:
             here = replace(job, config=size.config)
             widths = reallocate(here, measurement, measurement.prices)
             points.append(_point(here, widths))
             log.info("ratio %g: KL %.4f", size.config.ratio, points[-1].divergence)
-            if is_main():
-                with run.saving(TRIALS_FILE) as temporary:
-                    temporary.write_text(json.dumps([asdict(point) for point in points]))
+            run.write(TRIALS_FILE, json.dumps([asdict(point) for point in points]))
         if is_main():
             _write_curve(output, points)
         run.forget()
@@ -262,8 +259,7 @@ def _done(output: Path, config: PruneConfig) -> bool:
 
 
 def _point(job: Job, widths: Sequence[BlockWidths]) -> SweepPoint:
-    with trial(job, widths) as blocks:
-        found = broadcast(is_main() and divergence(job.streamed, blocks, probes(job)))
+    found = divergence_at(job, widths)
     params = make_plan(job.base_config, job.config, widths, job.target).params_after
     return SweepPoint(job.config.ratio, params, found)
 

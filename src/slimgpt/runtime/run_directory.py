@@ -212,6 +212,16 @@ class Run:
                 raise ValueError("its checksum does not match")
         return file
 
+    def read(self, name: str) -> str:
+        """Text of a file of the state; all processes ask together."""
+        return broadcast(is_main() and self.saved(name).read_text(encoding="utf-8"))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the state, which only the main process does."""
+        if is_main():
+            with self.saving(name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
     def discard(self, name: str) -> None:
         """Remove a file of the state that is no longer needed."""
         for file in (self.state / name, _checksum_file(self.state / name)):
