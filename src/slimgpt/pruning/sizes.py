@@ -273,5 +273,5 @@ def _write_curve(output: Path, points: Sequence[SweepPoint]) -> None:
     writer.writerows(asdict(point) for point in points)
     write_atomically(output / CURVE_FILE, text.getvalue())
     line = [(point.params / 1e6, point.divergence) for point in points]
-    plot = curves({"": line}, "million parameters", "KL divergence from the dense model")
-    save([plot], output / FIGURE_FILE, "nats per held-out token, before the refit")
+    plot = curves({"": line}, "million parameters", "nats per held-out token, before the refit")
+    save([plot], output / FIGURE_FILE, "KL divergence from the dense model")
