@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before it is imported: no test waits for the network
 
@@ -180,7 +181,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def slim_checkpoint(
     tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """Directory with a pruned tiny model of the named variant, written once."""
+    """Directory with a pruned tiny model of the named variant, written once.
+
+    What other tests have measured is removed.
+    """
     written: dict[str, Path] = {}
 
     def write(variant: str) -> Path:
@@ -189,6 +193,7 @@ def slim_checkpoint(
             options = {"calibration": TEXT, "nsamples": 6, "seqlen": 32}
             slimgpt.prune(str(tiny_checkpoint(variant)), output, ratio=0.45, **options)
             written[variant] = output
+        shutil.rmtree(written[variant] / "eval", ignore_errors=True)
         return written[variant]
 
     return write

@@ -527,9 +527,7 @@ def test_evaluations_are_kept_and_an_edited_card_stays(
 
 @pytest.fixture
 def slim(slim_checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
-    return shutil.copytree(
-        slim_checkpoint("llama"), tmp_path / "slim", ignore=shutil.ignore_patterns("eval")
-    )
+    return shutil.copytree(slim_checkpoint("llama"), tmp_path / "slim")
 
 
 EVALUATION = ("--data", "pydocs", "--max-tokens", "64", "--seqlen")
