@@ -1,19 +1,26 @@
 """Measure memory and time of pruning one layer with experts, by default Qwen3-30B-A3B's.
 
 A checkpoint of one layer with random bfloat16 weights and a tiny vocabulary is written, pruned in a
-separate process for each kind of units, and deleted. Attention stays whole. The comparison of the
-model with its family's description, which precedes every run, is left out; ``--check`` measures it
-by itself. Usage:
+separate process for each kind of units, and deleted. Attention stays whole. With a small
+``--activation-memory`` the experts are in memory-mapped files, of which the peak counts what the
+kernel happens to keep; the anonymous memory is what the run needs. The comparison of the model with
+its family's description, which precedes every run, is left out; ``--check`` measures it by itself.
+Usage:
 
     python benchmarks/experts.py [--units channels experts both] [--ratio 0.25] [--check]
+    python benchmarks/experts.py --activation-memory 500MB
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,7 +64,8 @@ def write_model(directory: Path, args: argparse.Namespace) -> int:
 def prune(model: str, output: str, units: str, args: argparse.Namespace) -> dict[str, Any]:
     """Prune in this process, and return time, peak memory and what was decided."""
     options = {"ratio": args.ratio, "nsamples": args.nsamples, "seqlen": args.seqlen}
-    with mock.patch("slimgpt.pruning.inputs.check_family"):
+    options["activation_memory"] = args.activation_memory
+    with mock.patch("slimgpt.pruning.inputs.check_family"), anonymous_memory() as anonymous:
         slimgpt.prune(
             model, output, calibration="pydocs", attention_share=0, expert_units=units, **options
         )
@@ -68,9 +76,26 @@ def prune(model: str, output: str, units: str, args: argparse.Namespace) -> dict
         "width": report["widths"][0][1],
         "seconds": report["seconds"],
         "peak": report["peak_memory_bytes"],
+        "anonymous": max(anonymous),
         "relative_error": decided["relative_error"],
         "few_tokens": len(decided["routing"].get("few_tokens", ())),
     }
+
+
+@contextmanager
+def anonymous_memory() -> Iterator[list[int]]:
+    """Sample the memory of this process that is in no file, in bytes, ten times a second."""
+    found, status, ended = [0], Path("/proc/self/status"), threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.1):
+            found.append(1024 * int(re.findall(r"RssAnon:\s+(\d+)", status.read_text())[0]))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    yield found
+    ended.set()
+    thread.join()
 
 
 def check(model: str) -> dict[str, Any]:
@@ -100,6 +125,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--nsamples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--activation-memory", default="4GB")
     parser.add_argument("--directory", type=Path, help="scratch space for two models")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--check", action="store_true", help="needs far more memory than pruning")
@@ -122,14 +148,15 @@ def main() -> None:
         f"{args.seqlen} tokens, {torch.get_num_threads()} threads"
     )
     phases = list(rows[0]["seconds"])
-    table = Table("units", "kept", *phases, "peak memory", title=title)
+    table = Table("units", "kept", *phases, "peak memory", "anonymous", title=title)
     table.caption = "phases in seconds"
     if checked:
         table.caption += f"; the check takes {checked['check']:.1f} s and {size(checked['peak'])}"
     for row in rows:
         kept = row["width"] if isinstance(row["width"], int) else " × ".join(map(str, row["width"]))
         seconds = (f"{row['seconds'][phase]:.1f}" for phase in phases)
-        table.add_row(row["units"], str(kept), *seconds, size(row["peak"]))
+        sizes = size(row["peak"]), size(row["anonymous"])
+        table.add_row(row["units"], str(kept), *seconds, *sizes)
     Console(width=100).print(table)
     if args.json:
         content = {"protocol": title, "environment": environment(), "rows": rows}

@@ -11,13 +11,11 @@ folder --work with the same settings are reused, and an interrupted run goes on.
 import argparse
 import json
 import math
-import statistics
-from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from environment import environment
+from measured import add_texts, folder, is_complete, loss_left, measured, perplexities
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +29,7 @@ WAYS = ("lora", "lora distil", "distil", "cross-entropy")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
+    add_texts(parser)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5])
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--tokens", type=int, default=100_000)
@@ -39,13 +37,9 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="plain text to calibrate and train on")
     parser.add_argument("--instructions", help="examples to train on, for lora")
     parser.add_argument("--eval-data", required=True, help="held-out text during training")
-    parser.add_argument("--texts", nargs="+", required=True, help="texts evaluated after training")
-    parser.add_argument("--seqlen", nargs="+", type=int, default=[1024], help="of these texts")
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="of each of these texts")
     parser.add_argument("--data-dir", type=Path, help="folder with the data of the tasks to run")
     parser.add_argument("--tasks", default="commonsense")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--work", type=Path, default=Path(".recovery"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -113,49 +107,17 @@ def num_examples(args: argparse.Namespace) -> int:
     raise SystemExit(f"{args.instructions} has only {total} tokens")
 
 
-def folder(work: Path, name: str, **settings: Any) -> Path:
-    """Folder of a model; its name depends on the settings."""
-    name = name.replace(" ", "-")
-    return work / f"{name}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
-
-
-def is_complete(model: Path) -> bool:
-    """Whether a run has finished; an interrupted one is continued."""
-    return (model / "config.json").exists()
-
-
 def measure(model: str, name: str, ratio: float, args: argparse.Namespace) -> dict[str, Any]:
     """Measure perplexity and KL on the texts, and the tasks if there is data for them."""
-    texts = {"data": args.texts, "seqlen": args.seqlen, "max_tokens": args.max_tokens}
-    if name != "dense":
-        texts["against"] = args.model
-    tasks = {"tasks": args.tasks, "data_dir": str(args.data_dir), "limit": args.limit}
-    row: dict[str, Any] = {"name": name, "ratio": ratio, "perplexity": [], "tasks": []}
-    for kind, options in {"perplexity": texts, "tasks": tasks if args.data_dir else {}}.items():
-        if not options:
-            continue
-        place = folder(
-            args.work, f"{kind}-{name}-{ratio}", model=model, dtype=args.dtype, **options
-        )
-        file = place.with_suffix(".json")
-        if not file.exists():
-            result = asdict(slimgpt.evaluate(model, dtype=args.dtype, **options))[kind]
-            args.work.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(result), encoding="utf-8")
-        row[kind] = json.loads(file.read_text(encoding="utf-8"))
-    return row
-
-
-def loss_left(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """Loss ln(perplexity / dense) over that before the recovery, median over the texts."""
-    (pruned,) = (r for r in rows if (r["ratio"], r["name"]) == (row["ratio"], "pruned"))
-    losses = [
-        [math.log(text["perplexity"] / dense["perplexity"]) for text, dense in zip(
-            r["perplexity"], rows[0]["perplexity"], strict=True
-        )]
-        for r in (row, pruned)
-    ]  # fmt: skip
-    return statistics.median(after / before for after, before in zip(*losses, strict=True))
+    tasks: list[Any] = []
+    label = f"{name}-{ratio}"
+    if args.data_dir:
+        options = {"tasks": args.tasks, "data_dir": str(args.data_dir), "limit": args.limit}
+        options["dtype"] = args.dtype
+        file = folder(args.work, f"tasks-{label}", model=model, **options).with_suffix(".json")
+        tasks = measured(model, "tasks", file, **options)
+    found = perplexities(model, label, args.work, args)
+    return {"name": name, "ratio": ratio, "perplexity": found, "tasks": tasks}
 
 
 def report_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -169,6 +131,7 @@ def report_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         table.add_column(f"{text['data']} × {text['seqlen']}: PPL (KL)")
     for task in rows[0]["tasks"]:
         table.add_column(f"{task['task']} ({task['metric']})")
+    pruned = {row["ratio"]: row["perplexity"] for row in rows if row["name"] == "pruned"}
     for row in rows:
         cost = row.get("recovery", {"seconds": 0, "preparation_seconds": 0})
         seconds = cost["seconds"] + cost["preparation_seconds"]
@@ -177,7 +140,9 @@ def report_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             row["name"],
             f"{seconds:.0f}" if seconds else "",
             f"{cost['preparation_seconds']:.0f}" if seconds else "",
-            f"{loss_left(row, rows):.2f}" if row["name"] != "dense" else "",
+            f"{loss_left(row['perplexity'], pruned[row['ratio']], rows[0]['perplexity']):.2f}"
+            if row["name"] != "dense"
+            else "",
             *(
                 f"{text['perplexity']:.2f} ({text['kl_divergence'] or 0:.3f})"
                 for text in row["perplexity"]

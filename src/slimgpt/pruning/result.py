@@ -135,11 +135,12 @@ def _warn_of_few_tokens(job: Job, blocks: Sequence[dict[str, Any]]) -> None:
     ]
     if found:
         log.warning(
-            "%d experts in %d layers have fewer than %d calibration tokens for each of their "
-            "channels; about %d samples would be enough for all that have any (%s lists them)",
+            "experts with fewer than %d calibration tokens for each of their channels: %d; layers "
+            "with such experts: %d; about %d samples would be enough for all that have any (%s "
+            "lists them)",
+            TOKENS_PER_CHANNEL,
             sum(len(routing["few_tokens"]) for routing in found),
             len(found),
-            TOKENS_PER_CHANNEL,
             math.ceil(job.config.nsamples * max(routing["samples_factor"] for routing in found)),
             REPORT_FILE,
         )

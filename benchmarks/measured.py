@@ -1,0 +1,76 @@
+"""Models and measurements of a benchmark that are stored, so that an interrupted run goes on."""
+
+import argparse
+import json
+import math
+import statistics
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import slimgpt
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `measured`."""
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--texts", nargs="+", required=True, help="held-out texts")
+    parser.add_argument("--seqlen", nargs="+", type=int, default=[512], help="of these texts")
+    parser.add_argument("--max-tokens", type=int, default=16_384, help="of each of these texts")
+    parser.add_argument("--dtype", default="bfloat16", help="of the measured models")
+
+
+def folder(work: Path, name: str, **settings: Any) -> Path:
+    """Folder of a model; its name depends on the settings."""
+    name = name.replace(" ", "-")
+    return work / f"{name}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+
+
+def is_complete(model: Path) -> bool:
+    """Whether a run has finished; an interrupted one is continued."""
+    return (model / "config.json").exists()
+
+
+def measured(model: str, kind: str, file: Path, **options: Any) -> list[dict[str, Any]]:
+    """Evaluate a model, or read what was stored.
+
+    Parameters
+    ----------
+    model : str
+        The model.
+    kind : {"perplexity", "tasks"}
+        What is measured.
+    file : Path
+        Where the result is stored.
+    **options
+        Of `slimgpt.evaluate`.
+    """
+    if not file.exists():
+        result = asdict(slimgpt.evaluate(model, **options))[kind]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def perplexities(model: str, name: str, work: Path, args: argparse.Namespace) -> list[Any]:
+    """Perplexity on the texts, and the KL divergence from the dense model."""
+    options: dict[str, Any] = {
+        "data": args.texts,
+        "seqlen": args.seqlen,
+        "max_tokens": args.max_tokens,
+        "dtype": args.dtype,
+    }
+    if model != args.model:
+        options["against"] = args.model
+    file = folder(work, f"perplexity-{name}", model=model, **options).with_suffix(".json")
+    return measured(model, "perplexity", file, **options)
+
+
+def loss_left(found: list[Any], reference: list[Any], dense: list[Any]) -> float:
+    """Loss ln(perplexity / dense) over that of a reference, median over the texts."""
+    return statistics.median(
+        math.log(text["perplexity"] / whole["perplexity"])
+        / math.log(other["perplexity"] / whole["perplexity"])
+        for text, other, whole in zip(found, reference, dense, strict=True)
+    )
