@@ -22,7 +22,7 @@ MORE = {
     "expert_units": "mixtures.md",
     "latency_phase": "targets.md#latency",
     "latency_table": "targets.md#latency",
-    "multiple_of": "gguf.md#k-quants",
+    "multiple_of": "quantise.md",
     "query_heads": "method.md#heads",
     "refit_epochs": "method.md#refit",
     "target_kv_cache": "targets.md#sizes",

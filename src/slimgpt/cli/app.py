@@ -353,8 +353,12 @@ def export(
     """Write MODEL as a GGUF file for llama.cpp."""
     _check_destination(push_to_hub)
     result = slimgpt.export(model, output, **_given(None, options))
-    line = f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}"
-    _emit({**asdict(result), "output": str(result.output)}, (line,), as_json)
+    types = ", ".join(f"{number} {name}" for name, number in result.types.items())
+    lines = (
+        f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}",
+        f"types of the tensors: {types}",
+    )
+    _emit({**asdict(result), "output": str(result.output)}, lines, as_json)
     _push(push_to_hub, result.output, model)
 
 
