@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from environment import checked_device
 from memory import watched_memory
 from phases import timed_phases
 from scale import write_model
@@ -75,7 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    device, shape = torch.device(args.device), TINY if args.tiny else LLAMA_7B
+    device, shape = checked_device(parser, args.device), TINY if args.tiny else LLAMA_7B
     num_blocks = args.blocks or shape.blocks // (2 if args.tiny else 8)
     options = dict(zip(("nsamples", "seqlen"), TINY_SAMPLES if args.tiny else SAMPLES, strict=True))
     if num_blocks < shape.blocks:

@@ -75,11 +75,23 @@ def find_device(name: str) -> torch.device:
         raise ConfigError(
             f"there is no device {name!r}: {err}", hint="use --device auto or --device cpu"
         ) from None
-    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    number = available.get(device.type, 1)
+    available = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    number = available.get(device.type, 0)
     if (device.index or 0) >= number:
+        found, hint = f"{number} {device.type.upper()} devices were found", ""
+        if device.type == "cuda" and not torch.backends.cuda.is_built():
+            found += f", and PyTorch {torch.__version__} is built without CUDA"
+            hint = ", or install PyTorch with CUDA (https://pytorch.org)"
+        elif device.type == "cuda" and number == 0:
+            hint = "; `nvidia-smi` and CUDA_VISIBLE_DEVICES show what this machine offers"
+        elif device.type == "cuda":
+            hint = f", or cuda:0 to cuda:{number - 1}" if number > 1 else ", or cuda:0"
         raise ConfigError(
-            f"device {name!r} is not available: {number} {device.type.upper()} devices were found",
-            hint="use --device auto or --device cpu",
+            f"device {name!r} is not available: {found}",
+            hint=f"use --device auto or --device cpu{hint}",
         )
     return device
