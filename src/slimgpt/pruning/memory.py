@@ -180,8 +180,20 @@ def place_activations(
 
 
 def free_gpu_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU's memory: free, with what torch has reserved and does not use; all of it."""
-    free, total = torch.cuda.mem_get_info(device)
+    """Bytes of a GPU's memory: free, with what torch has reserved and does not use; all of it.
+
+    Raises
+    ------
+    ConfigError
+        If the GPU cannot be used.
+    """
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError as err:  # another process has it for itself, or PyTorch does not know it
+        raise ConfigError(
+            f"the GPU {device} cannot be used: {str(err).partition(chr(10))[0]}",
+            hint="see what `nvidia-smi` says about it; use another --device cuda:N or --device cpu",
+        ) from err
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused, total
 
