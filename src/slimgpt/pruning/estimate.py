@@ -92,16 +92,18 @@ def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEsti
     mapped = max(experts, default=0)
     if mapped <= config.activation_memory:
         mapped = 0
-    block = max(sum(_held(sub, mapped > 0) for sub in block.sublayers) for block in blocks)
-    if config.drop_layers:  # a dropped one beside the one before it
-        block *= 2
+    held = [[(_held(sub, mapped > 0), sub.shape.params) for sub in b.sublayers] for b in blocks]
+    # A dropped one is beside the one before it.
+    copies = 2 if config.drop_layers else 1
+    block = copies * max(sum(now for now, _ in parts) for parts in held)
     device, room = inputs.streamed.device, None
     others, on_host = _other_phases(inputs, measures)
-    working = max(block * size + max(solvers), others)
     if device.type == "cuda":
+        ahead = copies * max(sum(map(min, parts)) for parts in held)
+        working = max((block + ahead) * size + max(solvers), others)
         room = free_gpu_memory(device)[0] - working
     else:
-        working = max(working, on_host)
+        working = max(block * size + max(solvers), others, on_host)
     return MemoryEstimate(
         stream,
         place_activations(stream, activation * widest, config.activation_memory, room),
