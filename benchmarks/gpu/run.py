@@ -111,7 +111,7 @@ def make_steps(device: str, is_tiny: bool) -> list[Step]:
     reference = ["--reference", str(REFERENCE)] if REFERENCE.exists() else []
     whole = ["--runs", "paper:0.2", "--blocks", "4" if is_tiny else "32"]
     return [
-        Step("tests", tests, 150),
+        Step("tests", tests, 180),
         Step("blocks", program("blocks.py"), 240),
         Step("solver", program("sublayer.py"), 90),
         Step("smollm2", [str(HERE / "smollm2.py"), "--device", device, *reference], 120),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TEXT
+from devices import SLOW_ON_CPU
 from safetensors.torch import load_file
 
 import slimgpt
@@ -76,10 +77,7 @@ def test_a_device_that_this_machine_lacks(
     assert hint in str(error.value.hint)
 
 
-@pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.cuda)],
-)
+@SLOW_ON_CPU
 def test_a_job_of_one_process(
     device: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

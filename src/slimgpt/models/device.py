@@ -1,11 +1,12 @@
 """The device of a model, and the precision of its matrix products there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimgpt.errors import ConfigError
 
@@ -52,6 +53,14 @@ def exact_products(batch: Tensor) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def repeatable_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute attention whose gradients are the same each time, to the bit.
+
+    On a GPU, the fused kernels add them in any order; separate products do not.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def sums_device(device: torch.device) -> torch.device:
