@@ -27,6 +27,7 @@ import slimgpt
 
 MODEL, RATIOS = "smollm2-135m", (0.2, 0.5)
 OPTIONS: dict[str, Any] = {"calibration": ("pydocs", "self"), "nsamples": 64, "seqlen": 512}
+EVALUATION: dict[str, Any] = {"data": ("pydocs",), "seqlen": (2048,), "max_tokens": 8192}
 
 
 def measure(ratio: float, device: str) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def measure(ratio: float, device: str) -> dict[str, Any]:
         output, start = Path(directory, "slim"), time.monotonic()
         slimgpt.prune(MODEL, output, ratio=ratio, device=device, **OPTIONS)
         seconds = time.monotonic() - start
-        evaluated = slimgpt.evaluate(str(output), against=MODEL, data=("pydocs",), device=device)
+        evaluated = slimgpt.evaluate(str(output), against=MODEL, device=device, **EVALUATION)
     found = evaluated.perplexity[0]
     assert found.base_perplexity
     return {
@@ -61,7 +62,7 @@ def main() -> None:
     for ratio in RATIOS:
         rows.append(measure(ratio, device))
         known = of_cpu.get(ratio, {})
-        beside = {f"cpu_{name}": known[name] for name in rows[-1].keys() & known if name != "ratio"}
+        beside = {f"cpu_{name}": known[name] for name in rows[-1] if name in known}
         print(json.dumps(rows[-1] | beside), flush=True)
     if args.output:
         lines = [json.dumps(row | {"environment": environment()}) + "\n" for row in rows]

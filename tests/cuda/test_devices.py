@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT, TINY, assert_greedy, make_tiny_model, sample_tokens
+from conftest import TEXT, TINY, assert_greedy, make_tiny_model, prune_blocks, sample_tokens
 from devices import SLOW_ON_CPU, on_both
 from interruption import fingerprint
 from safetensors.torch import load_file
@@ -37,8 +37,10 @@ from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.units import Kept
 from slimgpt.models.weights import open_weights
 from slimgpt.pruning import estimate
+from slimgpt.pruning.decisions import SavedBlock
 from slimgpt.pruning.memory import Activations as Placed
 from slimgpt.pruning.refit import refit
+from slimgpt.pruning.sensitivity import sensitivities
 from slimgpt.pruning.slicing import slice_sublayer
 from slimgpt.solver.elimination import (
     Elimination,
@@ -164,22 +166,45 @@ def test_refit(dtype: torch.dtype, device: torch.device) -> None:
 # Streaming
 
 
+def streamed(dtype: torch.dtype, device: torch.device, directory: Path) -> StreamedModel:
+    """The tiny model, read block by block from its checkpoint."""
+    config = make_tiny_model("llama").config
+    weights = open_weights(find_model(str(directory)), config, str(dtype).removeprefix("torch."))
+    skeleton = build_skeleton(config, dtype)
+    weights.check(skeleton)
+    return StreamedModel(skeleton, weights, device)
+
+
 @DTYPES
 def test_streaming(
     dtype: torch.dtype, device: torch.device, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     model = make_tiny_model("llama").to(dtype)
-    source = find_model(str(tiny_checkpoint("llama")))
-    weights = open_weights(source, model.config, str(dtype).removeprefix("torch."))
-    skeleton = build_skeleton(model.config, dtype)
-    weights.check(skeleton)
     num_blocks = 0
-    for block in StreamedModel(skeleton, weights, device).blocks():
+    for block in streamed(dtype, device, tiny_checkpoint("llama")).blocks():
         num_blocks += 1
         for name, tensor in block.module.state_dict().items():
             assert tensor.device.type == device.type
             assert torch.equal(tensor.cpu(), model.get_parameter(f"{block.name}.{name}"))
     assert num_blocks == TINY["num_hidden_layers"]
+
+
+@DTYPES
+@pytest.mark.usefixtures("float32_products")
+def test_sensitivities(
+    dtype: torch.dtype, device: torch.device, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """With the same pruned blocks on both."""
+    pruned, samples = make_tiny_model("llama"), sample_tokens(24, 32)
+    options = PruneConfig.create(refit_epochs=0)
+    plans = prune_blocks(pruned, samples, [(3, 40), (4, 48)] * 2, options)
+    saved = [SavedBlock(plan, lambda n: pruned.get_parameter(n).to(dtype)) for plan in plans]
+    model = tiny_checkpoint("llama")
+    expected, found = on_both(
+        device, lambda d: sensitivities(streamed(dtype, d, model), saved, samples)
+    )
+    assert found[0] == pytest.approx(expected[0], rel=RELATIVE[dtype])
+    assert_near(torch.tensor(found[1]), torch.tensor(expected[1]), RELATIVE[dtype])
 
 
 # Whole runs
