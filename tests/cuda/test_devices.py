@@ -135,6 +135,7 @@ def statistics(dtype: torch.dtype, device: torch.device, position: int) -> Activ
 
 
 @DTYPES
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("position", [0, 1], ids=["attention", "ffn"])
 def test_statistics(position: int, dtype: torch.dtype, device: torch.device) -> None:
     expected, found = on_both(device, lambda d: statistics(dtype, d, position))

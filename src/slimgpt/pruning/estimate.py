@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from slimgpt.allocation.reallocation import PROBE_TOKENS
 from slimgpt.allocation.shapes import BlockWidths
-from slimgpt.calibration.activations import choose_batch_size
+from slimgpt.calibration.activations import TOKENS_PER_BATCH, choose_batch_size
 from slimgpt.data.datasets import PYDOCS, SELF
 from slimgpt.data.samples import READING_BYTES
 from slimgpt.errors import ConfigError
@@ -26,6 +27,8 @@ from slimgpt.pruning.memory import (
 from slimgpt.pruning.plan import is_measured
 from slimgpt.runtime.distributed import gather, shard
 from slimgpt.runtime.run_directory import Run
+
+SCORE = 4 * FLOAT32  # an attention score and its weight, with their gradients
 
 READ_AHEAD = 2  # blocks in host memory beside a GPU: one is read, the other is pinned
 
@@ -127,6 +130,11 @@ def _other_phases(inputs: Inputs, measures: bool) -> tuple[int, int]:
     on_host = max(phases)  # a part of each
     if not {SELF, PYDOCS}.issuperset(config.calibration):
         on_host = max(on_host, READING_BYTES)
+    if measures and inputs.streamed.device.type == "cuda":
+        # Of a batch of the gradient pass, see `repeatable_attention`.
+        num_heads = skeleton.config.get_text_config().num_attention_heads
+        num_scores = TOKENS_PER_BATCH * min(inputs.seqlen, PROBE_TOKENS) * num_heads
+        phases.append(probe_bytes(skeleton, config.nsamples, inputs.seqlen) + num_scores * SCORE)
     if SELF in config.calibration:
         phases.append(num_params * size)
     if inputs.method.needs_gradients:
