@@ -377,6 +377,7 @@ def test_recovery(
         "micro_batch_size": 4,
         "seqlen": 128,
         "warmup_steps": 1,
+        "dtype": "float32",
     }
     if method == "distill":
         options |= {"teacher": str(tiny_checkpoint("llama")), "data": TEXT, "tokens": 1024}
