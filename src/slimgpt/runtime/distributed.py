@@ -113,6 +113,16 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """Collect the values of all processes, in each of them, in the order of their ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        with _talking():
+            dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_tensor(tensor: Tensor) -> Tensor:
     """Broadcast the main process's tensor, of the same shape and type, in place."""
     if dist.is_initialized():
