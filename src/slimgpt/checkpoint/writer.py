@@ -17,6 +17,7 @@ from slimgpt.allocation.shapes import BlockWidths, Width, is_dropped, written_wi
 from slimgpt.checkpoint import modeling_slimgpt
 from slimgpt.checkpoint.depth import without_layers
 from slimgpt.checkpoint.registration import pruned_classes
+from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.family import PRUNED_PREFIX, family_of
 from slimgpt.models.layout import auto_class_of, family_in, is_wrapped
 from slimgpt.models.weights import file_bytes, write_file
@@ -31,6 +32,7 @@ _STALE_KEYS = (
     "per_layer_config",
     "_model_name_or_path",
     "blocks_path",
+    "attention_output",
 )
 
 
@@ -106,7 +108,10 @@ def _pruned_text_config(
         if index not in dropped
     ]
     values = without_layers(config, _kept_values(config), dropped)
-    if family_of(model_type).widths("attention") and not values.get("head_dim"):
+    family = family_of(model_type)
+    found = family.prunable_attention(config)
+    attention = found[1] if found else None
+    if attention and not attention.rebuilt and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
         return AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
@@ -114,7 +119,10 @@ def _pruned_text_config(
         values["output_router_logits"] = False
     config_class = pruned_classes(model_type)["AutoConfig"]
     result = config_class(**values, per_layer_config=dict(enumerate(layers)))
-    result.blocks_path = family_of(model_type).blocks
+    result.blocks_path = family.blocks
+    heads = {layer.num_attention_heads for layer in result.per_layer_config}
+    if attention and attention.rebuilt and heads != {config.num_attention_heads}:
+        result.attention_output = f"{attention.module}.{attention.output}"
     return result
 
 
@@ -129,22 +137,30 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     config : PreTrainedConfig
         Config of the dense model.
     """
-    keys = family_in(config).widths("attention")
-    if not keys:
-        return [1]
     text, accepted = config.get_text_config(), []
-    groups, heads = (getattr(text.per_layer_config[0], key) for key in keys)
-    layers = (family_in(config).layer(text, index) for index in range(text.num_hidden_layers))
-    before = next(  # layers whose attention cannot be pruned
-        index
-        for index, specs in enumerate(layers)
-        if any(spec.kind == "attention" and spec.widths for spec in specs)
-    )
+    found = family_in(config).prunable_attention(text)
+    if not found:
+        return [1]
+    before, attention = found  # in layers before, attention cannot be pruned
+    groups, heads = (getattr(text.per_layer_config[before], k) for k in attention.widths.values())
+    if attention.rebuilt:
+        return [_stock_count(text, groups, heads)]
     for count in range(1, (heads if groups == 1 else groups) + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
             pruned_config(config, [*[()] * before, (count,)], uniform=True)
             accepted.append(count)
     return accepted
+
+
+def _stock_count(text: Any, groups: int, heads: int) -> int:
+    """All units of attention, where the stock class cannot have fewer."""
+    if heads != text.num_attention_heads:
+        raise UnsupportedModelError(
+            f"the stock class has {text.num_attention_heads} heads in all models of this "
+            f"hidden size, and this model has {heads} left",
+            hint="prune the original model, or leave out --uniform",
+        )
+    return heads if groups == 1 else groups
 
 
 def add_older_keys(directory: Path) -> None:

@@ -63,6 +63,8 @@ class SublayerSpec(BaseModel):
     inputs : mapping of str to tuple
         Linear layers of the module that lose rows, with the segments of their rows from top to
         bottom, see `slimgpt.models.units.unit_rows`.
+    interleaved : bool
+        Whether the rows of the inputs go group by group: the segments repeat for each.
     vectors : mapping of str to tuple
         Norms of the module whose weights shrink with the units; some models lack them.
     couples_units : bool
@@ -72,6 +74,9 @@ class SublayerSpec(BaseModel):
     widths : mapping of str to str
         Config keys of the number of units, then of what else scales with them, or of the channels
         of each expert. Without any, the sublayer cannot be pruned.
+    rebuilt : bool
+        Whether the stock class cannot build the attention with fewer heads, so that the modelling
+        file of the result does. With ``--uniform`` it stays whole then.
     reason : str
         Why the sublayer, or a part of it, cannot be pruned.
     bias : str or bool
@@ -79,6 +84,8 @@ class SublayerSpec(BaseModel):
     layer_type : str or None
         If given, only layers of this type have the sublayer: those of ``layer_types`` in the
         config; or ``sparse``, layers with experts, and ``dense``, the others.
+    when : mapping of str to bool
+        Only models whose config has these switches on or off have the sublayer.
     router : str
         The module that chooses the experts of each token.
     """
@@ -91,13 +98,16 @@ class SublayerSpec(BaseModel):
     module: str
     chain: tuple[str, ...] = ()
     inputs: Mapping[str, tuple[Segment, ...]] = {}
+    interleaved: bool = False
     vectors: Mapping[str, tuple[Segment, ...]] = {}
     couples_units: bool = False
     output: str
     widths: Mapping[Segment, str] = {}
+    rebuilt: bool = False
     reason: str = ""
     bias: str | bool
     layer_type: str | None = None
+    when: Mapping[str, bool] = {}
     router: str = ""
 
 
@@ -138,13 +148,18 @@ class Family(BaseModel):
     def units(self) -> list[str]:
         """Names of the units that can be pruned."""
         names = {"group": "groups", "head": "heads", "channel": "channels", "expert": "experts"}
-        return [
-            ", ".join(
-                names[key] for key in spec.widths if not (key == "head" and spec.couples_units)
+        units = []
+        for spec in self.sublayers:
+            if not spec.widths or spec.layer_type == "dense":
+                continue
+            kinds = {key: kind for kind, key in spec.widths.items()}  # heads that are groups too
+            named = ", ".join(
+                names[kind]
+                for kind in kinds.values()
+                if not (kind == "head" and spec.couples_units)
             )
-            for spec in self.sublayers
-            if spec.widths and spec.layer_type != "dense"
-        ]
+            units.append(named + " (not with --uniform)" * spec.rebuilt)
+        return units
 
     @property
     def reasons(self) -> list[str]:
@@ -157,7 +172,16 @@ class Family(BaseModel):
             spec
             for spec in self.sublayers
             if spec.layer_type in (None, *_layer_types(config, index))
+            and all(bool(getattr(config, key)) == on for key, on in spec.when.items())
         ]
+
+    def prunable_attention(self, config: Any) -> tuple[int, SublayerSpec] | None:
+        """Find the first layer whose attention can be pruned: its index, and the attention."""
+        for index in range(config.num_hidden_layers):
+            for spec in self.layer(config, index):
+                if spec.kind == "attention" and spec.widths:
+                    return index, spec
+        return None
 
     def widths(self, kind: str) -> list[str]:
         """Config keys of the widths of a kind of sublayer; empty if it cannot be pruned."""
