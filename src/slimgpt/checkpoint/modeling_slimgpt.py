@@ -96,8 +96,7 @@ def _layer(layer_class: Any, text: Any, index: int) -> nn.Module:
     # The stock class takes the size of a head from the hidden size.
     whole, narrow = copy.copy(config), copy.copy(config)
     whole.num_attention_heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    narrow.hidden_size = heads * head_dim
+    narrow.hidden_size = text.hidden_size // text.num_attention_heads * heads
     layer, (name, _, output) = layer_class(whole, index), path.rpartition(".")
     attention = type(layer.get_submodule(name))(narrow, layer_idx=index)
     for module in attention.modules():
