@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from slimgpt.checkpoint import modeling_slimgpt
 from slimgpt.checkpoint.depth import without_layers
 from slimgpt.checkpoint.registration import pruned_classes
 from slimgpt.errors import UnsupportedModelError
-from slimgpt.models.family import PRUNED_PREFIX, family_of
+from slimgpt.models.family import PRUNED_PREFIX, SublayerSpec, family_of
 from slimgpt.models.layout import auto_class_of, family_in, is_wrapped
 from slimgpt.models.weights import file_bytes, write_file
 from slimgpt.runtime.files import read_json
@@ -142,25 +142,26 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     if not found:
         return [1]
     before, attention = found  # in layers before, attention cannot be pruned
-    groups, heads = (getattr(text.per_layer_config[before], k) for k in attention.widths.values())
+    counts = attention.counts(text.per_layer_config[before])
+    whole = counts["head"] if counts["group"] == 1 else counts["group"]
     if attention.rebuilt:
-        return [_stock_count(text, groups, heads)]
-    for count in range(1, (heads if groups == 1 else groups) + 1):
+        _check_stock(text, counts["head"])
+        return [whole]
+    for count in range(1, whole + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
             pruned_config(config, [*[()] * before, (count,)], uniform=True)
             accepted.append(count)
     return accepted
 
 
-def _stock_count(text: Any, groups: int, heads: int) -> int:
-    """All units of attention, where the stock class cannot have fewer."""
+def _check_stock(text: Any, heads: int) -> None:
+    """Check that attention has all its heads, where the stock class cannot have fewer."""
     if heads != text.num_attention_heads:
         raise UnsupportedModelError(
             f"the stock class has {text.num_attention_heads} heads in all models of this "
             f"hidden size, and this model has {heads} left",
             hint="prune the original model, or leave out --uniform",
         )
-    return heads if groups == 1 else groups
 
 
 def add_older_keys(directory: Path) -> None:
@@ -246,21 +247,25 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     specs = family_of(config.model_type).layer(config, index)
     for spec, width in zip(specs, kept, strict=False):
         if spec.widths:
-            widths |= _sublayer_widths(before, spec.widths, written_width(width))
+            widths |= _sublayer_widths(before, spec, written_width(width))
     return widths
 
 
-def _sublayer_widths(config: Any, keys: Mapping[Any, str], width: Width) -> dict[str, int]:
+def _sublayer_widths(config: Any, spec: SublayerSpec, width: Width) -> dict[str, int]:
     """Config entries of a sublayer that keeps fewer units, by config key."""
-    keys = {kind: config.attribute_map.get(key, key) for kind, key in keys.items()}
+    keys: dict[str, str] = {k: config.attribute_map.get(v, v) for k, v in spec.widths.items()}
     if "expert" in keys:
         channels = getattr(config, keys["channel"]) if "channel" in keys else 0
         kept = (width, channels) if isinstance(width, int) else width
         return {keys[kind]: number for kind, number in zip(keys, kept, strict=False)}
     if isinstance(width, int) and "channel" in keys:
         return {keys["channel"]: width}
-    groups, heads = getattr(config, keys["group"]), getattr(config, keys["head"])
+    counts = spec.counts(config)
+    groups, heads = counts["group"], counts["head"]
     if isinstance(width, int) and groups == 1:  # then the units are query heads
-        return {keys["group"]: 1, keys["head"]: width}
-    kept, per_group = (width, heads // groups) if isinstance(width, int) else width
-    return {keys["group"]: kept, keys["head"]: kept * per_group}
+        groups, heads = 1, width
+    else:
+        groups, per_group = (width, heads // groups) if isinstance(width, int) else width
+        heads = groups * per_group
+    left = {"group": groups, "head": heads}
+    return {key: left[kind] for kind, key in keys.items()}

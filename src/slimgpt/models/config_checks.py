@@ -86,6 +86,7 @@ class _ModelConfig(_Checked):
     num_attention_heads: _Size
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
+    attention_output: str | None = None
     hidden_act: str = "silu"
     max_position_embeddings: _Length
     initializer_range: _Share = 0.0
@@ -386,7 +387,7 @@ def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -
     attention = {
         tuple(spec.widths.values())
         for spec in family.sublayers
-        if spec.kind == "attention" and spec.widths
+        if len(spec.widths) == 2 and spec.kind == "attention"
     }
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"

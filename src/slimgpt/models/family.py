@@ -73,7 +73,8 @@ class SublayerSpec(BaseModel):
         The linear layer that loses columns.
     widths : mapping of str to str
         Config keys of the number of units, then of what else scales with them, or of the channels
-        of each expert. Without any, the sublayer cannot be pruned.
+        of each expert. Query heads without a number of groups share one. Without any, the
+        sublayer cannot be pruned.
     rebuilt : bool
         Whether the stock class cannot build the attention with fewer heads, so that the modelling
         file of the result does. With ``--uniform`` it stays whole then.
@@ -109,6 +110,14 @@ class SublayerSpec(BaseModel):
     layer_type: str | None = None
     when: Mapping[str, bool] = {}
     router: str = ""
+
+    def counts(self, config: Any) -> dict[str, int]:
+        """Number of units, and of what scales with them, in a layer with this config.
+
+        Query heads without groups share one.
+        """
+        counts = {kind: getattr(config, key) for kind, key in self.widths.items()}
+        return {"group": 1} | counts if "head" in counts else counts
 
 
 class Family(BaseModel):
@@ -146,20 +155,20 @@ class Family(BaseModel):
 
     @property
     def units(self) -> list[str]:
-        """Names of the units that can be pruned."""
+        """Names of the units that can be pruned; heads that are groups too are heads."""
         names = {"group": "groups", "head": "heads", "channel": "channels", "expert": "experts"}
-        units = []
+        found = {}
         for spec in self.sublayers:
-            if not spec.widths or spec.layer_type == "dense":
-                continue
-            kinds = {key: kind for kind, key in spec.widths.items()}  # heads that are groups too
-            named = ", ".join(
-                names[kind]
-                for kind in kinds.values()
-                if not (kind == "head" and spec.couples_units)
-            )
-            units.append(named + " (not with --uniform)" * spec.rebuilt)
-        return units
+            if spec.layer_type != "dense":
+                kinds = {key: kind for kind, key in spec.widths.items()}.values()
+                hidden = {"head"} if spec.couples_units else set()
+                found |= {names[kind]: None for kind in kinds if kind not in hidden}
+        return list(found)
+
+    @property
+    def rebuilds_attention(self) -> bool:
+        """Whether attention with fewer heads needs the modelling file of the result."""
+        return any(spec.rebuilt for spec in self.sublayers)
 
     @property
     def reasons(self) -> list[str]:

@@ -201,7 +201,7 @@ class Sublayer:
         if not segments:
             segments = ["head" if "head" in self.counts else next(iter(self.counts))]
         is_interleaved = self.spec.interleaved and name in self.spec.inputs
-        repeats = self.counts["group"] if is_interleaved else 1
+        repeats = self.counts.get("group", 1) if is_interleaved else 1
         return segment_rows(number, segments, self.counts, repeats)
 
     def normed(self, hidden: Tensor) -> Tensor:

@@ -365,5 +365,6 @@ def attention_share(config: Any) -> float:
     if not found:
         return 1.0
     index, attention = found
-    groups, heads = (getattr(text.per_layer_config[index], k) for k in attention.widths.values())
+    counts = attention.counts(text.per_layer_config[index])
+    groups, heads = counts["group"], counts["head"]
     return (1 + groups / heads) / 2 if groups > 1 else 0.5
