@@ -53,13 +53,15 @@ def pruned_config(
     Returns
     -------
     PreTrainedConfig
-        A new config. It always states ``head_dim``, which in a pruned layer no longer follows from
-        the hidden size and the number of heads.
+        A new config. It states ``head_dim``, which in a pruned layer no longer follows from the
+        hidden size and the number of heads; or, where the stock class takes it from these, the path
+        of the output projection of attention, with which the modelling file rebuilds the layer.
 
     Raises
     ------
     UnsupportedModelError
-        If a key of the config does not allow to leave out a layer.
+        If a key of the config does not allow to leave out a layer, or the stock class cannot have
+        as few heads.
     """
     auto_class: Any = auto_class_of(config)
     text = config.get_text_config()
@@ -114,7 +116,14 @@ def _pruned_text_config(
     if attention and not attention.rebuilt and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
-        return AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
+        result = AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
+        heads, stock = result.num_attention_heads, config.num_attention_heads
+        if attention and attention.rebuilt and heads != stock:
+            raise UnsupportedModelError(
+                f"the stock class of {model_type} builds {stock} heads of this size, not {heads}",
+                hint="leave out --uniform, or prune the original model: it keeps its heads then",
+            )
+        return result
     if values.get("output_router_logits"):  # their loss needs as many experts in all layers
         values["output_router_logits"] = False
     config_class = pruned_classes(model_type)["AutoConfig"]
@@ -145,23 +154,12 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     counts = attention.counts(text.per_layer_config[before])
     whole = counts["head"] if counts["group"] == 1 else counts["group"]
     if attention.rebuilt:
-        _check_stock(text, counts["head"])
         return [whole]
     for count in range(1, whole + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
             pruned_config(config, [*[()] * before, (count,)], uniform=True)
             accepted.append(count)
     return accepted
-
-
-def _check_stock(text: Any, heads: int) -> None:
-    """Check that attention has all its heads, where the stock class cannot have fewer."""
-    if heads != text.num_attention_heads:
-        raise UnsupportedModelError(
-            f"the stock class has {text.num_attention_heads} heads in all models of this "
-            f"hidden size, and this model has {heads} left",
-            hint="prune the original model, or leave out --uniform",
-        )
 
 
 def add_older_keys(directory: Path) -> None:
