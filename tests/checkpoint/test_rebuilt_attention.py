@@ -139,6 +139,41 @@ def test_it_can_be_pruned_again(form: str, pruned: Pruned, tmp_path: Path) -> No
         slimgpt.prune(str(slim), tmp_path / "uniform", uniform=True, **options | {"ratio": 0.1})
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft sets it for Conv1D
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [
+        ("gpt2", "lora"),
+        ("gpt_neox", "lora"),
+        ("falcon, groups", "lora"),
+        ("gpt2", "distill"),
+        ("helium", "distill"),
+    ],
+)
+def test_it_recovers(form: str, method: str, pruned: Pruned, tmp_path: Path) -> None:
+    dense, slim = pruned(form)
+    options: dict[str, Any] = {"method": method, "seqlen": 32, "tokens": 1000}
+    if method == "distill":
+        options["teacher"] = str(dense)
+    slimgpt.recover(str(slim), tmp_path / "out", data=TEXT, eval_data=TEXT, max_steps=2, **options)
+    blocks = [slimgpt.inspect(directory).blocks for directory in (slim, tmp_path / "out")]
+    assert blocks[0] == blocks[1]
+    found = slimgpt.evaluate(str(tmp_path / "out"), data=TEXT, seqlen=32, against=str(dense))
+    assert found.perplexity[0].perplexity > 1
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft sets it for Conv1D
+@pytest.mark.parametrize("method", ["magnitude", "flap", "taylor", "loraprune"])
+@pytest.mark.parametrize("form", ["gpt2", "gpt_neox", "falcon, one group"])
+def test_other_methods(form: str, method: str, pruned: Pruned, tmp_path: Path) -> None:
+    options = {k: v for k, v in OPTIONS.items() if k not in ("widths", "refit_epochs")}
+    options |= {"method": method, "ratio": 0.5}
+    result = slimgpt.prune(str(pruned(form)[0]), tmp_path / "slim", **options)
+    found, expected = (slimgpt.inspect(d).blocks for d in (result.output, pruned(form)[1]))
+    assert found == expected
+    assert logits(load(result.output)).isfinite().all()
+
+
 @pytest.mark.parametrize("model_type", ["falcon", "gpt2", "gpt_neox", "helium", "opt", "stablelm"])
 def test_a_stock_class_keeps_all_heads(model_type: str) -> None:
     config = tiny_config(model_type)
