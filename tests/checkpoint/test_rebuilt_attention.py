@@ -170,7 +170,8 @@ def test_other_methods(form: str, method: str, pruned: Pruned, tmp_path: Path) -
     options |= {"method": method, "ratio": 0.5}
     result = slimgpt.prune(str(pruned(form)[0]), tmp_path / "slim", **options)
     found, expected = (slimgpt.inspect(d).blocks for d in (result.output, pruned(form)[1]))
-    assert found == expected
+    for block, alike in zip(found, expected, strict=True):
+        assert (block.num_heads, block.num_channels) == (alike.num_heads, alike.num_channels)
     assert logits(load(result.output)).isfinite().all()
 
 
