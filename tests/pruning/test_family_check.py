@@ -215,6 +215,8 @@ def test_command_line(run: Run, tmp_path: Path) -> None:
     assert all(model_type in out for model_type in MODEL_TYPES)
     assert "Gemma 3 270M" in out
     assert "all tested with random weights on transformers 5.16.0 and 5.23.0" in out
+    rebuilt = "falcon, gpt2, gpt_neox, helium, opt, qwen2_5_vl_text, qwen2_vl_text, stablelm"
+    assert f"the attention of {rebuilt} stays whole with --uniform" in " ".join(out.split())
     for reason, types in load_unsupported().items():
         assert f"{', '.join(types)}: {reason}" in " ".join(out.split())
 

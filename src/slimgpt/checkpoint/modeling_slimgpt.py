@@ -4,7 +4,9 @@ This file travels with every checkpoint of non-uniform width that SlimGPT writes
 file for all of them and needs only torch and transformers (5.16 or newer). Where a stock class is
 called ``LlamaForCausalLM``, ``SlimLlamaForCausalLM`` is the same code with layer ``i`` built from
 ``config.per_layer_config[i]``, which records that layer's number of heads and its FFN width. The
-global values of the config remain those of the original model. In a model that also sees images,
+global values of the config remain those of the original model. If ``config.attention_output`` is
+given, the stock class takes the size of a head from the hidden size, and attention with fewer heads
+is that of a narrower model between the same hidden states. In a model that also sees images,
 all this holds for the text model inside, with its ``config.text_config``.
 """
 
