@@ -54,8 +54,9 @@ def pruned_config(
     -------
     PreTrainedConfig
         A new config. It states ``head_dim``, which in a pruned layer no longer follows from the
-        hidden size and the number of heads; or, where the stock class takes it from these, the path
-        of the output projection of attention, with which the modelling file rebuilds the layer.
+        hidden size and the number of heads. Where the stock class takes it from these all the same,
+        it also states the path of the output projection of attention, with which the modelling file
+        rebuilds the layers.
 
     Raises
     ------
@@ -110,17 +111,16 @@ def _pruned_text_config(
         if index not in dropped
     ]
     values = without_layers(config, _kept_values(config), dropped)
-    family = family_of(model_type)
-    found = family.prunable_attention(config)
-    attention = found[1] if found else None
-    if attention and not attention.rebuilt and not values.get("head_dim"):
+    found = family_of(model_type).prunable_attention(config)
+    is_rebuilt = found is not None and found[1].rebuilt
+    if found and not is_rebuilt and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
         result = AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
-        heads, stock = result.num_attention_heads, config.num_attention_heads
-        if attention and attention.rebuilt and heads != stock:
+        if is_rebuilt and result.num_attention_heads != config.num_attention_heads:
             raise UnsupportedModelError(
-                f"the stock class of {model_type} builds {stock} heads of this size, not {heads}",
+                f"the stock class of {model_type} builds {config.num_attention_heads} heads of "
+                f"this size, not {result.num_attention_heads}",
                 hint="leave out --uniform, or prune the original model: it keeps its heads then",
             )
         return result
@@ -128,11 +128,20 @@ def _pruned_text_config(
         values["output_router_logits"] = False
     config_class = pruned_classes(model_type)["AutoConfig"]
     result = config_class(**values, per_layer_config=dict(enumerate(layers)))
-    result.blocks_path = family.blocks
-    heads = {layer.num_attention_heads for layer in result.per_layer_config}
-    if attention and attention.rebuilt and heads != {config.num_attention_heads}:
-        result.attention_output = f"{attention.module}.{attention.output}"
+    result.blocks_path = family_of(model_type).blocks
+    if found and is_rebuilt:
+        _state_attention(result, found[1])
     return result
+
+
+def _state_attention(result: Any, attention: SublayerSpec) -> None:
+    """State from what the modelling file builds attention, if heads are gone."""
+    heads = {layer.num_attention_heads for layer in result.per_layer_config}
+    if heads == {result.num_attention_heads}:
+        return
+    result.attention_output = f"{attention.module}.{attention.output}"
+    if not hasattr(result, "head_dim"):  # vLLM takes it from the heads of one layer otherwise
+        result.head_dim = result.hidden_size // result.num_attention_heads
 
 
 def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
