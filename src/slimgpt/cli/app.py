@@ -328,10 +328,13 @@ def families(as_json: Json = False) -> None:
         table.add_row(*row.values())
         for reason in family.reasons:
             reasons.setdefault(reason, []).append(model_type)
+    rebuilt = [t for t, family in sorted(load_families().items()) if family.rebuilds_attention]
     lines = [
         f"all tested with random weights on transformers {' and '.join(TESTED_VERSIONS)}; "
         f"{', '.join(NEWEST_ONLY)} on the newer only",
         *(f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()),
+        f"the attention of {', '.join(rebuilt)} stays whole with --uniform: their stock classes "
+        "take the size of a head from the hidden size",
         f"the text model inside {', '.join(WRAPPER_TYPES)} is pruned, all else is copied",
         "not supported:",
         *(f"  {', '.join(types)}: {reason}" for reason, types in load_unsupported().items()),
