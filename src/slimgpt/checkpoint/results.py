@@ -181,6 +181,12 @@ class PruningReport(_Read):
         return self
 
 
+class _Budget(_Read):
+    minutes: FiniteFloat
+    tokens: Count
+    seconds: FiniteFloat
+
+
 class RecoveryReport(_Read):
     """The content of ``recovery_report.json``."""
 
@@ -200,6 +206,7 @@ class RecoveryReport(_Read):
     tokens: Count | None = None
     best_step: Count | None = None
     preparation_seconds: FiniteFloat = 0.0
+    budget: _Budget | None = None
 
 
 def read_typed(file: Path, kind: Any) -> Any:

@@ -123,6 +123,22 @@ def finish(inputs: Inputs, run: Run, shared: Run) -> None:
     run.publish()
 
 
+def is_finished(run: Run, config: PruneConfig) -> bool:
+    """Whether a directory has a finished result with these options.
+
+    Raises
+    ------
+    OtherRunError
+        If it has one with other options.
+    """
+    if not broadcast(is_main() and run.is_complete):
+        return False
+    asked = json.loads(config.model_dump_json())
+    asked["calibration"] = [Path(name).name for name in config.calibration]
+    run.check_made_with(asked, read_result(run).report["config"])
+    return True
+
+
 def read_result(run: Run) -> PruneResult:
     """Read what a finished run has written."""
     report = broadcast(is_main() and json.loads((run.output / REPORT_FILE).read_text("utf-8")))

@@ -67,6 +67,11 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def num_processes() -> int:
+    """Count the processes of the job."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def shard(samples: Tensor, batch_size: int) -> Tensor:
     """Select this process's samples: whole batches, as with a single process.
 
