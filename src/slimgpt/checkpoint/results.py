@@ -184,6 +184,7 @@ class PruningReport(_Read):
 class _Budget(_Read):
     minutes: FiniteFloat
     tokens: Count
+    measuring: FiniteFloat
     seconds: FiniteFloat
 
 

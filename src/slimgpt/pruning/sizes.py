@@ -107,7 +107,7 @@ def prune_family(
         )
     results: list[PruneResult] = []
     with _sizes(model, configs, output / SHARED_DIR, progress, restart) as (sizes, shared):
-        missing = [size for size in sizes if not _done(output, size.config)]
+        missing = [size for size in sizes if not _is_done(output, size)]
         if missing and _is_measured(missing[-1]):
             with open_run(output / _name(missing[-1].config)) as run:
                 _identify(run, missing[-1], restart)
@@ -241,9 +241,9 @@ def _name(config: PruneConfig) -> str:
     return f"ratio-{config.ratio:g}"
 
 
-def _done(output: Path, config: PruneConfig) -> bool:
-    """Whether a size is finished, with these options."""
-    return is_finished(Run(output / _name(config)), config)
+def _is_done(output: Path, size: Inputs) -> bool:
+    run = Run(output / _name(size.config))
+    return is_finished(run, size.streamed.weights.source, size.config)
 
 
 def _point(job: Job, widths: Sequence[BlockWidths]) -> SweepPoint:

@@ -74,13 +74,13 @@ class Budget:
         What was asked for.
     tokens : int
         What is trained on.
-    seconds : float
-        How long the measurement took.
+    measuring : float
+        Seconds that the measurement took.
     """
 
     minutes: float
     tokens: int
-    seconds: float
+    measuring: float
 
 
 def find_budget(run: Run, job: Job, teacher: Teacher | None, trial: TrainingArguments) -> Budget:

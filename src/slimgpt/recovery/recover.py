@@ -64,6 +64,7 @@ from slimgpt.recovery.methods.base import RecoveryMethod
 from slimgpt.recovery.methods.registry import RECOVERY_METHODS
 from slimgpt.recovery.teacher import Teacher, draw_windows, store_predictions, text_options
 from slimgpt.recovery.trainer import (
+    DERIVED,
     TENSORBOARD_DIR,
     Examples,
     MetricsLogger,
@@ -237,20 +238,21 @@ def find_recovered(output: Path, config: RecoverConfig) -> RecoverResult | None:
     OtherRunError
         If it was made with other options.
     """
-    run = Run(output)
-    if not run.is_complete:
+    run, file = Run(output), output / RECOVERY_FILE
+    if not (run.is_complete and file.is_file()):
         return None
-    report = read_report(output / RECOVERY_FILE, RecoveryReport)
+    report = read_report(file, RecoveryReport)
     budget = report.get("budget")
     found = report["config"] | ({"tokens": None, "minutes": budget["minutes"]} if budget else {})
-    asked = config.model_dump(mode="json", exclude={"teacher"}, exclude_unset=True) | {
-        "tokens": config.tokens,
-        "minutes": config.minutes,
-        "data": [Path(name).name for name in config.data],
-        "eval_data": Path(config.eval_data).name,
-    }
-    run.check_made_with(asked, found)
+    asked = config.model_dump(mode="json", exclude={"teacher", *DERIVED})
+    run.check_made_with(asked | _names_of(config), found)
     return RecoverResult(output, report)
+
+
+def _names_of(config: RecoverConfig) -> dict[str, Any]:
+    """Names of the texts in a report, which goes to the hub and so holds no local paths."""
+    names = [Path(name).name for name in config.data]
+    return {"data": names, "eval_data": Path(config.eval_data).name}
 
 
 def _identity(job: Job, arguments: TrainingArguments) -> dict[str, Any]:
@@ -337,15 +339,13 @@ def _train(job: Job, data: Data, arguments: TrainingArguments) -> None:
 
 def _report(job: Job, data: Data, state: TrainerState, budget: Budget | None) -> dict[str, Any]:
     config, metrics = job.config, [read_metrics(entry) for entry in state.log_history]
-    cost, names = state.log_history[-1], [Path(name).name for name in config.data]
+    cost = state.log_history[-1]
     described = [describe_dataset(name, "calibration") for name in config.data]
     num_read = round((state.epoch or 0) * len(data.train))
     return {
-        # The report goes to the hub with the model, so it holds no local paths.
         "model": job.source.title,
         "teacher": job.teacher.title if job.teacher else None,
-        "config": config.model_dump(mode="json", exclude={"teacher"})
-        | {"data": names, "eval_data": Path(config.eval_data).name},
+        "config": config.model_dump(mode="json", exclude={"teacher"}) | _names_of(config),
         "data": ", ".join(described),
         "held_out": describe_dataset(config.eval_data, "evaluation")
         + (" (windows that are not trained on)" if job.num_left_out else ""),
@@ -358,10 +358,15 @@ def _report(job: Job, data: Data, state: TrainerState, budget: Budget | None) ->
         "held_out_kl": [[step, kl] for step, kl in held_out_curve(state).items()],
         "preparation_seconds": round(data.seconds, 3),
         "seconds": round(cost["seconds"], 3),
-        "budget": asdict(budget) if budget else None,
+        "budget": budget and _taken(budget, data.seconds + cost["seconds"]),
         "peak_memory_bytes": max(cost["peak_memory_bytes"], peak_memory() or 0) or None,
         "versions": _versions(job.method),
     }
+
+
+def _taken(budget: Budget, seconds: float) -> dict[str, Any]:
+    """What was asked for, and the seconds that measurement, preparation and training took."""
+    return asdict(budget) | {"seconds": round(budget.measuring + seconds, 3)}
 
 
 def _find_teacher(source: Source, config: RecoverConfig) -> Source:

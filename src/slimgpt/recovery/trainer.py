@@ -49,6 +49,18 @@ WARMUP, EVALUATIONS = 1 / 20, 10  # share of the steps; evaluations in a distill
 LARGE_MODEL = 10**9  # parameters
 
 
+# Options that `derive_options` fills in or changes.
+DERIVED = {
+    "seqlen",
+    "gradient_checkpointing",
+    "learning_rate",
+    "dtype",
+    "eval_steps",
+    "save_steps",
+    "warmup_steps",
+}
+
+
 class RecoveryTrainer(Trainer):
     """Trainer that writes checkpoints with checksums and keeps only the newest and the best one.
 
