@@ -204,6 +204,7 @@ class RecoveryReport(_Read):
     train_loss: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
     held_out_perplexity: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
     held_out_kl: list[tuple[Count, FiniteFloat]] = []
+    num_examples: Count | None = None
     tokens: Count | None = None
     best_step: Count | None = None
     preparation_seconds: FiniteFloat = 0.0

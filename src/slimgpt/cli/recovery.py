@@ -51,7 +51,7 @@ def _parse(budget: str) -> dict[str, Any]:
     time = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(min|h)", budget.strip())
     if time:
         return {"minutes": float(time[1]) * _MINUTES[time[2]]}
-    if re.fullmatch(r"[\d.,_]+ ?[kmbt]?", budget.strip(), re.IGNORECASE):
+    if re.fullmatch(r"[\d.,_]+ ?[kKMbBtT]?", budget.strip()):  # 30m may be meant as minutes
         return {"tokens": budget.strip()}
     raise ConfigError(
         f"--recover {budget!r} is neither a number of tokens nor a time",
@@ -116,7 +116,7 @@ def prune_and_recover(
     found = find_recovered(output, asked)
     if found and is_finished(run, source, config):
         log.info("%s is finished", output)
-        return read_result(run), found
+        return read_result(pruned if is_finished(pruned, source, config) else run), found
     run.check()
     is_pruned = is_finished(pruned, source, config)
     if is_pruned:

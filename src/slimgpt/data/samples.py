@@ -89,7 +89,8 @@ def calibration_tokens(
         raise DataError(
             f"{name} has {len(tokens)} tokens, {len(windows)} samples of {seqlen}, but "
             f"{nsamples} samples{held_out} need {needed} tokens",
-            hint="give a longer text, fewer --nsamples (recover: --tokens) or a smaller --seqlen",
+            hint="give a longer text, fewer --nsamples or a smaller --seqlen; in a recovery, fewer "
+            "tokens",
         )
     windows = windows[num_held_out:]
     generator = torch.Generator().manual_seed(options.seed)

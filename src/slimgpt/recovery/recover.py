@@ -348,7 +348,7 @@ def _report(job: Job, data: Data, state: TrainerState, budget: Budget | None) ->
         "config": config.model_dump(mode="json", exclude={"teacher"}) | _names_of(config),
         "data": ", ".join(described),
         "held_out": describe_dataset(config.eval_data, "evaluation")
-        + (" (windows that are not trained on)" if job.num_left_out else ""),
+        + (" (windows left out of the training)" if job.num_left_out else ""),
         "num_examples": len(data.train),
         "tokens": num_read * config.seqlen if config.tokens else None,
         "steps": state.global_step,
