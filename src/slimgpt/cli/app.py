@@ -197,6 +197,10 @@ def prune(
 def _show_plan(
     model: str, values: dict[str, Any], recovery: dict[str, Any] | None, as_json: bool
 ) -> None:
+    if recovery is not None:
+        from slimgpt.recovery.recover import check_recovery
+
+        check_recovery(model, RecoverConfig.create(**recovery))
     planned = slimgpt.plan(model, **values)
     lines = plan_table(planned)
     if planned.dropped:
@@ -205,11 +209,8 @@ def _show_plan(
         lines += ("the run may move heads and channels between blocks; the totals do not change",)
     if recovery is None:
         _emit(planned, lines, as_json)
-        return
-    from slimgpt.recovery.recover import check_recovery
-
-    check_recovery(model, RecoverConfig.create(**recovery))
-    _emit(asdict(planned) | {"recovery": recovery}, (*lines, recovery_plan(recovery)), as_json)
+    else:
+        _emit(asdict(planned) | {"recovery": recovery}, (*lines, recovery_plan(recovery)), as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -21,9 +22,10 @@ from slimgpt.data.samples import SampleOptions, count_samples
 from slimgpt.data.self_generated import TEXTS_AT_ONCE, sample_from_model
 from slimgpt.errors import ConfigError
 from slimgpt.recovery.job import Data, Job
-from slimgpt.recovery.teacher import Teacher, store_predictions, text_options
+from slimgpt.recovery.teacher import Predictions, Teacher, store_predictions, text_options
 from slimgpt.recovery.trainer import EVALUATIONS
 from slimgpt.runtime.distributed import broadcast, is_main, num_processes, training_together
+from slimgpt.runtime.environment import free_memory
 from slimgpt.runtime.files import writing
 from slimgpt.runtime.run_directory import BUDGET_FILE, Run
 
@@ -199,38 +201,57 @@ def measure(run: Run, job: Job, teacher: Teacher | None, arguments: TrainingArgu
     log.info("measuring the speed for %g minutes", config.minutes)
     rows = [window["input_ids"] for window in job.held_out]
     repeated = [rows[i % len(rows)] for i in range(STEPS * config.batch_size)]
-    generation, prediction, loading = 0.0, 0.0, 0.0
     train: Any = [{"input_ids": row, "labels": row} for row in repeated]
+    by_teacher = _Teaching()
     if teacher:
-        start = time.monotonic()
-        model = teacher()
-        loading = time.monotonic() - start
-        if SELF in config.data:
-            generation = _generation(job, model)
-        if job.method.distils:
-            windows_NT = torch.tensor(repeated)
-            train = store_predictions(scratch, "trial", windows_NT, teacher, config)
-            prediction = train.seconds / windows_NT.numel() / num_processes()
-        del model
+        by_teacher = _teach(scratch, job, torch.tensor(repeated), teacher)
+        train = by_teacher.predictions or train
+        free_memory()  # of the teacher
     times = _train(job, train, scratch, arguments)
+    free_memory()
     if is_main():
         shutil.rmtree(scratch.output)
     return Costs(
-        generation,
-        prediction,
+        by_teacher.generation,
+        by_teacher.prediction,
         times["step"],
         times["evaluation"] * len(job.held_out) / _num_evaluated(train),
         times["checkpoint"],
-        loading + 3 * times["loading"],  # loaded, loaded again with what was trained, and written
+        # Loaded, loaded again with what was trained, and written.
+        by_teacher.loading + 3 * times["loading"],
     )
+
+
+@dataclass(frozen=True)
+class _Teaching:
+    """Seconds of the dense model's part, as in `Costs`, and its predictions."""
+
+    loading: float = 0.0
+    generation: float = 0.0
+    prediction: float = 0.0
+    predictions: Predictions | None = None
+
+
+def _teach(scratch: Run, job: Job, windows_NT: Tensor, load: Teacher) -> _Teaching:
+    """Measure the dense model, which is in memory only here."""
+    start = time.monotonic()
+    model = load()
+    with torch.no_grad():  # warms up
+        model(windows_NT[:1].to(model.device), use_cache=False)
+    loading = time.monotonic() - start
+    generation = _generation(job, model) if SELF in job.config.data else 0.0
+    if not job.method.distils:
+        return _Teaching(loading, generation)
+    predictions = store_predictions(scratch, "trial", windows_NT, lambda: model, job.config)
+    seconds = predictions.seconds / windows_NT.numel() / num_processes()
+    return _Teaching(loading, generation, seconds, predictions)
 
 
 def _generation(job: Job, model: Any) -> float:
     """Seconds per token of generated text, on the main process alone, as in the run."""
     start = time.monotonic()
     if is_main():
-        options = SampleOptions(TEXTS_AT_ONCE, TEXT_LENGTH)
-        sample_from_model(model, job.tokenizer, options)
+        sample_from_model(model, job.tokenizer, SampleOptions(TEXTS_AT_ONCE, TEXT_LENGTH))
     broadcast(None)
     return (time.monotonic() - start) / TEXTS_AT_ONCE / TEXT_LENGTH
 

@@ -4,7 +4,6 @@ The methods are in `slimgpt.recovery.methods`; the default, low-rank adapters, h
 SlimGPT (arXiv 2412.18110, section 4.1). The training loop is `transformers.Trainer`.
 """
 
-import gc
 import hashlib
 import json
 import logging
@@ -79,7 +78,7 @@ from slimgpt.recovery.trainer import (
     training_arguments,
 )
 from slimgpt.runtime.distributed import TIME_LIMIT, broadcast, is_main, training_together
-from slimgpt.runtime.environment import computation, peak_memory, trim_heap, versions
+from slimgpt.runtime.environment import computation, free_memory, peak_memory, versions
 from slimgpt.runtime.files import describe_file, writing
 from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, open_run
@@ -174,14 +173,11 @@ def recover(
         if not run.is_finished():
             budget = None
             if config.minutes:
-                load_teacher = _teacher(job, str(arguments.device))
-                budget = find_budget(run, job, load_teacher, arguments)
-                del load_teacher
-                _free_memory()
+                budget = find_budget(run, job, _teacher(job, arguments), arguments)
                 timed = config.model_copy(update={"tokens": budget.tokens, "minutes": None})
                 job = replace(job, config=derive_options(timed, model_config))
                 arguments = training_arguments(model_config, job.config, output)
-            data = _load_data(run, job, str(arguments.device))
+            data = _load_data(run, job, _teacher(job, arguments))
             _train(job, data, arguments)
             if is_main():
                 _write(run, job, data, budget)
@@ -284,12 +280,12 @@ def _texts(job: Job) -> dict[str, Any]:
     return {f"text file {file}": describe_file(file) for file in files}
 
 
-def _load_data(run: Run, job: Job, device: str) -> Data:
+def _load_data(run: Run, job: Job, load_teacher: Teacher | None) -> Data:
     """Draw the text, and have the dense model read it; its memory is free again afterwards."""
     config = job.config
     if job.examples is not None:
         return Data(job.examples, job.held_out)
-    teacher = _teacher(job, device)
+    teacher = cache(load_teacher) if load_teacher else None  # loads it once
     windows_NT, seconds = draw_windows(run, config, job.tokenizer, teacher, job.num_left_out)
     if not job.method.distils or teacher is None:
         rows = windows_NT.tolist()
@@ -300,21 +296,15 @@ def _load_data(run: Run, job: Job, device: str) -> Data:
         train, held_out = (store_predictions(run, *t, teacher, config) for t in texts.items())
         data = Data(train, held_out, seconds + train.seconds + held_out.seconds)
     del teacher
-    _free_memory()
+    free_memory()
     return data
 
 
-def _teacher(job: Job, device: str) -> Teacher | None:
-    """A function that loads the dense model once, if it is needed."""
-    return (
-        cache(partial(load_model, job.teacher, job.config.dtype, device)) if job.teacher else None
-    )
-
-
-def _free_memory() -> None:
-    gc.collect()
-    trim_heap()
-    torch.cuda.empty_cache()
+def _teacher(job: Job, arguments: TrainingArguments) -> Teacher | None:
+    """A function that loads the dense model, if it is needed."""
+    if job.teacher is None:
+        return None
+    return partial(load_model, job.teacher, job.config.dtype, str(arguments.device))
 
 
 def _versions(method: RecoveryMethod) -> dict[str, str]:
