@@ -106,32 +106,38 @@ def prune_and_recover(
         As in both. What is wrong in the options, data or directories of either is found before any
         work.
     """
+    from slimgpt.models.device import find_device
     from slimgpt.models.source import find_model
     from slimgpt.pruning.prune import is_finished, read_result
     from slimgpt.recovery.recover import check_recovery, find_recovered
+    from slimgpt.runtime.distributed import process_group
     from slimgpt.runtime.run_directory import Run
 
     config, asked = PruneConfig.create(**pruning), RecoverConfig.create(**recovery)
     source, run, pruned = find_model(model), Run(output), Run(pruned_directory(output))
-    found = find_recovered(output, asked)
-    if found and is_finished(run, source, config):
-        log.info("%s is finished", output)
-        return read_result(pruned if is_finished(pruned, source, config) else run), found
-    run.check()
-    is_pruned = is_finished(pruned, source, config)
-    if is_pruned:
-        log.info("%s is finished", pruned.output)
-        result = read_result(pruned)
-    else:
-        pruned.check()
-        if (run.has_begun or run.is_written) and not restart:
-            raise OtherRunError(
-                f"{output} holds an interrupted run, but {pruned.output} has no pruned model",
-                hint="repeat the command that it is from, choose another --output, or discard it "
-                "with --restart",
+    # One process group for both: torchrun's store has no place for a second one.
+    with process_group(find_device(config.device)):
+        found = find_recovered(output, asked)
+        if found and is_finished(run, source, config):
+            log.info("%s is finished", output)
+            return read_result(pruned if is_finished(pruned, source, config) else run), found
+        run.check()
+        is_pruned = is_finished(pruned, source, config)
+        if is_pruned:
+            log.info("%s is finished", pruned.output)
+            result = read_result(pruned)
+        else:
+            pruned.check()
+            if (run.has_begun or run.is_written) and not restart:
+                raise OtherRunError(
+                    f"{output} holds an interrupted run, but {pruned.output} has no pruned model",
+                    hint="repeat the command that it is from, choose another --output, or "
+                    "discard it with --restart",
+                )
+            check_recovery(model, asked)
+            result = slimgpt.prune(
+                model, pruned.output, restart=restart, progress=progress, **pruning
             )
-        check_recovery(model, asked)
-        result = slimgpt.prune(model, pruned.output, restart=restart, progress=progress, **pruning)
-    log.info("the pruned model is in %s; recovering it", pruned.output)
-    options = {"restart": restart, "progress": progress, **recovery}
-    return result, slimgpt.recover(str(pruned.output), output, **options)
+        log.info("the pruned model is in %s; recovering it", pruned.output)
+        options = {"restart": restart, "progress": progress, **recovery}
+        return result, slimgpt.recover(str(pruned.output), output, **options)

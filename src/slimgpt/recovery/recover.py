@@ -218,11 +218,12 @@ def check_recovery(model: str, config: RecoverConfig) -> None:
     config, model_config = _checked(source, config)
     check_training(config, model_config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = load_tokenizer(source)
-    num_left_out = len(_held_out_windows(config, tokenizer)) if _is_left_out(config) else 0
-    num_windows = (config.tokens or 0) // config.seqlen
+    num_held_out = len(_held_out_windows(config, tokenizer))
+    num_left_out = num_held_out if _is_left_out(config) else 0
+    num_windows = (config.tokens or config.seqlen) // config.seqlen
+    most = math.ceil(num_windows / len(config.data))
     for name in config.data:
         if name != SELF:
-            most = max(1, math.ceil(num_windows / len(config.data)))
             calibration_tokens(name, tokenizer, text_options(config, name, most, num_left_out))
 
 
