@@ -130,6 +130,24 @@ def test_recovery_does_not_depend_on_the_number_of_processes(
         assert entry == pytest.approx(expected, rel=1e-4)
 
 
+def test_two_processes_prune_and_recover(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In one command; the time is enough for all of the text but three held-out windows."""
+    model, output = tiny_checkpoint("llama"), tmp_path / "out"
+    arguments = [
+        "prune", str(model), "--output", str(output), "--ratio=0.3", "--widths=scheduled",
+        "--calibration", TEXT, "--nsamples=4", "--seqlen=64", "--device=cpu", "--json",
+    ]  # fmt: skip
+    # Both phases need a process group, of which torchrun's store allows one.
+    finished = torchrun(2, "-m", "slimgpt", *arguments, "--recover", "2h")
+    assert finished.returncode == 0, finished.stderr
+    printed = json.loads(finished.stdout)
+    assert printed["pruned"] == str(tmp_path / "out-pruned")
+    budget = printed["recovery"]["budget"]
+    assert (budget["minutes"], budget["tokens"]) == (120, (3911 // 128 - 3) * 128)
+
+
 def test_a_lost_process_ends_the_job_and_it_resumes(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

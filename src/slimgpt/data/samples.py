@@ -18,6 +18,8 @@ from slimgpt.errors import DataError
 
 MAX_TOKENS = 2**28  # in a text or in all samples: 2 GiB
 
+HELD_OUT_SHARE = 10  # at most a tenth of a text is held out
+
 SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # size of the shuffle buffer
 
 # Upper bound of the memory for reading and tokenising local files or the hub: the shuffle buffer at
@@ -37,12 +39,15 @@ class SampleOptions:
         Random seed.
     text_field : str or None
         Field with the text in local data files; by default ``text``, a chat or an instruction.
+    num_held_out : int
+        Number of windows that `held_out_samples` has of this text, which are left out.
     """
 
     nsamples: int
     seqlen: int
     seed: int = 0
     text_field: str | None = None
+    num_held_out: int = 0
 
 
 def calibration_tokens(
@@ -75,27 +80,68 @@ def calibration_tokens(
     DataError
         If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are requested.
     """
-    nsamples, seqlen, seed = options.nsamples, options.seqlen, options.seed
-    needed = tokens_needed(nsamples, seqlen)
+    nsamples, seqlen, num_held_out = options.nsamples, options.seqlen, options.num_held_out
+    needed = tokens_needed(nsamples + num_held_out, seqlen)
+    tokens = _tokens(name, tokenizer, options, needed)
+    windows = _cut(tokens, seqlen)
+    if len(windows) < nsamples + num_held_out:
+        held_out = f" and {num_held_out} held-out ones" if num_held_out else ""
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, {len(windows)} samples of {seqlen}, but "
+            f"{nsamples} samples{held_out} need {needed} tokens",
+            hint="give a longer text, fewer --nsamples or a smaller --seqlen; in a recovery, fewer "
+            "tokens",
+        )
+    windows = windows[num_held_out:]
+    generator = torch.Generator().manual_seed(options.seed)
+    return windows[torch.randperm(len(windows), generator=generator)[:nsamples]]
+
+
+def count_samples(name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> int:
+    """Count the samples that a text has, at most ``nsamples``; see `calibration_tokens`."""
+    wanted = options.nsamples + options.num_held_out
+    tokens = _tokens(name, tokenizer, options, tokens_needed(wanted, options.seqlen))
+    return max(0, min(len(tokens) // options.seqlen, wanted) - options.num_held_out)
+
+
+def held_out_samples(
+    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
+) -> Tensor:
+    """Take windows of a text that `calibration_tokens` leaves out, if the options say how many.
+
+    They are the first ones of the shuffled text, for the same seed: at most a tenth of it, but one
+    at least.
+
+    Returns
+    -------
+    Tensor
+        int64, (at most nsamples, seqlen); no rows if the text is shorter than two windows.
+    """
+    needed = tokens_needed(HELD_OUT_SHARE * options.nsamples, options.seqlen)
+    windows = _cut(_tokens(name, tokenizer, options, needed), options.seqlen)
+    least = min(1, len(windows) // 2)
+    return windows[: max(least, min(options.nsamples, len(windows) // HELD_OUT_SHARE))]
+
+
+def _tokens(
+    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, needed: int
+) -> Tensor:
+    """Tokenise the shuffled text until there are `needed` tokens, or more."""
     documents = read_documents(name, "calibration", options.text_field)
     texts = filter(str.strip, (_text(document, tokenizer) for document in documents))
     tokens = array("q")
-    for text in _shuffled(texts, seed):
+    for text in _shuffled(texts, options.seed):
         for some in tokenize([text, BLANK_LINE], tokenizer):
             tokens.extend(some)
         if len(tokens) >= needed:
             break
+    return torch.frombuffer(tokens, dtype=torch.int64) if tokens else torch.empty(0).long()
+
+
+def _cut(tokens: Tensor, seqlen: int) -> Tensor:
+    """Cut tokens into windows that do not overlap, (N, seqlen)."""
     num_windows = len(tokens) // seqlen
-    if num_windows < nsamples:
-        raise DataError(
-            f"{name} has {len(tokens)} tokens, {num_windows} samples of {seqlen}, but "
-            f"{nsamples} samples need {needed} tokens",
-            hint="give a longer text, fewer --nsamples (recover: --tokens) or a smaller --seqlen",
-        )
-    windows = torch.frombuffer(tokens, dtype=torch.int64)[: num_windows * seqlen]
-    windows = windows.view(num_windows, seqlen)
-    generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(num_windows, generator=generator)[:nsamples]]
+    return tokens[: num_windows * seqlen].view(num_windows, seqlen)
 
 
 def evaluation_tokens(

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.config import RecoverConfig
-from slimgpt.data.datasets import SELF
+from slimgpt.data.datasets import SELF, are_same_files
 from slimgpt.data.samples import SampleOptions, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
 from slimgpt.errors import NumericalError
@@ -117,8 +117,37 @@ class Predictions(Dataset):
         return sum(float(read_tensor(file, "seconds")) for file in self._files)
 
 
+def text_options(
+    config: RecoverConfig, name: str, num_windows: int, num_left_out: int
+) -> SampleOptions:
+    """How windows of a text are drawn.
+
+    Parameters
+    ----------
+    config : RecoverConfig
+        The options.
+    name : str
+        The text.
+    num_windows : int
+        Number of windows.
+    num_left_out : int
+        Number of windows that are left out of the text that is also the held-out one.
+    """
+    return SampleOptions(
+        num_windows,
+        config.seqlen,
+        config.seed + 1,  # other text than the calibration with the same seed
+        config.text_field,
+        num_left_out if are_same_files(name, config.eval_data) else 0,
+    )
+
+
 def draw_windows(
-    run: Run, config: RecoverConfig, tokenizer: PreTrainedTokenizerBase, teacher: Teacher | None
+    run: Run,
+    config: RecoverConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher | None,
+    num_left_out: int,
 ) -> tuple[Tensor, float]:
     """Draw the text to train on, in equal parts from each source, or read what was drawn before.
 
@@ -132,6 +161,8 @@ def draw_windows(
         The model's tokenizer.
     teacher : callable or None
         Loads the dense model; only for the source ``self``.
+    num_left_out : int
+        As in `text_options`.
 
     Returns
     -------
@@ -147,12 +178,7 @@ def draw_windows(
     windows, seconds = [], 0.0
     for index, name in enumerate(config.data):
         bounds = [num_windows * i // num_texts for i in (index, index + 1)]
-        options = SampleOptions(
-            bounds[1] - bounds[0],
-            config.seqlen,
-            config.seed + 1,  # other text than the calibration with the same seed
-            config.text_field,
-        )
+        options = text_options(config, name, bounds[1] - bounds[0], num_left_out)
 
         def make(name: str = name, options: SampleOptions = options) -> bytes:
             start = time.monotonic()
