@@ -5,6 +5,7 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,25 @@ class SampleOptions:
     text_field: str | None = None
 
 
+class Windows(NamedTuple):
+    """Windows of text.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        int64, (N, T).
+    is_learned : Tensor
+        Whether the loss of a training counts a token, bool, (N, T).
+    """
+
+    tokens: Tensor
+    is_learned: Tensor
+
+
+# A text in parts: tokens, and whether each is learned.
+Parts = Iterable[tuple[list[int], list[bool]]]
+
+
 def calibration_tokens(
     name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
 ) -> Tensor:
@@ -75,27 +95,67 @@ def calibration_tokens(
     DataError
         If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are requested.
     """
-    nsamples, seqlen, seed = options.nsamples, options.seqlen, options.seed
+    parts = (
+        whole([_text(document, tokenizer), BLANK_LINE], tokenizer)
+        for document in shuffled_documents(name, options)
+    )
+    return draw_windows(parts, name, options).tokens
+
+
+def whole(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Parts:
+    """Tokenise a text of which every token is learned."""
+    return ((some, [True] * len(some)) for some in tokenize(texts, tokenizer))
+
+
+def draw_windows(texts: Iterable[Parts], name: str, options: SampleOptions) -> Windows:
+    """Join texts until there are enough windows, and choose some of these at random.
+
+    Windows without a learned token (after the first one, which is not predicted) are left out.
+
+    Parameters
+    ----------
+    texts : iterable of Parts
+        The texts, of which only as many are read as are needed.
+    name : str
+        Their origin, for the error.
+    options : SampleOptions
+        What is drawn.
+
+    Raises
+    ------
+    DataError
+        If there are too few tokens, or more than `MAX_TOKENS` are requested.
+    """
+    nsamples, seqlen = options.nsamples, options.seqlen
     needed = tokens_needed(nsamples, seqlen)
-    documents = read_documents(name, "calibration", options.text_field)
-    texts = filter(str.strip, (_text(document, tokenizer) for document in documents))
-    tokens = array("q")
-    for text in _shuffled(texts, seed):
-        for some in tokenize([text, BLANK_LINE], tokenizer):
+    tokens, is_learned, useful, num_windows = array("q"), bytearray(), [], 0
+    for text in texts:
+        for some, learned in text:
             tokens.extend(some)
-        if len(tokens) >= needed:
+            is_learned.extend(learned)
+        before, num_windows = num_windows, len(tokens) // seqlen
+        useful += [
+            index
+            for index in range(before, num_windows)
+            if any(is_learned[index * seqlen + 1 : (index + 1) * seqlen])
+        ]
+        if len(useful) >= nsamples:
             break
-    num_windows = len(tokens) // seqlen
-    if num_windows < nsamples:
+    if len(useful) < nsamples:
+        left_out = num_windows - len(useful)
         raise DataError(
-            f"{name} has {len(tokens)} tokens, {num_windows} samples of {seqlen}, but "
-            f"{nsamples} samples need {needed} tokens",
+            f"{name} has {len(tokens)} tokens, {len(useful)} samples of {seqlen}"
+            + f" and {left_out} without a token of an answer" * bool(left_out)
+            + f", but {nsamples} samples need {needed} tokens",
             hint="give a longer text, fewer --nsamples (recover: --tokens) or a smaller --seqlen",
         )
-    windows = torch.frombuffer(tokens, dtype=torch.int64)[: num_windows * seqlen]
-    windows = windows.view(num_windows, seqlen)
-    generator = torch.Generator().manual_seed(seed)
-    return windows[torch.randperm(num_windows, generator=generator)[:nsamples]]
+    generator = torch.Generator().manual_seed(options.seed)
+    chosen = torch.tensor(useful)[torch.randperm(len(useful), generator=generator)[:nsamples]]
+    flat = (
+        torch.frombuffer(tokens, dtype=torch.int64),
+        torch.frombuffer(is_learned, dtype=torch.bool),
+    )
+    return Windows(*(x[: num_windows * seqlen].view(-1, seqlen)[chosen] for x in flat))
 
 
 def evaluation_tokens(
@@ -174,19 +234,21 @@ def _text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     return text.removeprefix(str(bos)) if adds_bos else text
 
 
-def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
-    """Shuffle a stream, one buffer at a time."""
-    generator = random.Random(seed)
-    while batch := list(_buffer(texts)):
+def shuffled_documents(name: str, options: SampleOptions) -> Iterator[Document]:
+    """Read the documents of a data set that are not empty, shuffled one buffer at a time."""
+    documents = read_documents(name, "calibration", options.text_field)
+    filled = (d for d in documents if d.messages or (d.prompt + d.text).strip())
+    generator = random.Random(options.seed)
+    while batch := list(_buffer(filled)):
         generator.shuffle(batch)
         yield from batch
 
 
-def _buffer(texts: Iterator[str]) -> Iterator[str]:
-    """Take the texts of one shuffle buffer."""
+def _buffer(documents: Iterator[Document]) -> Iterator[Document]:
+    """Take the documents of one shuffle buffer."""
     num_characters = 0
-    for text in itertools.islice(texts, SHUFFLED_DOCUMENTS):
-        yield text
-        num_characters += len(text)
+    for document in itertools.islice(documents, SHUFFLED_DOCUMENTS):
+        yield document
+        num_characters += document.num_characters
         if num_characters >= SHUFFLED_CHARACTERS:
             return

@@ -36,6 +36,7 @@ from slimgpt.checkpoint.writer import add_older_keys
 from slimgpt.config import RecoverConfig, did_you_mean
 from slimgpt.data.datasets import check_dataset, dataset_files, describe_dataset
 from slimgpt.data.examples import training_examples
+from slimgpt.data.prompts import Prompts, read_prompts
 from slimgpt.data.samples import evaluation_tokens
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
 from slimgpt.models.comparison import check_same_vocabulary
@@ -46,7 +47,7 @@ from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import weight_files
 from slimgpt.recovery.methods.base import RecoveryMethod
 from slimgpt.recovery.methods.registry import RECOVERY_METHODS
-from slimgpt.recovery.teacher import draw_windows, store_predictions
+from slimgpt.recovery.teacher import all_learned, draw_windows, labelled, store_predictions
 from slimgpt.recovery.trainer import (
     TENSORBOARD_DIR,
     Examples,
@@ -90,7 +91,7 @@ class RecoverResult:
 
 @dataclass(frozen=True)
 class _Job:
-    """The inputs of a recovery; `examples` is None if the training is on text."""
+    """The inputs of a recovery; without `examples`, the training is on text."""
 
     source: Source
     teacher: Source | None
@@ -100,6 +101,7 @@ class _Job:
     examples: Examples | None
     held_out: Examples
     progress: Progress
+    prompts: Prompts | None
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def recover(
             hint="recover the pruned model, with more --tokens, --epochs or --max-steps",
         )
     teacher = _find_teacher(source, config) if config.uses_teacher else None
-    for name in config.data:
+    for name in _sources(config):
         check_dataset(name, "calibration")
     check_dataset(config.eval_data, "evaluation")
     check_packages(config)
@@ -175,9 +177,12 @@ def recover(
     with open_run(output) as run:
         tokenizer = load_tokenizer(source)
         examples = None if config.tokens else _examples(config, tokenizer)
+        prompts = _prompts(config, tokenizer)
         held_out = _held_out_windows(config, tokenizer)
         method = RECOVERY_METHODS[config.method](config)
-        job = _Job(source, teacher, config, method, tokenizer, examples, held_out, progress)
+        job = _Job(
+            source, teacher, config, method, tokenizer, examples, held_out, progress, prompts
+        )
         if is_main():
             run.identify(_identity(job, arguments), restart)
         if not run.is_finished():
@@ -215,7 +220,7 @@ def _texts(job: _Job) -> dict[str, Any]:
     """What determines the text or the examples."""
     if job.examples is not None:
         return {"examples_sha256": _sha256(job.examples)}
-    files = [file for name in job.config.data for file in dataset_files(name)]
+    files = [file for name in _sources(job.config) for file in dataset_files(name)]
     return {f"text file {file}": describe_file(file) for file in files}
 
 
@@ -226,13 +231,14 @@ def _load_data(run: Run, job: _Job, device: str) -> _Data:
         return _Data(job.examples, job.held_out)
     if job.teacher:
         teacher = cache(partial(load_model, job.teacher, config.dtype, device))
-    windows_NT, seconds = draw_windows(run, config, job.tokenizer, teacher)
+    windows, seconds = draw_windows(run, config, job.tokenizer, teacher, job.prompts)
     if not job.method.distils or teacher is None:
-        rows = windows_NT.tolist()
-        data = _Data([{"input_ids": r, "labels": r} for r in rows], job.held_out, seconds)
+        rows = [labelled(windows, index) for index in range(len(windows.tokens))]
+        examples = [{name: row.tolist() for name, row in window.items()} for window in rows]
+        data = _Data(examples, job.held_out, seconds)
     else:
         held_out_NT = torch.tensor([window["input_ids"] for window in job.held_out])
-        texts = {"training": windows_NT, "held-out": held_out_NT}
+        texts = {"training": windows, "held-out": all_learned(held_out_NT)}
         train, held_out = (store_predictions(run, *t, teacher, config) for t in texts.items())
         data = _Data(train, held_out, seconds + train.seconds + held_out.seconds)
     del teacher
@@ -288,7 +294,11 @@ def _report(job: _Job, data: _Data, state: TrainerState) -> dict[str, Any]:
         "model": job.source.title,
         "teacher": job.teacher.title if job.teacher else None,
         "config": config.model_dump(mode="json", exclude={"teacher"})
-        | {"data": names, "eval_data": Path(config.eval_data).name},
+        | {
+            "data": names,
+            "eval_data": Path(config.eval_data).name,
+            "prompts": config.prompts and Path(config.prompts).name,
+        },
         "data": ", ".join(described),
         "held_out": describe_dataset(config.eval_data, "evaluation"),
         "num_examples": len(data.train),
@@ -340,6 +350,17 @@ def check_packages(config: RecoverConfig) -> None:
 def _examples(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
     (name,) = config.data
     return training_examples(name, tokenizer, config.seqlen, config.max_examples, config.text_field)
+
+
+def _prompts(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts | None:
+    if config.prompts is None:
+        return None
+    return read_prompts(config.prompts, tokenizer, config.seqlen, config.text_field)
+
+
+def _sources(config: RecoverConfig) -> list[str]:
+    """Names of the data sets to train on, and of the prompts."""
+    return [*config.data, *([config.prompts] if config.prompts else [])]
 
 
 def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
