@@ -124,7 +124,7 @@ def test_prompts_are_read_up_to_the_answer(
 ) -> None:
     def read(name: str, records: Any) -> list[str]:
         read = read_prompts(write(tmp_path / name, records), chat_tokenizer, 512)
-        return [chat_tokenizer.decode(prompt.tolist()) for prompt in read]
+        return [str(chat_tokenizer.decode(prompt.tolist())) for prompt in read]
 
     instruction = {"instruction": "Add.", "input": "1 2", "output": "3"}
     asked = instruction_prompt(instruction)

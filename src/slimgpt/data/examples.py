@@ -89,9 +89,10 @@ def _examples(
     text: list[int] = []
     for document in documents:
         if document.prompt or document.messages:
-            tokens, is_learned = (part[:seqlen] for part in _answers(document, tokenizer))
-            labels = _labels(tokens, is_learned)
-            yield {"input_ids": tokens, "labels": labels} if any(is_learned) else None
+            tokens, is_learned = _answers(document, tokenizer)
+            labels = _labels(tokens[:seqlen], is_learned[:seqlen])
+            is_useful = any(is_learned[:seqlen])
+            yield {"input_ids": tokens[:seqlen], "labels": labels} if is_useful else None
         else:
             for some in tokenize([document.text, BLANK_LINE], tokenizer):
                 text += some
