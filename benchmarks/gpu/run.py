@@ -2,17 +2,21 @@
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
+from environment import checked_device, environment
 
 from slimgpt.errors import SlimGPTError
 from slimgpt.models.source import find_model
@@ -55,11 +59,30 @@ class Step:
         """Run the program for as long as there is time; report after each result."""
         self.status, start = "running", time.monotonic()
         limit = min(self.limit, seconds_left)
-        process = subprocess.Popen(
-            [sys.executable, *self.command], cwd=HERE.parents[1], stdout=subprocess.PIPE, text=True
-        )
-        timer = threading.Timer(limit, process.kill)
-        timer.start()
+        # The process is in a group of its own, with whatever it starts.
+        with subprocess.Popen(
+            [sys.executable, *self.command],
+            cwd=HERE.parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            end_all = partial(_end_group, process.pid)
+            timer = threading.Timer(limit, end_all)
+            timer.start()
+            try:
+                self._follow(process, report)
+                code = process.wait()
+            finally:
+                timer.cancel()
+                end_all()
+        self.seconds = time.monotonic() - start
+        if self.seconds >= limit:
+            self.status = f"failed: not finished after {limit:.0f} s"
+        else:
+            self.status = f"failed: exit code {code}" if code else "passed"
+
+    def _follow(self, process: subprocess.Popen[str], report: Callable[[], None]) -> None:
         assert process.stdout
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -67,22 +90,20 @@ class Step:
                 self.rows.append(json.loads(line))
                 report()
             elif line.startswith(("FAILED", "ERROR")) or " passed" in line:  # of pytest
-                self.rows.append({"tests": line.strip()})
-        code = process.wait()
-        timer.cancel()
-        self.seconds = time.monotonic() - start
-        if self.seconds >= limit:
-            self.status = f"failed: not finished after {limit:.0f} s"
-        else:
-            self.status = f"failed: exit code {code}" if code else "passed"
+                self.rows.append({"tests": line.strip("= \n")})
+
+
+def _end_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def make_steps(device: str, is_tiny: bool) -> list[Step]:
     """Create the steps, in order of worth."""
     options = ["--device", device, *(["--tiny"] if is_tiny else [])]
     marked = "cuda" if device == "cuda" else "not cuda"
-    quiet = ["-q", "-W", "default", "-p", "no:cacheprovider"]
-    tests = ["-m", "pytest", *quiet, "tests/cuda", "-m", marked]
+    flags = ["-v", "-W", "default", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", *flags, "tests/cuda", "-m", marked]
 
     def program(name: str, *arguments: str) -> list[str]:
         return [str(HERE / name), *options, *arguments]
@@ -90,7 +111,7 @@ def make_steps(device: str, is_tiny: bool) -> list[Step]:
     reference = ["--reference", str(REFERENCE)] if REFERENCE.exists() else []
     whole = ["--runs", "paper:0.2", "--blocks", "4" if is_tiny else "32"]
     return [
-        Step("tests", tests, 150),
+        Step("tests", tests, 180),
         Step("blocks", program("blocks.py"), 240),
         Step("solver", program("sublayer.py"), 90),
         Step("smollm2", [str(HERE / "smollm2.py"), "--device", device, *reference], 120),
@@ -145,13 +166,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu-results"))
     parser.add_argument("--steps", nargs="+", help="some of the steps; default: all")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--spent", type=float, default=0.0, help="seconds before the start")
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes
+    end = time.monotonic() + 60 * args.minutes - args.spent
+    device = checked_device(parser, args.device)
     args.output.mkdir(parents=True, exist_ok=True)
     steps = make_steps(args.device, args.tiny)
     steps = [step for step in steps if not args.steps or step.name in args.steps]
     where = environment() | {"device": args.device, "tiny": args.tiny}
-    if args.device == "cuda":
+    if device.type == "cuda":
         where["gpu"], where["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
 
     def report() -> None:

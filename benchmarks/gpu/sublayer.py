@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import torch
+from environment import checked_device
 from solver import DAMPING, Shape, Stopwatch, invert, solve_paper, solve_slimgpt, synthetic_layer
 
 SHAPES = {
@@ -35,10 +36,10 @@ def measure(shape: Shape, ratio: float, device: str) -> dict[str, Any]:
     seconds = {"floor": lap()}
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
-        if device == "cuda":
+        if weight_OI.is_cuda:
             torch.cuda.set_sync_debug_mode("warn")
         solve_slimgpt(*problem, shape.unit_size)
-        if device == "cuda":
+        if weight_OI.is_cuda:
             torch.cuda.set_sync_debug_mode("default")
     ours = solve_slimgpt(*problem, shape.unit_size)
     paper = solve_paper(*problem, shape.unit_size)
@@ -51,9 +52,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    device = checked_device(parser, args.device)
     for name, shape in (TINY_SHAPES if args.tiny else SHAPES).items():
         for ratio in RATIOS:
-            row = {"shape": name, "ratio": ratio} | measure(shape, ratio, args.device)
+            row = {"shape": name, "ratio": ratio} | measure(shape, ratio, str(device))
             print(json.dumps(row), flush=True)
 
 

@@ -138,6 +138,8 @@ _Factor = BeforeValidator(_factor)
 # Bounds far above any sensible value, so that a typo fails here and not in a library.
 COUNT, LENGTH, BATCH = 10**9, 10**7, 2**16  # counts; tokens of a text; sequences in a batch
 
+LONGEST_TEXT = 2**28  # tokens to train on
+
 MAX_SEED = 2**32 - 1  # NumPy's
 
 BYTES = 2**60
@@ -678,10 +680,17 @@ class RecoverConfig(_ModelOptions):
     tokens: Annotated[int | None, _Count] = Field(
         None,
         ge=2,
-        le=2**28,
+        le=LONGEST_TEXT,
         description="Train on so many tokens of text, in windows of --seqlen, e.g. 100k or 1M, and "
         "not on single examples; distill: 1M. Of chats and instructions, the loss counts the "
         "answers alone.",
+    )
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        le=10**6,
+        description="Instead of --tokens: as many tokens as can be drawn, read by the dense model "
+        "and trained on in about so many minutes on this machine, which is measured first.",
     )
     max_examples: int | None = Field(
         None, ge=1, le=COUNT, description="Use only the first N examples."
@@ -772,11 +781,19 @@ class RecoverConfig(_ModelOptions):
         """Whether the dense model is needed."""
         return self.method == "distill" or "self" in self.data
 
+    @property
+    def is_on_text(self) -> bool:
+        """Whether it trains on windows of text, and not on examples."""
+        return self.tokens is not None or self.minutes is not None
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_method(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = {n: v for n, v in values.items() if v is not None or n not in _DISTILL}
-        return _DISTILL | given if values.get("method") == "distill" else given
+        if values.get("method") != "distill":
+            return given
+        timed = {"tokens": None} if values.get("minutes") is not None else {}
+        return _DISTILL | timed | given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -806,17 +823,22 @@ class RecoverConfig(_ModelOptions):
 
     def _check_data(self) -> None:
         texts = ",".join(self.data)
-        if self.tokens is None:
+        if not self.is_on_text:
             if self.method == "distill":
-                raise ValueError("method='distill' needs a number of tokens")
+                raise ValueError("method='distill' needs a number of tokens or minutes")
             if len(self.data) > 1 or "self" in self.data:
                 raise ValueError(f"data={texts!r} is for training on text: give tokens, e.g. 100k")
             return
+        name = "tokens" if self.minutes is None else "minutes"
         if self.max_examples is not None:
-            raise ValueError("tokens leaves nothing to decide to max_examples")
+            raise ValueError(f"{name} leaves nothing to decide to max_examples")
+        if self.minutes is not None and self.tokens is not None:
+            raise ValueError("give one of tokens and minutes, not both")
+        if self.minutes is not None and self.max_steps is not None:
+            raise ValueError("minutes leaves nothing to decide to max_steps")
         if len(set(self.data)) < len(self.data):
             raise ValueError(f"data={texts!r} has a text twice")
-        if self.tokens < self.seqlen * len(self.data):
+        if self.tokens is not None and self.tokens < self.seqlen * len(self.data):
             raise ValueError(
                 f"tokens={self.tokens} is less than one window of seqlen={self.seqlen} for each "
                 f"text of data={texts!r}"

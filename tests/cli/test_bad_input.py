@@ -67,8 +67,21 @@ COUNTS = {
 FRACTIONS = {
     "prune": ("ratio", "min-ratio", "attention-share", "layer-ratios", "damping", "correction",
               "target-kv-cache"),
-    "recover": ("dropout", "learning-rate", "epochs"),
+    "recover": ("dropout", "learning-rate", "epochs", "minutes"),
 }  # fmt: skip
+RECOVERIES = {
+    "0": "tokens=0",
+    "0min": "minutes=0",
+    "511": "tokens=511 is less than one window",
+    "1T": "tokens=",
+    "1.5": "tokens='1.5': not a whole number",
+    "1,0": "tokens='1,0': not a number",
+    "99999999h": "minutes=",
+    MANY: "tokens=",
+    "100M": "pydocs has .* samples need",
+} | dict.fromkeys(
+    ("10 parsecs", "", "-1", "nan", "30m", "1h30min", "min", LONG[:90]), "is neither a number"
+)  # fmt: skip
 SIZES = ("activation-memory", "max-shard-size", "target-size")
 CHOICES = {
     "prune": ("method", "schedule", "widths", "damping-mode", "channel-selection", "head-error",
@@ -165,6 +178,9 @@ def _cases() -> Iterator[Case]:
                 yield Case(
                     (verb, *COMMANDS[verb], f"--{name}", value), f"'--{name}'|{key}=|has no {key}"
                 )
+    for value, error in RECOVERIES.items():
+        for flags in ((), ("--dry-run",)):
+            yield Case(("prune", *COMMANDS["prune"], "--recover", value, *flags), error)
     for name in SIZES:
         for value in ("-1", "1e400", "lots", MANY):
             yield Case(("prune", *COMMANDS["prune"], f"--{name}", value), name.replace("-", "_"))

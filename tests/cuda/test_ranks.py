@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TEXT
+from devices import SLOW_ON_CPU
 from safetensors.torch import load_file
 
 import slimgpt
 from slimgpt.errors import ConfigError
+from slimgpt.models.device import find_device
 from slimgpt.runtime.distributed import process_group
 
 
@@ -51,9 +53,31 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(
 
 
 @pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.cuda)],
+    ("number", "is_built", "name", "message", "hint"),
+    [
+        (0, False, "cuda", "0 CUDA devices .* PyTorch .* is built without CUDA", "pytorch.org"),
+        (0, True, "cuda", "0 CUDA devices were found$", "nvidia-smi"),
+        (1, True, "cuda:1", "1 CUDA devices were found$", "or cuda:0"),
+        (2, True, "cuda:7", "2 CUDA devices were found$", "or cuda:0 to cuda:1"),
+        (2, True, "meta", "0 META devices were found$", "--device cpu"),
+    ],
 )
+def test_a_device_that_this_machine_lacks(
+    number: int,
+    is_built: bool,
+    name: str,
+    message: str,
+    hint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: is_built)
+    with pytest.raises(ConfigError, match=f"device '{name}' is not available: {message}") as error:
+        find_device(name)
+    assert hint in str(error.value.hint)
+
+
+@SLOW_ON_CPU
 def test_a_job_of_one_process(
     device: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

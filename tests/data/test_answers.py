@@ -16,9 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from slimgpt.data import prompts as prompts_module
 from slimgpt.data import self_generated
 from slimgpt.data.documents import instruction_prompt
-from slimgpt.data.examples import training_windows
+from slimgpt.data.examples import training_texts, training_windows
 from slimgpt.data.prompts import answer_length, read_prompts
-from slimgpt.data.samples import SampleOptions, calibration_tokens
+from slimgpt.data.samples import (
+    SampleOptions,
+    calibration_tokens,
+    count_samples,
+    held_out_samples,
+)
 from slimgpt.data.self_generated import answer_prompts
 from slimgpt.errors import DataError
 
@@ -91,6 +96,40 @@ def test_windows_of_chats_learn_the_assistants_turns(
     with pytest.raises(DataError, match=f", {len(useful)} samples of {seqlen}") as few:
         training_windows(file, chat_tokenizer, SampleOptions(len(useful) + 1, seqlen, seed=5))
     assert ("without a token of an answer" in str(few.value)) == (len(useful) < len(cut))
+
+
+@pytest.mark.parametrize("seqlen", [7, 32])
+def test_the_first_windows_of_chats_are_held_out(
+    seqlen: int, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """All of them, and of the others those with an answer can be drawn and are counted."""
+    file = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    order = list(CHATS)
+    random.Random(5).shuffle(order)
+    text = [pair for chat in order for pair in rendered(chat, chat_tokenizer)]
+    cut = [text[start : start + seqlen] for start in range(0, len(text) - seqlen + 1, seqlen)]
+    has_answer = [any(learned for _, learned in window[1:]) for window in cut]
+    assert all(has_answer) == (seqlen == 32)
+    tokens = [[token for token, _ in window] for window in cut]
+
+    def options(nsamples: int, num_held_out: int) -> SampleOptions:
+        return SampleOptions(nsamples, seqlen, 5, None, num_held_out)
+
+    def texts() -> Iterator[Any]:
+        return training_texts(file, chat_tokenizer, options(0, 0))
+
+    most = len(cut) // 10
+    assert held_out_samples(texts(), options(3, 0)).tolist() == tokens[:3]
+    assert held_out_samples(texts(), options(999, 0)).tolist() == tokens[:most]
+    left = [window for window, useful in zip(tokens, has_answer, strict=True) if useful]
+    left = left[sum(has_answer[:most]) :]
+    assert count_samples(texts(), options(999, most)) == len(left)
+    assert count_samples(texts(), options(2, most)) == 2
+    assert count_samples(texts(), options(1, len(cut) + 1)) == 0
+    drawn = training_windows(file, chat_tokenizer, options(len(left), most))
+    assert sorted(drawn.tokens.tolist()) == sorted(left)
+    with pytest.raises(DataError, match=f"samples and {most} held-out ones need"):
+        training_windows(file, chat_tokenizer, options(len(left) + 1, most))
 
 
 def test_windows_of_instructions_learn_the_outputs(

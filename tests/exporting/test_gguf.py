@@ -72,6 +72,7 @@ def test_llama_cpp_agrees(
     assert result.arch in ({"deci"} if uniform is False else {"llama", variant})
     heads = fields(file)[f"{result.arch}.attention.head_count"]
     assert isinstance(heads, list) == (uniform is False)
+    assert result.types == {"f32": len(tensors(file))}
     check_agreement(file, AutoModelForCausalLM.from_pretrained(directory), PROMPT)
 
 
@@ -123,7 +124,9 @@ def test_q8_0_pads_rows_to_whole_blocks(
         slimgpt.prune(str(directory), tmp_path / "slim", ratio=0.3, **PRUNE_OPTIONS)
         directory = tmp_path / "slim"
     exact = slimgpt.export(str(directory), type="f32").output
-    file = slimgpt.export(str(directory), type="q8_0").output
+    result = slimgpt.export(str(directory), type="q8_0")
+    assert result.types.keys() == {"q8_0", "f32"}
+    file = result.output
     assert ("deci.block_count" in fields(file)) == pruned
     written, wanted = tensors(file), tensors(exact)
     if not pruned:

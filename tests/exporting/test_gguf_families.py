@@ -156,6 +156,8 @@ def widths(
     config: PreTrainedConfig, uniform: bool, kinds: tuple[str, ...] = KINDS
 ) -> list[BlockWidths]:
     """Fewer units in each sublayer of these kinds that can be pruned, and smaller experts."""
+    if uniform and family_of(config.model_type).rebuilds_attention:
+        kinds = tuple(kind for kind in kinds if kind != "attention")
     with torch.device("meta"):
         shapes = [block.shape for block in bind(AutoModelForCausalLM.from_config(config))]
 

@@ -90,14 +90,30 @@ WRONG = {
         {"couples_units": False},
         "something else than the dense",
     ),
-    "heads of another size": (
-        "gpt2",
+    "heads of another size": ("gpt2", "attention", {"rebuilt": False}, "block 0, attention"),
+    "rows of a group one after the other": (
+        "gpt_neox",
         "attention",
-        {
-            "inputs": {"c_attn": ("head", "group", "group")},
-            "widths": {"group": "n_head", "head": "n_head"},
-        },
-        "block 0, attention",
+        {"interleaved": False},
+        "something else than the dense",
+    ),
+    "rows of heads one after the other": (
+        "falcon",
+        "attention",
+        {"interleaved": False},
+        "something else than the dense",
+    ),
+    "rows of all heads group by group": (
+        "phi3",
+        "attention",
+        {"interleaved": True},
+        "something else than the dense",
+    ),
+    "heads that are no groups": (
+        "gpt_neox",
+        "attention",
+        {"inputs": {"query_key_value": ("head", "head", "head")}, "interleaved": False},
+        "something else than the dense",
     ),
 }
 
@@ -128,6 +144,31 @@ def test_all_descriptions_hold(model_type: str) -> None:
     assert {"attention"} < {kind for _, kind in kinds} <= {"attention", "ffn", "experts"}
     assert all(s.difference is None or s.difference < 1e-6 for s in found.sublayers)
     assert any(s.difference is not None for s in found.sublayers)
+
+
+FALCONS = {
+    "groups": ({"new_decoder_architecture": True}, 2),
+    "query heads of one group": ({"new_decoder_architecture": False, "multi_query": True}, 1),
+    "heads": (
+        {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 8},
+        1,
+    ),
+    "with ALiBi": ({"new_decoder_architecture": True, "alibi": True}, 0),
+}
+
+
+@pytest.mark.parametrize("form", FALCONS)
+def test_the_attention_of_all_forms_of_falcon(form: str) -> None:
+    options, removals = FALCONS[form]
+    found = check_family(tiny_config("falcon", **options)).sublayers
+    differences = [s.difference for s in found if s.kind == "attention" and s.tensors]
+    assert len(differences) == removals
+    assert all(difference < 1e-6 for difference in differences)
+
+
+def test_norms_of_single_heads_keep_attention_whole() -> None:
+    found = check_family(tiny_config("stablelm", qk_layernorm=True)).sublayers
+    assert [s.kind for s in found if s.tensors] == ["ffn"]
 
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=12)
@@ -174,6 +215,8 @@ def test_command_line(run: Run, tmp_path: Path) -> None:
     assert all(model_type in out for model_type in MODEL_TYPES)
     assert "Gemma 3 270M" in out
     assert "all tested with random weights on transformers 5.16.0 and 5.23.0" in out
+    rebuilt = "falcon, gpt2, gpt_neox, helium, opt, qwen2_5_vl_text, qwen2_vl_text, stablelm"
+    assert f"the attention of {rebuilt} stays whole with --uniform" in " ".join(out.split())
     for reason, types in load_unsupported().items():
         assert f"{', '.join(types)}: {reason}" in " ".join(out.split())
 

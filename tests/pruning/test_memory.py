@@ -12,10 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from slimgpt.config import PruneConfig
 from slimgpt.errors import ConfigError
 from slimgpt.models.source import find_model
-from slimgpt.pruning.inputs import estimate_memory, open_inputs
+from slimgpt.pruning.estimate import estimate_memory
+from slimgpt.pruning.inputs import open_inputs
 from slimgpt.pruning.memory import (
     Activations,
     MemoryEstimate,
+    free_gpu_memory,
     place_activations,
     size,
     solver_bytes,
@@ -104,6 +106,15 @@ def test_a_block_that_does_not_fit_the_gpu_is_refused_with_numbers(
     )
     with pytest.raises(ConfigError, match=pattern):
         small.check(tmp_path, 0)
+
+
+def test_a_gpu_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_busy(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: device is busy or unavailable\nCompile with …")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", is_busy)
+    with pytest.raises(ConfigError, match=r"GPU cuda:0 cannot be used: .* or unavailable$"):
+        free_gpu_memory(torch.device("cuda", 0))
 
 
 def test_the_estimate_of_the_cpu_has_no_gpu_memory() -> None:

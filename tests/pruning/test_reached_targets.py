@@ -125,10 +125,14 @@ def test_all_model_types(model_type: str, tmp_path: Path) -> None:
     assert planned.target is not None
     assert planned.target.reached == planned.params_after
     assert limit - largest_step(planned) < planned.params_after <= limit
-    if "groups" not in " ".join(load_families()[model_type].units):
+    attention = load_families()[model_type].prunable_attention(tiny_config(model_type))
+    if attention is None:
         with pytest.raises(ConfigError, match="stays whole"):
             slimgpt.plan(str(tmp_path), target_kv_cache="0.5x")
         return
+    if attention[1].rebuilt:
+        with pytest.raises(ConfigError, match="stays whole with --uniform"):
+            slimgpt.plan(str(tmp_path), target_kv_cache="0.5x", uniform=True)
     halved = slimgpt.plan(str(tmp_path), target_kv_cache="0.5x")
     assert halved.target is not None
     assert halved.target.reached == 0.5

@@ -83,7 +83,7 @@ def test_an_interrupted_family_goes_on(
         fail_at_block(0, InterruptionError(), patch)
         again = slimgpt.prune_family(model, tmp_path / "whole", RATIOS, **OPTIONS)
     assert [result.report for result in again] == [result.report for result in whole]
-    with pytest.raises(OtherRunError, match=r"ratio-0\.2 was pruned with other options: seed"):
+    with pytest.raises(OtherRunError, match=r"ratio-0\.2 was made with other options: seed"):
         slimgpt.prune_family(model, tmp_path / "whole", RATIOS, **OPTIONS, seed=1)
 
 

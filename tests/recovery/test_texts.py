@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import slimgpt
-from slimgpt.data.examples import training_windows
+from slimgpt.config import RecoverConfig
+from slimgpt.data.examples import training_texts, training_windows
 from slimgpt.data.samples import SampleOptions
 from slimgpt.errors import ConfigError, DataError, RunStateError
 from slimgpt.models.loading import load_model
@@ -171,6 +172,43 @@ def test_answers_to_prompts_are_the_text(
         whole["train_loss"],
         whole["held_out_kl"],
     )
+
+
+def test_held_out_windows_and_a_time(
+    recovered: Recover, instructions: str, prompts: str, dense: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With time for more text than there is, all windows with an answer but those held out."""
+    trained: list[Any] = []
+    train = recover._train
+
+    def see(job: Any, data: Any, arguments: Any) -> None:
+        trained.extend(data.train[index] for index in range(len(data.train)))
+        train(job, data, arguments)
+
+    monkeypatch.setattr(recover, "_train", see)
+    texts = {"data": (instructions, "self"), "prompts": prompts, "eval_data": instructions}
+    report = recovered(**texts, tokens=None, minutes=600)
+    assert report["held_out"] == "instructions.json (windows left out of the training)"
+    assert report["tokens"] == report["budget"]["tokens"] == 48 * len(trained)
+    assert report["config"]["prompts"] == "prompts.txt"
+    parts = training_texts(
+        instructions, load_tokenizer(find_model(dense)), SampleOptions(0, 48, seed=1)
+    )
+    text = [pair for part in parts for some in part for pair in zip(*some, strict=True)]
+    cut = [text[start : start + 48] for start in range(0, len(text) - 47, 48)]
+    assert len(cut) // 10 == 2
+    useful = [window for window in cut[2:] if any(learned for _, learned in window[1:])]
+    drawn = [row["input_ids"].tolist() for row in trained[: len(trained) // 2]]
+    assert sorted(drawn) == sorted([token for token, _ in window] for window in useful)
+
+
+def test_texts_with_few_answers_are_found_before_the_pruning(dense: str, instructions: str) -> None:
+    options = OPTIONS | {"data": instructions, "eval_data": instructions, "seqlen": 16}
+    config = RecoverConfig.create(**options, teacher=dense)
+    recover.check_recovery(dense, config)
+    config = RecoverConfig.create(**options | {"tokens": "100k"}, teacher=dense)
+    with pytest.raises(DataError, match=r"\d+ without a token of an answer, but 6250 samples and"):
+        recover.check_recovery(dense, config)
 
 
 def test_other_prompts_are_refused(

@@ -81,6 +81,8 @@ def measured(
         "train_loss": [[step, 3 - step / 40] for step in range(1, 41)],
         "held_out_perplexity": [[0, 91.0], [20, 70.5], [40, 61.25]],
         "held_out_kl": [[0, 1.5], [20, 0.75], [40, 0.8]], "tokens": 40_960, "best_step": 20,
+        "num_examples": 100, "preparation_seconds": 1234.5,
+        "budget": {"minutes": 21.5, "tokens": 51_200, "measuring": 3.0, "seconds": 1250.0},
     }  # fmt: skip
     (slim / "recovery_report.json").write_text(json.dumps(recovery))
     return slim
@@ -116,6 +118,19 @@ def test_page_of_a_model_with_everything(
     assert "1.50 at first, 0.80 at last" in page
     assert "The weights are those of step 20" in page
     assert "alpaca.json (40,960 tokens), method distill" in page
+    assert "21.5 minutes were asked for: 51,200 tokens" in page
+    assert "training took 20.8\nminutes" in page
+    samples, seconds = pruning["calibration"], pruning["seconds"]
+    phases = {
+        "pruning and refit": (samples["nsamples"] * samples["seqlen"], seconds["prune"]),
+        "recovery: measuring the speed": ("", 3.0),
+        "recovery: text and predictions": (51_200, 1234.5),
+        "recovery: training": (40_960, 12.5),
+        "all": ("", sum(seconds.values()) + 1250),
+    }
+    for phase, (tokens, value) in phases.items():
+        read = f"{tokens:,}" if tokens else ""
+        assert re.search(rf"{phase}.*</th><td>{read}</td><td>{value:,.1f}</td>", page), phase
     kept = 0
     for block, shape in zip(pruning["blocks"], pruning["shapes"], strict=True):
         attention, heads = block["sublayers"][0], shape["sublayers"][0]["parts"]

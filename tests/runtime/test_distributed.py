@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from conftest import TEXT
@@ -132,6 +133,24 @@ def test_recovery_does_not_depend_on_the_number_of_processes(
         assert entry == pytest.approx(expected, rel=1e-4)
 
 
+def test_two_processes_prune_and_recover(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In one command; the time is enough for all of the text but three held-out windows."""
+    model, output = tiny_checkpoint("llama"), tmp_path / "out"
+    arguments = [
+        "prune", str(model), "--output", str(output), "--ratio=0.3", "--widths=scheduled",
+        "--calibration", TEXT, "--nsamples=4", "--seqlen=64", "--device=cpu", "--json",
+    ]  # fmt: skip
+    # Both phases need a process group, of which torchrun's store allows one.
+    finished = torchrun(2, "-m", "slimgpt", *arguments, "--recover", "2h")
+    assert finished.returncode == 0, finished.stderr
+    printed = json.loads(finished.stdout)
+    assert printed["pruned"] == str(tmp_path / "out-pruned")
+    budget = printed["recovery"]["budget"]
+    assert (budget["minutes"], budget["tokens"]) == (120, (3911 // 128 - 3) * 128)
+
+
 def test_a_lost_process_ends_the_job_and_it_resumes(
     tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -203,3 +222,42 @@ def test_more_processes_than_batches_of_the_sensitivity_pass(
         2, "-m", "slimgpt", *arguments, "--nsamples=4", "--seqlen=64", "--widths=scheduled"
     )
     assert done.returncode == 0, done.stderr
+
+
+LACKS_MEMORY = "memory.available_memory = lambda: 1024\n"
+LACKS_GPU_MEMORY = """
+estimate = inputs.estimate_memory
+inputs.estimate_memory = lambda *args: replace(estimate(*args), device=torch.device("cuda", 1))
+memory.free_gpu_memory = lambda device: (1024, 2048)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what_it_has", "free"),
+    [
+        (LACKS_MEMORY, "of memory, and 0.5 KiB are free"),
+        (LACKS_GPU_MEMORY, "and 1.0 KiB of 2.0 KiB are free on cuda:1"),
+    ],
+    ids=["memory", "GPU memory"],
+)
+def test_what_one_process_lacks_ends_all(
+    what_it_has: str, free: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The second process has less than the first."""
+    output, program = tmp_path / "slim", tmp_path / "lacks.py"
+    program.write_text(
+        "import os, torch\n"
+        "from dataclasses import replace\n"
+        "from slimgpt.cli import app\n"
+        "from slimgpt.pruning import inputs, memory\n"
+        "if os.environ['RANK'] == '1':\n"
+        f"{indent(what_it_has, ' ')}\n"
+        "app.main()\n"
+    )
+    refused = run_ranks(2, program, *prune_arguments(tiny_checkpoint("llama"), output))
+    assert refused.returncode == 2
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2, refused.stderr
+    assert all(free in error for error in errors)
+    assert refused.stderr.count("hint: use ") == 2
+    assert not list(output.glob("*.safetensors"))

@@ -4,10 +4,13 @@ This file travels with every checkpoint of non-uniform width that SlimGPT writes
 file for all of them and needs only torch and transformers (5.16 or newer). Where a stock class is
 called ``LlamaForCausalLM``, ``SlimLlamaForCausalLM`` is the same code with layer ``i`` built from
 ``config.per_layer_config[i]``, which records that layer's number of heads and its FFN width. The
-global values of the config remain those of the original model. In a model that also sees images,
+global values of the config remain those of the original model. If ``config.attention_output`` is
+given, the stock class takes the size of a head from the hidden size, and attention with fewer heads
+is that of a narrower model between the same hidden states. In a model that also sees images,
 all this holds for the text model inside, with its ``config.text_config``.
 """
 
+import copy
 import sys
 from typing import Any
 
@@ -15,6 +18,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig
 from transformers.integrations.heterogeneity import HeterogeneousConfigMixin
+from transformers.pytorch_utils import Conv1D
 
 PREFIX, TYPE_PREFIX = "Slim", "slimgpt_"
 
@@ -47,7 +51,7 @@ class _SlimModel:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         layer_class, text = type(self._blocks[0]), self._decoder.config
-        layers = (layer_class(layer, i) for i, layer in enumerate(text.per_layer_config))
+        layers = (_layer(layer_class, text, i) for i in range(text.num_hidden_layers))
         self._decoder.set_submodule(self._blocks_path, nn.ModuleList(layers))
         self.post_init()
 
@@ -83,6 +87,38 @@ class _SlimModel:
         for module in self._blocks.modules():
             if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
                 setattr(config, key, getattr(self._decoder.config, key))
+
+
+def _layer(layer_class: Any, text: Any, index: int) -> nn.Module:
+    """Build a layer of a text model; if need be, with the attention of a narrower model."""
+    config = text.per_layer_config[index]
+    path, heads = getattr(text, "attention_output", None), config.num_attention_heads
+    if path is None or heads == text.num_attention_heads:
+        return layer_class(config, index)
+    # The stock class takes the size of a head from the hidden size.
+    whole, narrow = copy.copy(config), copy.copy(config)
+    whole.num_attention_heads = text.num_attention_heads
+    narrow.hidden_size = text.hidden_size // text.num_attention_heads * heads
+    layer, (name, _, output) = layer_class(whole, index), path.rpartition(".")
+    attention = type(layer.get_submodule(name))(narrow, layer_idx=index)
+    for module in attention.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            _widen(module, text.hidden_size, module is attention.get_submodule(output))
+    layer.set_submodule(name, attention)
+    return layer
+
+
+def _widen(linear: Any, hidden_size: int, is_output: bool) -> None:
+    """Give a linear layer the hidden size as its output or input, with new parameters."""
+    shape, is_transposed = list(linear.weight.shape), isinstance(linear, Conv1D)
+    shape[int(is_output == is_transposed)] = hidden_size
+    linear.weight = nn.Parameter(linear.weight.new_empty(shape))
+    if is_output and linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.new_empty(hidden_size))
+    if is_transposed:
+        linear.nx, linear.nf = shape
+    else:
+        linear.out_features, linear.in_features = shape
 
 
 def _pruned_class(stock: type) -> Any:

@@ -181,6 +181,13 @@ class PruningReport(_Read):
         return self
 
 
+class _Budget(_Read):
+    minutes: FiniteFloat
+    tokens: Count
+    measuring: FiniteFloat
+    seconds: FiniteFloat
+
+
 class RecoveryReport(_Read):
     """The content of ``recovery_report.json``."""
 
@@ -197,9 +204,11 @@ class RecoveryReport(_Read):
     train_loss: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
     held_out_perplexity: list[tuple[Count, FiniteFloat]] = Field(min_length=1)
     held_out_kl: list[tuple[Count, FiniteFloat]] = []
+    num_examples: Count | None = None
     tokens: Count | None = None
     best_step: Count | None = None
     preparation_seconds: FiniteFloat = 0.0
+    budget: _Budget | None = None
 
 
 def read_typed(file: Path, kind: Any) -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from slimgpt.allocation.shapes import BlockWidths, Width, is_dropped, written_wi
 from slimgpt.checkpoint import modeling_slimgpt
 from slimgpt.checkpoint.depth import without_layers
 from slimgpt.checkpoint.registration import pruned_classes
-from slimgpt.models.family import PRUNED_PREFIX, family_of
+from slimgpt.errors import UnsupportedModelError
+from slimgpt.models.family import PRUNED_PREFIX, SublayerSpec, family_of
 from slimgpt.models.layout import auto_class_of, family_in, is_wrapped
 from slimgpt.models.weights import file_bytes, write_file
 from slimgpt.runtime.files import read_json
@@ -31,6 +32,7 @@ _STALE_KEYS = (
     "per_layer_config",
     "_model_name_or_path",
     "blocks_path",
+    "attention_output",
 )
 
 
@@ -51,13 +53,16 @@ def pruned_config(
     Returns
     -------
     PreTrainedConfig
-        A new config. It always states ``head_dim``, which in a pruned layer no longer follows from
-        the hidden size and the number of heads.
+        A new config. It states ``head_dim``, which in a pruned layer no longer follows from the
+        hidden size and the number of heads. Where the stock class takes it from these all the same,
+        it also states the path of the output projection of attention, with which the modelling file
+        rebuilds the layers.
 
     Raises
     ------
     UnsupportedModelError
-        If a key of the config does not allow to leave out a layer.
+        If a key of the config does not allow to leave out a layer, or the stock class cannot have
+        as few heads.
     """
     auto_class: Any = auto_class_of(config)
     text = config.get_text_config()
@@ -106,16 +111,37 @@ def _pruned_text_config(
         if index not in dropped
     ]
     values = without_layers(config, _kept_values(config), dropped)
-    if family_of(model_type).widths("attention") and not values.get("head_dim"):
+    found = family_of(model_type).prunable_attention(config)
+    is_rebuilt = found is not None and found[1].rebuilt
+    if found and not is_rebuilt and not values.get("head_dim"):
         values["head_dim"] = config.hidden_size // config.num_attention_heads
     if uniform:
-        return AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
+        result = AutoConfig.for_model(model_type, **values | dict(ChainMap(*layers)))
+        if is_rebuilt and result.num_attention_heads != config.num_attention_heads:
+            raise UnsupportedModelError(
+                f"the stock class of {model_type} builds {config.num_attention_heads} heads of "
+                f"this size, not {result.num_attention_heads}",
+                hint="leave out --uniform, or prune the original model: it keeps its heads then",
+            )
+        return result
     if values.get("output_router_logits"):  # their loss needs as many experts in all layers
         values["output_router_logits"] = False
     config_class = pruned_classes(model_type)["AutoConfig"]
     result = config_class(**values, per_layer_config=dict(enumerate(layers)))
     result.blocks_path = family_of(model_type).blocks
+    if found and is_rebuilt:
+        _state_attention(result, found[1])
     return result
+
+
+def _state_attention(result: Any, attention: SublayerSpec) -> None:
+    """State from what the modelling file builds attention, if heads are gone."""
+    heads = {layer.num_attention_heads for layer in result.per_layer_config}
+    if heads == {result.num_attention_heads}:
+        return
+    result.attention_output = f"{attention.module}.{attention.output}"
+    if not hasattr(result, "head_dim"):  # vLLM takes it from the heads of one layer otherwise
+        result.head_dim = result.hidden_size // result.num_attention_heads
 
 
 def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
@@ -129,18 +155,16 @@ def uniform_group_counts(config: PreTrainedConfig) -> list[int]:
     config : PreTrainedConfig
         Config of the dense model.
     """
-    keys = family_in(config).widths("attention")
-    if not keys:
-        return [1]
     text, accepted = config.get_text_config(), []
-    groups, heads = (getattr(text.per_layer_config[0], key) for key in keys)
-    layers = (family_in(config).layer(text, index) for index in range(text.num_hidden_layers))
-    before = next(  # layers whose attention cannot be pruned
-        index
-        for index, specs in enumerate(layers)
-        if any(spec.kind == "attention" and spec.widths for spec in specs)
-    )
-    for count in range(1, (heads if groups == 1 else groups) + 1):
+    found = family_in(config).prunable_attention(text)
+    if not found:
+        return [1]
+    before, attention = found  # in layers before, attention cannot be pruned
+    counts = attention.counts(text.per_layer_config[before])
+    whole = counts["head"] if counts["group"] == 1 else counts["group"]
+    if attention.rebuilt:
+        return [whole]
+    for count in range(1, whole + 1):
         with contextlib.suppress(StrictDataclassError, ValueError):
             pruned_config(config, [*[()] * before, (count,)], uniform=True)
             accepted.append(count)
@@ -230,21 +254,25 @@ def config_widths(config: Any, index: int, kept: BlockWidths) -> dict[str, int]:
     specs = family_of(config.model_type).layer(config, index)
     for spec, width in zip(specs, kept, strict=False):
         if spec.widths:
-            widths |= _sublayer_widths(before, spec.widths, written_width(width))
+            widths |= _sublayer_widths(before, spec, written_width(width))
     return widths
 
 
-def _sublayer_widths(config: Any, keys: Mapping[Any, str], width: Width) -> dict[str, int]:
+def _sublayer_widths(config: Any, spec: SublayerSpec, width: Width) -> dict[str, int]:
     """Config entries of a sublayer that keeps fewer units, by config key."""
-    keys = {kind: config.attribute_map.get(key, key) for kind, key in keys.items()}
+    keys: dict[str, str] = {k: config.attribute_map.get(v, v) for k, v in spec.widths.items()}
     if "expert" in keys:
         channels = getattr(config, keys["channel"]) if "channel" in keys else 0
         kept = (width, channels) if isinstance(width, int) else width
         return {keys[kind]: number for kind, number in zip(keys, kept, strict=False)}
     if isinstance(width, int) and "channel" in keys:
         return {keys["channel"]: width}
-    groups, heads = getattr(config, keys["group"]), getattr(config, keys["head"])
+    counts = spec.counts(config)
+    groups, heads = counts["group"], counts["head"]
     if isinstance(width, int) and groups == 1:  # then the units are query heads
-        return {keys["group"]: 1, keys["head"]: width}
-    kept, per_group = (width, heads // groups) if isinstance(width, int) else width
-    return {keys["group"]: kept, keys["head"]: kept * per_group}
+        groups, heads = 1, width
+    else:
+        groups, per_group = (width, heads // groups) if isinstance(width, int) else width
+        heads = groups * per_group
+    left = {"group": groups, "head": heads}
+    return {key: left[kind] for kind, key in keys.items()}

@@ -22,6 +22,7 @@ from rich.table import Table
 import slimgpt
 from slimgpt.cli.latency import check_latency
 from slimgpt.cli.options import options_of
+from slimgpt.cli.recovery import prune_and_recover, recovery_options
 from slimgpt.cli.tables import (
     bench_lines,
     check_lines,
@@ -29,6 +30,8 @@ from slimgpt.cli.tables import (
     plan_table,
     pruning_table,
     ratio_lines,
+    recovery_lines,
+    recovery_plan,
     rich_table,
     sweep_lines,
     task_lines,
@@ -125,13 +128,26 @@ def root(
 @options_of(PruneConfig)
 def prune(
     model: Model,
-    output: Annotated[Path | None, typer.Option(help="Directory for the pruned model.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the pruned model; with --recover, for the recovered one."),
+    ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS|TIME",
+            help="Then distil the pruned model, e.g. on 1M tokens or for 30min or 1h, with the "
+            "calibration's texts. The pruned one stays in OUTPUT-pruned. For other options of the "
+            "recovery, leave this out and run `slimgpt recover`.",
+        ),
+    ] = None,
     recipe: Recipe = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the planned widths; load no weights.")
     ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Discard an interrupted run in OUTPUT.")
+        bool,
+        typer.Option("--restart", help="Discard an interrupted run in OUTPUT (and OUTPUT-pruned)."),
     ] = False,
     push_to_hub: PushToHub = None,
     as_json: Json = False,
@@ -140,23 +156,24 @@ def prune(
     """Prune MODEL into a smaller dense model."""
     values = _given(recipe, options)
     _check_destination(push_to_hub)
+    recovery = None
+    if recover is not None:
+        recovery = recovery_options(model, PruneConfig.create(**values), recover)
     if dry_run:
         if push_to_hub:
             raise ConfigError("--dry-run leaves nothing to push", hint="leave out --push-to-hub")
-        planned = slimgpt.plan(model, **values)
-        lines = plan_table(planned)
-        if planned.dropped:
-            lines += ("the run chooses the layers to drop; this plan assumes the last ones",)
-        if planned.is_measured:
-            lines += (
-                "the run may move heads and channels between blocks; the totals do not change",
-            )
-        _emit(planned, lines, as_json)
+        _show_plan(model, values, recovery, as_json)
         return
     if output is None:
-        raise ConfigError("--output is missing", hint="name a directory for the pruned model")
+        raise ConfigError("--output is missing", hint="name a directory for the result")
+    recovered = None
     with _resumable(), progress_bar(stderr) as progress:
-        result = slimgpt.prune(model, output, restart=restart, progress=progress, **values)
+        if recovery:
+            result, recovered = prune_and_recover(
+                model, output, values, recovery, restart=restart, progress=progress
+            )
+        else:
+            result = slimgpt.prune(model, output, restart=restart, progress=progress, **values)
     report, config = result.report, result.report["config"]
     is_checked = config["target_latency"] is not None and config["latency_table"] is None
     if not as_json:
@@ -164,13 +181,36 @@ def prune(
         peak = size(report["peak_memory_bytes"] or 0)
         where = f"the pruned model is in {result.output}"
         _print(*ratio_lines(result.plan), f"{seconds:.0f} s, peak memory {peak}", where)
+        if recovered:
+            _print(*recovery_lines(recovered, str(result.output)))
     check = check_latency(model, result) if is_checked and _is_first_process() else None
     if as_json:
         measured = {"latency": check} if check else {}
-        _emit({"output": str(result.output), **report, **measured}, (), as_json=True)
+        if recovered:
+            measured |= {"pruned": str(result.output), "recovery": recovered.report}
+        _emit({"output": str(output), **report, **measured}, (), as_json=True)
     elif check:
         _print(*bench_lines(check.bench), check.line)
-    _push(push_to_hub, result.output)
+    _push(push_to_hub, output)
+
+
+def _show_plan(
+    model: str, values: dict[str, Any], recovery: dict[str, Any] | None, as_json: bool
+) -> None:
+    if recovery is not None:
+        from slimgpt.recovery.recover import check_recovery
+
+        check_recovery(model, RecoverConfig.create(**recovery))
+    planned = slimgpt.plan(model, **values)
+    lines = plan_table(planned)
+    if planned.dropped:
+        lines += ("the run chooses the layers to drop; this plan assumes the last ones",)
+    if planned.is_measured:
+        lines += ("the run may move heads and channels between blocks; the totals do not change",)
+    if recovery is None:
+        _emit(planned, lines, as_json)
+    else:
+        _emit(asdict(planned) | {"recovery": recovery}, (*lines, recovery_plan(recovery)), as_json)
 
 
 @app.command()
@@ -264,18 +304,8 @@ def recover(
     _check_destination(push_to_hub)
     with _resumable(), progress_bar(stderr) as progress:
         result = slimgpt.recover(model, output, restart=restart, progress=progress, **values)
-    report = result.report
-    columns = ["step", "held-out perplexity"] + ["KL"] * bool(report["held_out_kl"])
-    table, divergences = Table(*columns, title=report["held_out"]), dict(report["held_out_kl"])
-    for step, perplexity in report["held_out_perplexity"]:
-        kl = [f"{divergences[step]:.4f}"] if step in divergences else []
-        table.add_row(str(step), f"{perplexity:.3f}", *kl)
-    where = f"the recovered model is in {result.output}"
-    if report["best_step"] == 0:
-        where += ", with the weights of MODEL: the training has not lowered the KL divergence"
-    elif divergences:
-        where += f", with the weights of step {report['best_step']}"
-    _emit({"output": str(result.output), **report}, (table, where), as_json)
+    report = {"output": str(result.output), **result.report}
+    _emit(report, recovery_lines(result, "MODEL"), as_json)
     _push(push_to_hub, result.output)
 
 
@@ -328,10 +358,13 @@ def families(as_json: Json = False) -> None:
         table.add_row(*row.values())
         for reason in family.reasons:
             reasons.setdefault(reason, []).append(model_type)
+    rebuilt = [t for t, family in sorted(load_families().items()) if family.rebuilds_attention]
     lines = [
         f"all tested with random weights on transformers {' and '.join(TESTED_VERSIONS)}; "
         f"{', '.join(NEWEST_ONLY)} on the newer only",
         *(f"{', '.join(types)} keep their {reason}" for reason, types in reasons.items()),
+        f"the attention of {', '.join(rebuilt)} stays whole with --uniform: their stock classes "
+        "take the size of a head from the hidden size",
         f"the text model inside {', '.join(WRAPPER_TYPES)} is pruned, all else is copied",
         "not supported:",
         *(f"  {', '.join(types)}: {reason}" for reason, types in load_unsupported().items()),
@@ -353,8 +386,12 @@ def export(
     """Write MODEL as a GGUF file for llama.cpp."""
     _check_destination(push_to_hub)
     result = slimgpt.export(model, output, **_given(None, options))
-    line = f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}"
-    _emit({**asdict(result), "output": str(result.output)}, (line,), as_json)
+    types = ", ".join(f"{number} {name}" for name, number in result.types.items())
+    lines = (
+        f"{result.output}: {result.num_bytes / 2**20:,.1f} MiB, llama.cpp graph {result.arch}",
+        f"types of the tensors: {types}",
+    )
+    _emit({**asdict(result), "output": str(result.output)}, lines, as_json)
     _push(push_to_hub, result.output, model)
 
 

@@ -60,6 +60,41 @@ def ratio_lines(planned: "slimgpt.PrunePlan") -> tuple[str, ...]:
     return tuple(f"{name}: {value}" for name, value in tables.sizes(planned).items())
 
 
+def recovery_lines(result: "slimgpt.RecoverResult", model: str) -> tuple[Any, ...]:
+    """Show the held-out text's curves, and where the recovered model is.
+
+    Parameters
+    ----------
+    result : RecoverResult
+        The recovery.
+    model : str
+        What to call the model before it.
+    """
+    report, divergences = result.report, dict(result.report["held_out_kl"])
+    columns = ["step", "held-out perplexity"] + ["KL"] * bool(divergences)
+    table = rich.Table(*columns, title=report["held_out"])
+    for step, perplexity in report["held_out_perplexity"]:
+        kl = [f"{divergences[step]:.4f}"] if step in divergences else []
+        table.add_row(str(step), f"{perplexity:.3f}", *kl)
+    where = f"the recovered model is in {result.output}"
+    if report["best_step"] == 0:
+        where += f", with the weights of {model}: the training has not lowered the KL divergence"
+    elif divergences:
+        where += f", with the weights of step {report['best_step']}"
+    if budget := report.get("budget"):
+        tokens, minutes = f"{budget['tokens']:,} tokens", budget["seconds"] / 60
+        where += f"; {tokens} in {minutes:.1f} minutes, asked for {budget['minutes']:g}"
+    return table, where
+
+
+def recovery_plan(options: dict[str, Any]) -> str:
+    """Say how a pruned model will be recovered."""
+    tokens, minutes = options.get("tokens"), options.get("minutes")
+    budget = f"for {minutes:g} minutes" if tokens is None else f"on {tokens} tokens"
+    texts = ", ".join(options["data"])
+    return f"then: distilled {budget} of {texts}; held-out text: {options['eval_data']}"
+
+
 def sweep_lines(points: "tuple[slimgpt.SweepPoint, ...]", output: Path) -> tuple[Any, ...]:
     """Show the curve of a sweep."""
     table = rich.Table("ratio", "parameters", "KL", box=box.SIMPLE_HEAD)

@@ -157,6 +157,12 @@ def dataset_files(name: str) -> list[Path]:
     return [] if name in (PYDOCS, SELF, *HUB_DATASETS) else _local_files(name)
 
 
+def are_same_files(name: str, other: str) -> bool:
+    """Whether two names stand for the same local files."""
+    files, others = ([file.resolve() for file in dataset_files(n)] for n in (name, other))
+    return bool(files) and files == others
+
+
 def _local_files(name: str) -> list[Path]:
     if name and os.path.isdir(name):
         return data_files(Path(name))

@@ -9,7 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt.data.chats import chat_tokens
 from slimgpt.data.datasets import BLANK_LINE, read_documents
 from slimgpt.data.documents import Document
-from slimgpt.data.samples import SampleOptions, Windows, draw_windows, shuffled_documents, whole
+from slimgpt.data.samples import (
+    Parts,
+    SampleOptions,
+    Windows,
+    draw_windows,
+    shuffled_documents,
+    whole,
+)
 from slimgpt.data.tokenization import tokenize
 from slimgpt.errors import DataError
 
@@ -125,13 +132,18 @@ def training_windows(
     DataError
         If the data cannot be read or has too few tokens.
     """
-    parts = (
-        [_answers(document, tokenizer)]
-        if document.prompt or document.messages
-        else whole([document.text, BLANK_LINE], tokenizer)
-        for document in shuffled_documents(name, options)
-    )
-    return draw_windows(parts, name, options)
+    return draw_windows(training_texts(name, tokenizer, options), name, options)
+
+
+def training_texts(
+    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
+) -> Iterator[Parts]:
+    """Tokenise the shuffled texts from which `training_windows` are cut."""
+    for document in shuffled_documents(name, options):
+        if document.prompt or document.messages:
+            yield [_answers(document, tokenizer)]
+        else:
+            yield whole([document.text, BLANK_LINE], tokenizer)
 
 
 def _answers(

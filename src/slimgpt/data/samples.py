@@ -4,7 +4,7 @@ import itertools
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from slimgpt.data.tokenization import tokenize
 from slimgpt.errors import DataError
 
 MAX_TOKENS = 2**28  # in a text or in all samples: 2 GiB
+
+HELD_OUT_SHARE = 10  # at most a tenth of a text is held out
 
 SHUFFLED_DOCUMENTS, SHUFFLED_CHARACTERS = 10_000, 2**25  # size of the shuffle buffer
 
@@ -38,12 +40,16 @@ class SampleOptions:
         Random seed.
     text_field : str or None
         Field with the text in local data files; by default ``text``, a chat or an instruction.
+    num_held_out : int
+        Number of windows at the beginning of the shuffled text that are left out; see
+        `held_out_samples`.
     """
 
     nsamples: int
     seqlen: int
     seed: int = 0
     text_field: str | None = None
+    num_held_out: int = 0
 
 
 class Windows(NamedTuple):
@@ -110,7 +116,8 @@ def whole(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Parts:
 def draw_windows(texts: Iterable[Parts], name: str, options: SampleOptions) -> Windows:
     """Join texts until there are enough windows, and choose some of these at random.
 
-    Windows without a learned token (after the first one, which is not predicted) are left out.
+    The held-out windows are left out, and so are windows without a learned token (after the first
+    one, which is not predicted).
 
     Parameters
     ----------
@@ -126,36 +133,92 @@ def draw_windows(texts: Iterable[Parts], name: str, options: SampleOptions) -> W
     DataError
         If there are too few tokens, or more than `MAX_TOKENS` are requested.
     """
-    nsamples, seqlen = options.nsamples, options.seqlen
-    needed = tokens_needed(nsamples, seqlen)
-    tokens, is_learned, useful, num_windows = array("q"), bytearray(), [], 0
+    nsamples, num_held_out = options.nsamples, options.num_held_out
+    windows, num_tokens = _cut(texts, options)
+    useful = num_held_out + _is_useful(windows)[num_held_out:].nonzero().flatten()
+    if len(useful) < nsamples:
+        num_windows = len(windows.tokens)
+        left_out = max(0, num_windows - num_held_out - len(useful))
+        raise DataError(
+            f"{name} has {num_tokens} tokens, {num_windows - left_out} samples of {options.seqlen}"
+            + f" and {left_out} without a token of an answer" * bool(left_out)
+            + f", but {nsamples} samples"
+            + f" and {num_held_out} held-out ones" * bool(num_held_out)
+            + f" need {(nsamples + num_held_out) * options.seqlen} tokens",
+            hint="give a longer text, fewer --nsamples or a smaller --seqlen; in a recovery, fewer "
+            "tokens",
+        )
+    generator = torch.Generator().manual_seed(options.seed)
+    chosen = useful[torch.randperm(len(useful), generator=generator)[:nsamples]]
+    return Windows(windows.tokens[chosen], windows.is_learned[chosen])
+
+
+def count_samples(texts: Iterable[Parts], options: SampleOptions) -> int:
+    """Count the windows that `draw_windows` can choose from, at most ``nsamples``."""
+    windows, _ = _cut(texts, options)
+    return min(options.nsamples, int(_is_useful(windows)[options.num_held_out :].sum()))
+
+
+def held_out_samples(texts: Iterable[Parts], options: SampleOptions) -> Tensor:
+    """Take windows of texts that `draw_windows` leaves out, if its options say how many.
+
+    They are the first ones, learned or not: at most a tenth of the texts, but one at least.
+
+    Parameters
+    ----------
+    texts : iterable of Parts
+        The texts, in the same order as for `draw_windows`.
+    options : SampleOptions
+        How many are taken at most.
+
+    Returns
+    -------
+    Tensor
+        int64, (at most nsamples, seqlen); no rows if the texts are shorter than two windows.
+    """
+    enough = replace(options, nsamples=HELD_OUT_SHARE * options.nsamples, num_held_out=0)
+    tokens_NT = _cut(texts, enough)[0].tokens
+    least = min(1, len(tokens_NT) // 2)
+    return tokens_NT[: max(least, min(options.nsamples, len(tokens_NT) // HELD_OUT_SHARE))]
+
+
+def _cut(texts: Iterable[Parts], options: SampleOptions) -> tuple[Windows, int]:
+    """Join texts and cut them into windows, until enough can be drawn.
+
+    Returns
+    -------
+    Windows, int
+        All windows, in their order; and the number of tokens that were read.
+    """
+    seqlen = options.seqlen
+    tokens_needed(options.nsamples + options.num_held_out, seqlen)
+    tokens, is_learned = array("q"), bytearray()
+    num_windows = num_useful = 0
     for text in texts:
         for some, learned in text:
             tokens.extend(some)
             is_learned.extend(learned)
         before, num_windows = num_windows, len(tokens) // seqlen
-        useful += [
-            index
-            for index in range(before, num_windows)
-            if any(is_learned[index * seqlen + 1 : (index + 1) * seqlen])
-        ]
-        if len(useful) >= nsamples:
-            break
-    if len(useful) < nsamples:
-        left_out = num_windows - len(useful)
-        raise DataError(
-            f"{name} has {len(tokens)} tokens, {len(useful)} samples of {seqlen}"
-            + f" and {left_out} without a token of an answer" * bool(left_out)
-            + f", but {nsamples} samples need {needed} tokens",
-            hint="give a longer text, fewer --nsamples (recover: --tokens) or a smaller --seqlen",
+        num_useful += sum(
+            any(is_learned[index * seqlen + 1 : (index + 1) * seqlen])
+            for index in range(max(before, options.num_held_out), num_windows)
         )
-    generator = torch.Generator().manual_seed(options.seed)
-    chosen = torch.tensor(useful)[torch.randperm(len(useful), generator=generator)[:nsamples]]
+        if num_useful >= options.nsamples:
+            break
+    if not num_windows:
+        empty = torch.empty(0, seqlen)
+        return Windows(empty.long(), empty.bool()), len(tokens)
     flat = (
         torch.frombuffer(tokens, dtype=torch.int64),
         torch.frombuffer(is_learned, dtype=torch.bool),
     )
-    return Windows(*(x[: num_windows * seqlen].view(-1, seqlen)[chosen] for x in flat))
+    windows = Windows(*(x[: num_windows * seqlen].view(num_windows, seqlen) for x in flat))
+    return windows, len(tokens)
+
+
+def _is_useful(windows: Windows) -> Tensor:
+    """Whether windows have a learned token that is predicted, bool, (N,)."""
+    return windows.is_learned[:, 1:].any(dim=1)
 
 
 def evaluation_tokens(

@@ -26,11 +26,14 @@ class ExportResult:
         The format's name for the architecture; for GGUF, the name of llama.cpp's graph.
     num_bytes : int
         Size of the file.
+    types : dict of str to int
+        How many tensors have each type.
     """
 
     output: Path
     arch: str
     num_bytes: int
+    types: dict[str, int]
 
 
 def export(model: str, output: str | Path | None = None, **options: Any) -> ExportResult:
@@ -73,8 +76,8 @@ def export(model: str, output: str | Path | None = None, **options: Any) -> Expo
         file.parent.mkdir(parents=True, exist_ok=True)
         with writing_alone(file):
             _check_new(file)  # another process may have written it meanwhile
-            arch = chosen.write(source, file, config)
-    return ExportResult(file, arch, file.stat().st_size)
+            arch, types = chosen.write(source, file, config)
+    return ExportResult(file, arch, file.stat().st_size, types)
 
 
 def _check_new(file: Path) -> None:

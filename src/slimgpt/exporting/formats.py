@@ -23,8 +23,10 @@ class Format(Protocol):
         """Default file name for a model with the name `stem`."""
         ...
 
-    def write(self, source: Source, output: Path, config: ExportConfig) -> str:
-        """Write a model atomically; return the name of its architecture.
+    def write(
+        self, source: Source, output: Path, config: ExportConfig
+    ) -> tuple[str, dict[str, int]]:
+        """Write a model atomically; return the architecture, and how many tensors have each type.
 
         Parameters
         ----------

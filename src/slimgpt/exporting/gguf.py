@@ -4,6 +4,7 @@ Tensors are read and written one at a time. The model is never run.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ _FILE_TYPES = {
 }
 
 
-def write_gguf(source: Source, file: Path, type_name: str) -> str:
+def write_gguf(source: Source, file: Path, type_name: str) -> tuple[str, dict[str, int]]:
     """Write a checkpoint, dense or pruned, as one GGUF file.
 
     Widths that llama.cpp cannot load are padded with zeros: a layer without channels, and rows that
@@ -63,6 +64,8 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
     -------
     str
         Name of llama.cpp's graph: the family's, or one for layers that differ.
+    dict of str to int
+        How many tensors have each type.
 
     Raises
     ------
@@ -84,7 +87,7 @@ def write_gguf(source: Source, file: Path, type_name: str) -> str:
             writer.write_tensor_data(_quantise(name, part, kind))
     finally:
         writer.close()
-    return layout.arch
+    return layout.arch, Counter(kind.name.lower() for _, _, kind in layout.tensors)
 
 
 @dataclass(frozen=True)

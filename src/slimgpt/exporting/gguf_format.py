@@ -31,17 +31,19 @@ class GgufFormat:
         """Default file name for a model with the name `stem`."""
         return f"{stem}-{config.type}.gguf"
 
-    def write(self, source: Source, output: Path, config: ExportConfig) -> str:
-        """Write the file; return the name of llama.cpp's graph."""
+    def write(
+        self, source: Source, output: Path, config: ExportConfig
+    ) -> tuple[str, dict[str, int]]:
+        """Write the file; return llama.cpp's graph, and how many tensors have each type."""
         from slimgpt.exporting.gguf import write_gguf
         from slimgpt.exporting.gguf_graphs import graph_of
 
         generation = load_generation_config(source, load_config(source))
         with replacing(output) as temporary:
-            arch = write_gguf(source, temporary, config.type)
+            arch, types = write_gguf(source, temporary, config.type)
         if not graph_of(arch).per_layer:
             _write_modelfile(generation, output)
-        return arch
+        return arch, types
 
 
 def _write_modelfile(generation: GenerationConfig, file: Path) -> None:

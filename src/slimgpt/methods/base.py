@@ -24,7 +24,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.models.blocks import bind
 from slimgpt.models.experts import Experts
 from slimgpt.models.sublayers import Sublayer
-from slimgpt.models.units import Kept, segment_rows
+from slimgpt.models.units import Kept
 from slimgpt.solver.hessian import output_power
 
 
@@ -212,7 +212,7 @@ def unit_sums(sublayer: Sublayer, score: Callable[[Any], Tensor]) -> Tensor:
             scores_OI = scores_OI.T
         is_output = name == sublayer.spec.output
         sums = scores_OI.sum(dim=0 if is_output else 1).cpu().double()
-        for _, rows in segment_rows(len(sums), sublayer.segments(name), sublayer.counts):
+        for _, rows in sublayer.rows(name, len(sums)):
             if len(rows) >= sublayer.num_units:  # else the units share them
                 sums_U.append(sums[rows.view(sublayer.num_units, -1)].sum(dim=1))
     return torch.stack(sums_U).sum(dim=0)

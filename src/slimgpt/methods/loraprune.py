@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from slimgpt.allocation.shapes import BlockWidths
 from slimgpt.methods.base import ScoringMethod, add_gradient, sublayers_of, unit_sums
 from slimgpt.models.blocks import linears_of
+from slimgpt.models.sublayers import Projection
 
 # Settings of LoRAPrune, except the last three, which are chosen for few calibration samples.
 LORA_RANK, LORA_ALPHA, LEARNING_RATE = 8, 16, 1e-4
@@ -75,10 +76,11 @@ class LoRAPrune(ScoringMethod):
 
 
 def _lora_gradient_squared(adapted: Any) -> Tensor:
+    """(w·ĝ)² in the shape of the layer's weight."""
     a, b = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
     gradient_OI = b.grad @ a.detach() + b.detach() @ a.grad - b.grad @ a.grad
-    weight_OI = adapted.base_layer.weight + adapted.get_delta_weight("default").detach()
-    return (weight_OI * gradient_OI).square()
+    weight = adapted.base_layer.weight + adapted.get_delta_weight("default").detach()
+    return (weight * Projection(adapted.base_layer).oriented(gradient_OI)).square()
 
 
 def _mask(scores_U: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -134,7 +134,7 @@ def _counts(spec: SublayerSpec, config: Any, module: nn.Module) -> dict[str, int
         return {
             "channel": projection_of(required_module(module, spec.module), spec.output).in_features
         }
-    counts = {kind: getattr(config, key) for kind, key in spec.widths.items()} or {"sublayer": 1}
+    counts = spec.counts(config) or {"sublayer": 1}
     if counts.get("group") == 1:
         return {"head": counts["head"], "group": 1}
     return counts

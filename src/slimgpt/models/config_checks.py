@@ -86,6 +86,7 @@ class _ModelConfig(_Checked):
     num_attention_heads: _Size
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
+    attention_output: str | None = None
     hidden_act: str = "silu"
     max_position_embeddings: _Length
     initializer_range: _Share = 0.0
@@ -383,6 +384,11 @@ def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -
     keys = [key for spec in family.sublayers for key in spec.widths.values()]
     known = {renamed.get(key, key) for key in keys}
     experts = {renamed.get(key, key) for key in family.widths("experts")}
+    attention = {
+        tuple(spec.widths.values())
+        for spec in family.sublayers
+        if len(spec.widths) == 2 and spec.kind == "attention"
+    }
     for index, widths in layers.items():
         key = f"per_layer_config.{index}"
         if not (index.isdecimal() and int(index) < num_layers):
@@ -393,10 +399,10 @@ def _wrong_widths(layers: Mapping[str, Any], model_type: str, num_layers: int) -
             yield f"{key}: {', '.join(strangers)} cannot differ between layers"
         if any(value == 0 for key, value in widths.items() if key in experts):
             yield f"{key}: a layer has no experts, or experts without channels"
-        keys = family.widths("attention")
-        groups, heads = (_count(widths.get(name)) for name in keys) if keys else (None, None)
-        if groups and heads and heads % groups:
-            yield f"{key}: num_attention_heads={heads} is no multiple of {groups} key/value heads"
+        for names in attention:
+            groups, heads = (_count(widths.get(name)) for name in names)
+            if groups and heads and heads % groups:
+                yield f"{key}: {names[1]}={heads} is no multiple of {groups} key/value heads"
 
 
 def _count(value: Any) -> int | None:

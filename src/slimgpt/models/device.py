@@ -1,11 +1,12 @@
 """The device of a model, and the precision of its matrix products there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimgpt.errors import ConfigError
 
@@ -54,6 +55,14 @@ def exact_products(batch: Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def repeatable_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute attention whose gradients are the same each time, to the bit.
+
+    On a GPU, the fused kernels add them in any order; separate products do not.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+
+
 def sums_device(device: torch.device) -> torch.device:
     """Device of float64 sums: the CPU for MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
@@ -75,11 +84,23 @@ def find_device(name: str) -> torch.device:
         raise ConfigError(
             f"there is no device {name!r}: {err}", hint="use --device auto or --device cpu"
         ) from None
-    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    number = available.get(device.type, 1)
+    available = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    number = available.get(device.type, 0)
     if (device.index or 0) >= number:
+        found, hint = f"{number} {device.type.upper()} devices were found", ""
+        if device.type == "cuda" and not torch.backends.cuda.is_built():
+            found += f", and PyTorch {torch.__version__} is built without CUDA"
+            hint = ", or install PyTorch with CUDA (https://pytorch.org)"
+        elif device.type == "cuda" and number == 0:
+            hint = "; `nvidia-smi` and CUDA_VISIBLE_DEVICES show what this machine offers"
+        elif device.type == "cuda":
+            hint = f", or cuda:0 to cuda:{number - 1}" if number > 1 else ", or cuda:0"
         raise ConfigError(
-            f"device {name!r} is not available: {number} {device.type.upper()} devices were found",
-            hint="use --device auto or --device cpu",
+            f"device {name!r} is not available: {found}",
+            hint=f"use --device auto or --device cpu{hint}",
         )
     return device

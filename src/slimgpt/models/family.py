@@ -63,6 +63,8 @@ class SublayerSpec(BaseModel):
     inputs : mapping of str to tuple
         Linear layers of the module that lose rows, with the segments of their rows from top to
         bottom, see `slimgpt.models.units.unit_rows`.
+    interleaved : bool
+        Whether the rows of the inputs go group by group: the segments repeat for each.
     vectors : mapping of str to tuple
         Norms of the module whose weights shrink with the units; some models lack them.
     couples_units : bool
@@ -71,7 +73,11 @@ class SublayerSpec(BaseModel):
         The linear layer that loses columns.
     widths : mapping of str to str
         Config keys of the number of units, then of what else scales with them, or of the channels
-        of each expert. Without any, the sublayer cannot be pruned.
+        of each expert. Query heads without a number of groups share one. Without any, the
+        sublayer cannot be pruned.
+    rebuilt : bool
+        Whether the stock class cannot build the attention with fewer heads, so that the modelling
+        file of the result does. With ``--uniform`` it stays whole then.
     reason : str
         Why the sublayer, or a part of it, cannot be pruned.
     bias : str or bool
@@ -79,6 +85,8 @@ class SublayerSpec(BaseModel):
     layer_type : str or None
         If given, only layers of this type have the sublayer: those of ``layer_types`` in the
         config; or ``sparse``, layers with experts, and ``dense``, the others.
+    when : mapping of str to bool
+        Only models whose config has these switches on or off have the sublayer.
     router : str
         The module that chooses the experts of each token.
     """
@@ -91,14 +99,25 @@ class SublayerSpec(BaseModel):
     module: str
     chain: tuple[str, ...] = ()
     inputs: Mapping[str, tuple[Segment, ...]] = {}
+    interleaved: bool = False
     vectors: Mapping[str, tuple[Segment, ...]] = {}
     couples_units: bool = False
     output: str
     widths: Mapping[Segment, str] = {}
+    rebuilt: bool = False
     reason: str = ""
     bias: str | bool
     layer_type: str | None = None
+    when: Mapping[str, bool] = {}
     router: str = ""
+
+    def counts(self, config: Any) -> dict[str, int]:
+        """Number of units, and of what scales with them, in a layer with this config.
+
+        Query heads without groups share one.
+        """
+        counts = {kind: getattr(config, key) for kind, key in self.widths.items()}
+        return {"group": 1} | counts if "head" in counts else counts
 
 
 class Family(BaseModel):
@@ -136,15 +155,20 @@ class Family(BaseModel):
 
     @property
     def units(self) -> list[str]:
-        """Names of the units that can be pruned."""
+        """Names of the units that can be pruned; heads that are groups too are heads."""
         names = {"group": "groups", "head": "heads", "channel": "channels", "expert": "experts"}
-        return [
-            ", ".join(
-                names[key] for key in spec.widths if not (key == "head" and spec.couples_units)
-            )
-            for spec in self.sublayers
-            if spec.widths and spec.layer_type != "dense"
-        ]
+        found = {}
+        for spec in self.sublayers:
+            if spec.layer_type != "dense":
+                kinds = {key: kind for kind, key in spec.widths.items()}.values()
+                hidden = {"head"} if spec.couples_units else set()
+                found |= {names[kind]: None for kind in kinds if kind not in hidden}
+        return list(found)
+
+    @property
+    def rebuilds_attention(self) -> bool:
+        """Whether attention with fewer heads needs the modelling file of the result."""
+        return any(spec.rebuilt for spec in self.sublayers)
 
     @property
     def reasons(self) -> list[str]:
@@ -157,7 +181,16 @@ class Family(BaseModel):
             spec
             for spec in self.sublayers
             if spec.layer_type in (None, *_layer_types(config, index))
+            and all(bool(getattr(config, key)) == on for key, on in spec.when.items())
         ]
+
+    def prunable_attention(self, config: Any) -> tuple[int, SublayerSpec] | None:
+        """Find the first layer whose attention can be pruned: its index, and the attention."""
+        for index in range(config.num_hidden_layers):
+            for spec in self.layer(config, index):
+                if spec.kind == "attention" and spec.widths:
+                    return index, spec
+        return None
 
     def widths(self, kind: str) -> list[str]:
         """Config keys of the widths of a kind of sublayer; empty if it cannot be pruned."""

@@ -123,27 +123,31 @@ class StreamedModel:
     def blocks(self, indices: Iterable[int] | None = None) -> Iterator[Block]:
         """Yield all or some blocks in this order, each with its weights until the next one.
 
-        For a GPU, the next block is read into pinned memory meanwhile.
+        For a GPU, the next block is read into pinned memory meanwhile, and copied from there on a
+        stream of its own.
         """
         blocks = list(bind(self.skeleton, self.directory))
         if indices is not None:
             blocks = [blocks[index] for index in indices]
-        reads_ahead = self.device.type == "cuda"
+        copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with ThreadPoolExecutor(1) as reader:
             ahead = None
             for block, following in zip_longest(blocks, blocks[1:]):
-                ahead = ahead or reader.submit(self._read_block, block)
+                ahead = ahead or reader.submit(self._read_block, block, copying)
                 tensors, ahead = ahead.result(), None
-                if reads_ahead and following:
-                    ahead = reader.submit(self._read_block, following)
+                if copying:
+                    _take_over(tensors.values(), copying)
+                    if following:
+                        ahead = reader.submit(self._read_block, following, copying)
                 self._fill(block.module, tensors)
                 del tensors
                 yield block
                 self._release(block.module)
                 trim_heap()
 
-    def _read_block(self, block: Block) -> dict[str, Tensor]:
-        return self._read(block.name, block.module.state_dict())
+    def _read_block(self, block: Block, copying: torch.cuda.Stream | None) -> dict[str, Tensor]:
+        with torch.cuda.stream(copying):
+            return self._moved(self._read(block.name, block.module.state_dict()))
 
     def _read(self, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
         tensors, shapes = {}, self.weights.shapes
@@ -159,17 +163,20 @@ class StreamedModel:
         return self.directory is not None and len(shape) == 3
 
     def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        # Only pinned memory may be released before the copy has finished.
-        pinned = self.device.type == "cuda"
-        moved = {
-            name: t if self._is_mapped(t.shape) else t.to(self.device, non_blocking=pinned)
-            for name, t in tensors.items()
-        }
-        module.load_state_dict(moved, strict=False, assign=True)
+        module.load_state_dict(self._moved(tensors), strict=False, assign=True)
         for child in module.modules():  # computed ones, which no file has
             for name, buffer in child.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(child, name, buffer.to(self.device))
+
+    def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy to the device what is not there or in a mapped file, on the current stream."""
+        # Only pinned memory may be released before the copy has finished.
+        pinned = self.device.type == "cuda"
+        return {
+            name: t if self._is_mapped(t.shape) else t.to(self.device, non_blocking=pinned)
+            for name, t in tensors.items()
+        }
 
     def _release(self, module: nn.Module) -> None:
         """Move the parameters back to the meta device; buffers keep their values."""
@@ -177,3 +184,12 @@ class StreamedModel:
             for name, parameter in child.named_parameters(recurse=False):
                 empty = parameter.to("meta", self.weights.dtype)
                 setattr(child, name, nn.Parameter(empty, requires_grad=False))
+
+
+def _take_over(tensors: Iterable[Tensor], copying: torch.cuda.Stream) -> None:
+    """Let the current stream wait for copies on another one; it owns what they have written."""
+    current = torch.cuda.current_stream(copying.device)
+    current.wait_stream(copying)
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(current)  # until it is released there

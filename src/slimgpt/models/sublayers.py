@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -168,7 +168,7 @@ class Sublayer:
         -------
         dict
             For each of these parameters, by its name in the module: the axis that shrinks, and the
-            int64 indices there.
+            int64 indices there, sorted.
         """
         units = kept.units.cpu()
         heads = None if kept.parts is None else kept.parts.cpu()
@@ -181,7 +181,7 @@ class Sublayer:
             return rows.view(self.num_units, -1)[units]
 
         return {
-            name: (axis, torch.cat([owned(*segment).flatten() for segment in segments]))
+            name: (axis, torch.cat([owned(*s).flatten() for s in segments]).sort().values)
             for name, (axis, segments) in self._axes().items()
         }
 
@@ -195,10 +195,14 @@ class Sublayer:
             return unit_columns(kept.parts, self.unit_size // self.num_parts)
         return unit_columns(kept.units, self.unit_size)
 
-    def segments(self, name: str) -> Sequence[str]:
-        """What the rows of an input, or the columns of the output, belong to."""
-        found = {**self.spec.inputs, **self.spec.vectors}.get(name)
-        return found or ["head" if "head" in self.counts else next(iter(self.counts))]
+    def rows(self, name: str, number: int) -> list[tuple[str, Tensor]]:
+        """What so many rows of an input, or columns of the output, belong to: `segment_rows`."""
+        segments = {**self.spec.inputs, **self.spec.vectors}.get(name)
+        if not segments:
+            segments = ["head" if "head" in self.counts else next(iter(self.counts))]
+        is_interleaved = self.spec.interleaved and name in self.spec.inputs
+        repeats = self.counts.get("group", 1) if is_interleaved else 1
+        return segment_rows(number, segments, self.counts, repeats)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Apply the norm before the sublayer."""
@@ -240,7 +244,7 @@ class Sublayer:
             owner = name.rpartition(".")[0]
             is_transposed = isinstance(self.module.get_submodule(owner), Conv1D)
             axis = int(parameter.dim() > 1 and is_transposed != (name == output))
-            rows = segment_rows(parameter.shape[axis], self.segments(owner), self.counts)
+            rows = self.rows(owner, parameter.shape[axis])
             if any(len(owned) >= self.num_units for _, owned in rows):
                 found[name] = axis, rows
         return found

@@ -47,7 +47,7 @@ def unit_columns(kept_units: Tensor, unit_size: int) -> Tensor:
 
 
 def segment_rows(
-    num_rows: int, segments: Sequence[str], counts: Mapping[str, int]
+    num_rows: int, segments: Sequence[str], counts: Mapping[str, int], repeats: int = 1
 ) -> list[tuple[str, Tensor]]:
     """Compute the rows of each head, group or channel in a tensor of fused projections.
 
@@ -60,6 +60,9 @@ def segment_rows(
         ``channel``. The fused projection of queries, keys and values is head, group, group.
     counts : mapping of str to int
         How many of each there are.
+    repeats : int
+        How often the segments repeat. Each time they have the next rows of the same number of
+        heads, groups or channels.
 
     Returns
     -------
@@ -68,9 +71,6 @@ def segment_rows(
         each).
     """
     share = num_rows // sum(counts[kind] for kind in segments)
-    rows, start = [], 0
-    for kind in segments:
-        end = start + share * counts[kind]
-        rows.append((kind, torch.arange(start, end).view(counts[kind], -1)))
-        start = end
-    return rows
+    sizes = [share * counts[kind] // repeats for kind in segments]
+    rows = torch.arange(repeats * sum(sizes)).view(repeats, -1).split(sizes, dim=1)
+    return [(kind, r.reshape(counts[kind], -1)) for kind, r in zip(segments, rows, strict=True)]

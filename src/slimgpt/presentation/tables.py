@@ -1,10 +1,13 @@
 """Make text tables of results, and write them as Markdown."""
 
+import math
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from slimgpt.allocation.reallocation import SENSITIVITY_SHARE
 
 _SPEEDS = {
     "prefill": ("prefill, tok/s", 1),
@@ -12,6 +15,9 @@ _SPEEDS = {
     "first_token": ("first token, ms", 1000),
     "token": ("each token, ms", 1000),
 }
+
+
+_PHASES = ("prepare", "sensitivity", "prune", "save")
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,47 @@ def cost_table(result: Any) -> Table:
         for role, cost in zip(("this model", "base"), result.costs, strict=False)
     ]
     return Table(rows, sizes)
+
+
+def phases_table(pruning: Mapping[str, Any], recovery: Mapping[str, Any] | None) -> Table:
+    """Make a table of the phases, the tokens that each has seen and the seconds that it took.
+
+    Parameters
+    ----------
+    pruning : mapping
+        A pruning report.
+    recovery : mapping or None
+        A recovery report, if there is one.
+    """
+    samples, seconds = pruning["calibration"], pruning["seconds"]
+    num_samples, seqlen = samples["nsamples"], samples["seqlen"]
+    measured = math.ceil(num_samples / SENSITIVITY_SHARE) if pruning["is_measured"] else 0
+    refit = " and refit" if pruning["config"].get("refit_epochs") else ""
+    tokens = {"prepare": num_samples, "sensitivity": measured, "prune": num_samples}
+    names = {"prepare": "calibration text", "prune": f"pruning{refit}", "save": "writing"}
+    phases = [
+        (names.get(phase, phase), tokens.get(phase, 0) * seqlen, value)
+        for phase, value in sorted(seconds.items(), key=lambda item: _place(item[0]))
+    ]
+    if recovery:
+        read, window = recovery.get("num_examples") or 0, recovery["config"]["seqlen"]
+        trained = recovery.get("tokens") or 0
+        if budget := recovery.get("budget"):
+            phases.append(("recovery: measuring the speed", 0, budget["measuring"]))
+        if prepared := recovery.get("preparation_seconds"):
+            phases.append(("recovery: text and predictions", read * window, prepared))
+        phases.append(("recovery: training", trained, recovery["seconds"]))
+    rows = [
+        {"phase": name, "tokens": f"{count:,}" if count else "", "seconds": f"{value:,.1f}"}
+        for name, count, value in phases
+    ]
+    total = sum(value for _, _, value in phases)
+    rows.append({"phase": "all", "tokens": "", "seconds": f"{total:,.1f}"})
+    return Table(rows, {"tokens", "seconds"})
+
+
+def _place(phase: str) -> int:
+    return [*_PHASES, phase].index(phase)
 
 
 def brief(value: float | None) -> str:

@@ -122,9 +122,9 @@ def _check(config: PreTrainedConfig) -> FamilyCheck:
         dense = _skeleton(config)
         blocks = list(bind(dense))
     kinds = {sublayer.kind for block in blocks for sublayer in block.sublayers}
-    removals = [(kind, False) for kind in sorted(kinds)] + [("experts", True)] * (
-        "experts" in kinds
-    )
+    with_parts = {s.kind for block in blocks for s in block.sublayers if s.shape.parts > 1}
+    removals = [(kind, False) for kind in sorted(kinds)]
+    removals += [(kind, True) for kind in sorted(with_parts)]
     smaller = {removal: _smaller(config, _halved(blocks, *removal)) for removal in removals}
     stream = _random_stream(dense)
     returns_tuple = family_in(config).returns_tuple

@@ -13,17 +13,14 @@ from torch import Tensor
 
 from slimgpt.allocation.reallocation import samples_needed
 from slimgpt.allocation.shapes import BlockShape, BlockWidths, has_experts, removed_params
-from slimgpt.calibration.activations import choose_batch_size
 from slimgpt.config import PruneConfig
-from slimgpt.data.datasets import PYDOCS, SELF, check_dataset, dataset_files
-from slimgpt.data.samples import READING_BYTES, SampleOptions, calibration_tokens
+from slimgpt.data.datasets import SELF, check_dataset, dataset_files
+from slimgpt.data.samples import SampleOptions, calibration_tokens
 from slimgpt.data.self_generated import sample_from_model
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from slimgpt.methods.base import Method
 from slimgpt.methods.registry import METHODS, make_method
-from slimgpt.models.blocks import bind
 from slimgpt.models.device import fast_dtype
-from slimgpt.models.experts import Experts
 from slimgpt.models.layout import has_language_head
 from slimgpt.models.loading import (
     build_skeleton,
@@ -35,38 +32,26 @@ from slimgpt.models.loading import (
 from slimgpt.models.source import Source
 from slimgpt.models.stored import read_tensor
 from slimgpt.models.streaming import StreamedModel
-from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import open_weights, tensor_names
-from slimgpt.pruning.depth import check_same_layers, choice_bytes, choose_layers
+from slimgpt.pruning.depth import check_same_layers, choose_layers
+from slimgpt.pruning.estimate import check_memory, estimate_memory
 from slimgpt.pruning.family_check import check_family
 from slimgpt.pruning.job import Inputs, Job
-from slimgpt.pruning.memory import (
-    FLOAT32,
-    MemoryEstimate,
-    free_gpu_memory,
-    place_activations,
-    probe_bytes,
-    refit_bytes,
-    solver_bytes,
-)
 from slimgpt.pruning.plan import (
     initial_widths,
-    is_measured,
     last_layers,
     shapes_of,
     target_of_kept,
     without_dropped,
 )
-from slimgpt.runtime.distributed import is_main, shard
+from slimgpt.runtime.distributed import is_main
 from slimgpt.runtime.environment import Stopwatch, computation, versions
 from slimgpt.runtime.files import describe_file
 from slimgpt.runtime.progress import Progress
 from slimgpt.runtime.run_directory import GENERATED_FILE, SCORES_FILE, Run
 
 log = logging.getLogger(__name__)
-
-READ_AHEAD = 2  # blocks in host memory beside a GPU: one is read, the other is pinned
 
 
 def check_inputs(config: PruneConfig) -> None:
@@ -205,7 +190,7 @@ def make_job(inputs: Inputs, run: Run, shared: Run) -> Job:
     memory = estimate_memory(inputs, widths)
     if is_main():
         log.info("%s", memory)
-        memory.check(run.output, run.size)
+    check_memory(memory, run)
     if memory.mapped_experts:
         inputs.streamed.directory = run.state
     samples_NT = _samples(inputs, shared)
@@ -219,99 +204,6 @@ def make_job(inputs: Inputs, run: Run, shared: Run) -> Job:
     _score(job, run, samples_NT, widths)
     inputs.stopwatch.lap("prepare")
     return job
-
-
-def estimate_memory(inputs: Inputs, widths: Sequence[BlockWidths]) -> MemoryEstimate:
-    """Estimate the peak memory and the disk space of a run."""
-    config, method, skeleton = inputs.config, inputs.method, inputs.streamed.skeleton
-    measures = is_measured(inputs.shapes, widths, inputs.seqlen, config)
-    batch_size = choose_batch_size(config.nsamples, inputs.seqlen)
-    num_own = len(shard(torch.arange(config.nsamples), batch_size))
-    size = skeleton.dtype.itemsize
-    blocks, solvers, num_removed = list(bind(skeleton)), [], 0
-    sublayers = [
-        (sublayer, width)
-        for block, block_widths in zip(blocks, widths, strict=True)
-        for sublayer, width in zip(block.sublayers, block_widths, strict=True)
-    ]
-    tokens, widest = num_own * inputs.seqlen, 0
-    for sublayer, width in sublayers:
-        shape = sublayer.shape
-        whole, kept = shape.params, shape.kept_params(width)
-        num_removed += whole - kept
-        if isinstance(sublayer, Experts):
-            _, num_out, num_in = sublayer.weights.down_proj.shape
-            # The rest of the target for all tokens, and the input of an expert that has them all.
-            held = tokens * (num_out + num_in) * FLOAT32
-            solvers.append(solver_bytes(num_out, num_in, num_in, True, False) + held)
-            continue
-        output = sublayer.output
-        widest = max(widest, output.in_features)
-        columns = output.in_features - sublayer.num_columns(width)
-        if measures:  # and further ones
-            columns = 2 * (output.in_features if shape.kind == "attention" else columns)
-        sizes, has_bias = (output.out_features, output.in_features), output.bias is not None
-        solvers.append(solver_bytes(*sizes, columns, method.needs_dense, has_bias))
-        if method.refit_epochs and shape.kind == "ffn" and kept < whole:
-            solvers.append(refit_bytes(whole, kept, size))
-    activation = tokens * size
-    stream = (
-        activation
-        * skeleton.config.get_text_config().hidden_size
-        * (2 if method.needs_dense else 1)
-    )
-    if blocks[0].is_parallel:
-        stream *= 2
-    experts = [size * sub.shape.params for sub, _ in sublayers if isinstance(sub, Experts)]
-    mapped = max(experts, default=0)
-    if mapped <= config.activation_memory:
-        mapped = 0
-    block = max(sum(_held(sub, mapped > 0) for sub in block.sublayers) for block in blocks)
-    if config.drop_layers:  # a dropped one beside the one before it
-        block *= 2
-    device, room = inputs.streamed.device, None
-    others, on_host = _other_phases(inputs, measures)
-    working = max(block * size + max(solvers), others)
-    if device.type == "cuda":
-        room = free_gpu_memory(device)[0] - working
-    else:
-        working = max(working, on_host)
-    return MemoryEstimate(
-        stream,
-        place_activations(stream, activation * widest, config.activation_memory, room),
-        working,
-        result=(skeleton.num_parameters() - num_removed) * size,
-        device=device,
-        mapped_experts=mapped,
-        beside=max(READ_AHEAD * block * size, on_host),
-    )
-
-
-def _other_phases(inputs: Inputs, measures: bool) -> tuple[int, int]:
-    """Bytes that phases outside the blocks need on the device, and on the host."""
-    config, skeleton = inputs.config, inputs.streamed.skeleton
-    size, num_params = skeleton.dtype.itemsize, skeleton.num_parameters()
-    phases = [next(skeleton.get_input_embeddings().parameters()).numel() * size]
-    if measures:
-        phases.append(probe_bytes(skeleton, config.nsamples, inputs.seqlen))
-    if config.drop_layers:
-        phases.append(choice_bytes(skeleton, config.nsamples, inputs.seqlen))
-    on_host = max(phases)  # a part of each
-    if not {SELF, PYDOCS}.issuperset(config.calibration):
-        on_host = max(on_host, READING_BYTES)
-    if SELF in config.calibration:
-        phases.append(num_params * size)
-    if inputs.method.needs_gradients:
-        phases.append(2 * num_params * FLOAT32)
-    return max(phases), on_host
-
-
-def _held(sublayer: Sublayer, is_mapped: bool) -> int:
-    """Parameters of a sublayer in memory at once: of mapped experts one, else all twice."""
-    params = sublayer.shape.params
-    if isinstance(sublayer, Experts):
-        return params // sublayer.num_units if is_mapped else 2 * params
-    return params if sublayer.spec.widths else 0
 
 
 def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:

@@ -46,7 +46,8 @@ class MemoryEstimate:
     activations : Activations
         Where the stream is, and how much of the activations of a sublayer is kept.
     working : int
-        The largest block with the solver's matrices, or the peak of another phase if higher.
+        The largest block, on a GPU also the next one, with the solver's matrices; or the peak of
+        another phase if higher.
     result : int
         The pruned model.
     device : torch.device
@@ -146,8 +147,9 @@ class MemoryEstimate:
         if self.gpu_memory > free:
             raise ConfigError(
                 f"the run needs about {size(self.gpu_memory)} of GPU memory, of which "
-                f"{size(self.working)} for the largest block with the solver's matrices or another "
-                f"phase, and {size(free)} of {size(total)} are free on {self.device}",
+                f"{size(self.working)} for the largest block, the next one and the solver's "
+                f"matrices, or another phase, and {size(free)} of {size(total)} are free on "
+                f"{self.device}",
                 hint="use a GPU with more memory or --device cpu; --widths scheduled, "
                 "--refit-epochs 0 and --calibration without self need less",
             )
@@ -180,8 +182,20 @@ def place_activations(
 
 
 def free_gpu_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU's memory: free, with what torch has reserved and does not use; all of it."""
-    free, total = torch.cuda.mem_get_info(device)
+    """Bytes of a GPU's memory: free, with what torch has reserved and does not use; all of it.
+
+    Raises
+    ------
+    ConfigError
+        If the GPU cannot be used.
+    """
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError as err:  # another process has it for itself, or PyTorch does not know it
+        raise ConfigError(
+            f"the GPU {device} cannot be used: {str(err).partition(chr(10))[0]}",
+            hint="see what `nvidia-smi` says about it; use another --device cuda:N or --device cpu",
+        ) from err
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused, total
 

@@ -360,9 +360,11 @@ def attention_share(config: Any) -> float:
     a head frees: (2 + 2/g)/4 of its ratio in MHA, which is 1. A query head of a single group frees
     no part of its kv head: 2/4.
     """
-    keys = family_in(config).widths("attention")
-    if not keys:
+    text = config.get_text_config()
+    found = family_in(config).prunable_attention(text)
+    if not found:
         return 1.0
-    first = config.get_text_config().per_layer_config[0]
-    groups, heads = (getattr(first, key) for key in keys)
+    index, attention = found
+    counts = attention.counts(text.per_layer_config[index])
+    groups, heads = counts["group"], counts["head"]
     return (1 + groups / heads) / 2 if groups > 1 else 0.5

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.models.device import find_device
-from slimgpt.models.source import find_model
+from slimgpt.models.source import Source, find_model
 from slimgpt.presentation import html
 from slimgpt.pruning.allocators import allocate
 from slimgpt.pruning.decisions import BlockPlan
@@ -121,6 +121,23 @@ def finish(inputs: Inputs, run: Run, shared: Run) -> None:
         job.stopwatch.lap("prune")
         write_result(job, widths)
     run.publish()
+
+
+def is_finished(run: Run, source: Source, config: PruneConfig) -> bool:
+    """Whether a directory has a finished result of this model with these options.
+
+    Raises
+    ------
+    OtherRunError
+        If it has one of another model or with other options.
+    """
+    if not broadcast(is_main() and run.is_complete and (run.output / REPORT_FILE).is_file()):
+        return False
+    report = read_result(run).report
+    asked = json.loads(config.model_dump_json()) | {"model": source.title}
+    asked["calibration"] = [Path(name).name for name in config.calibration]
+    run.check_made_with(asked, report["config"] | {"model": report["base_model"]})
+    return True
 
 
 def read_result(run: Run) -> PruneResult:

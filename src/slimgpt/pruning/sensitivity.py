@@ -36,7 +36,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.methods.slimgpt import SlimGPT
 from slimgpt.models.blocks import Block
-from slimgpt.models.device import autocast, sums_device
+from slimgpt.models.device import autocast, repeatable_attention, sums_device
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.pruning.block import replay_block
@@ -92,7 +92,7 @@ class MeasuringSlimGPT(SlimGPT):
             left = eliminate_units(problem, num_remove, size, error, num_further=further)
         else:
             left = eliminate_channels(problem, num_remove, num_further=further)
-        errors = left.errors.cumsum(dim=0).tolist()
+        errors = left.errors.cpu().cumsum(dim=0).tolist()  # a GPU adds in any order
         return left, tuple((num_units - removed, errors[removed - 1]) for removed in removals)
 
     def _path(self, problem: Problem, shape: SublayerShape, num_params: int) -> Curve:
@@ -394,7 +394,7 @@ def _pull_back(
         outputs, changes = [], []
         for sublayer, (new_OI, new_O) in zip(block.sublayers, projections, strict=True):
             source = first if block.is_parallel else state
-            with torch.enable_grad():
+            with torch.enable_grad(), repeatable_attention(device):
                 batch_NTI = run_sublayer(sublayer, stream, source)
                 with autocast(new_OI):
                     output = linear(batch_NTI, new_OI, new_O).to(state.dtype)

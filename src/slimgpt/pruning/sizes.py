@@ -15,16 +15,16 @@ from pydantic import TypeAdapter
 
 from slimgpt.allocation.shapes import BlockWidths, has_experts
 from slimgpt.config import TARGETS, PruneConfig
-from slimgpt.errors import ConfigError, MissingDependencyError, OtherRunError
+from slimgpt.errors import ConfigError, MissingDependencyError
 from slimgpt.methods.registry import make_method
 from slimgpt.models.device import find_device
 from slimgpt.models.source import find_model
 from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inputs
 from slimgpt.pruning.job import Inputs, Job
 from slimgpt.pruning.plan import initial_widths, is_measured, make_plan
-from slimgpt.pruning.prune import PruneResult, finish, read_result
+from slimgpt.pruning.prune import PruneResult, finish, is_finished, read_result
 from slimgpt.pruning.sensitivity import divergence_at, measure, reallocate
-from slimgpt.runtime.distributed import broadcast, is_main, process_group
+from slimgpt.runtime.distributed import is_main, process_group
 from slimgpt.runtime.environment import Stopwatch
 from slimgpt.runtime.files import write_atomically
 from slimgpt.runtime.progress import Progress, no_progress
@@ -107,7 +107,7 @@ def prune_family(
         )
     results: list[PruneResult] = []
     with _sizes(model, configs, output / SHARED_DIR, progress, restart) as (sizes, shared):
-        missing = [size for size in sizes if not _done(output, size.config)]
+        missing = [size for size in sizes if not _is_done(output, size)]
         if missing and _is_measured(missing[-1]):
             with open_run(output / _name(missing[-1].config)) as run:
                 _identify(run, missing[-1], restart)
@@ -241,21 +241,9 @@ def _name(config: PruneConfig) -> str:
     return f"ratio-{config.ratio:g}"
 
 
-def _done(output: Path, config: PruneConfig) -> bool:
-    """Whether a size is finished, with these options."""
-    run = Run(output / _name(config))
-    if not broadcast(is_main() and run.is_complete):
-        return False
-    found = read_result(run).report["config"]
-    asked = json.loads(config.model_dump_json())
-    asked["calibration"] = [Path(name).name for name in config.calibration]
-    differences = [key for key in asked if key in found and found[key] != asked[key]]
-    if differences:
-        raise OtherRunError(
-            f"{run.output} was pruned with other options: {', '.join(differences)}",
-            hint="choose another --output, or move that directory away",
-        )
-    return True
+def _is_done(output: Path, size: Inputs) -> bool:
+    run = Run(output / _name(size.config))
+    return is_finished(run, size.streamed.weights.source, size.config)
 
 
 def _point(job: Job, widths: Sequence[BlockWidths]) -> SweepPoint:

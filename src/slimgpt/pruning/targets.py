@@ -138,7 +138,8 @@ def _cache_target(extended: PreTrainedConfig, config: PruneConfig) -> Target:
         shapes.append(block.shape)
         prices.append([Price(0)] * len(block.sublayers))
         for index, sub in enumerate(block.sublayers):
-            if sub.kind != "attention" or not sub.spec.widths:
+            stays = not sub.spec.widths or (config.uniform and sub.spec.rebuilt)
+            if sub.kind != "attention" or stays:
                 continue
             head_dim = sub.output.in_features // sub.counts.get("head", sub.num_units)
             if sub.counts.get("group") == 1:  # all query heads share one
@@ -158,7 +159,7 @@ def _cache_target(extended: PreTrainedConfig, config: PruneConfig) -> Target:
     if not whole:
         raise ConfigError(
             f"target_kv_cache={config.target_kv_cache:g} cannot be reached: the attention of "
-            f"{extended.model_type} models stays whole",
+            f"{extended.model_type} models stays whole" + " with --uniform" * config.uniform,
             hint="ask for --target-params or --target-size; only FFNs become smaller then",
         )
     limit = math.floor(config.target_kv_cache * whole + 1e-9)

@@ -4,12 +4,13 @@ The methods are in `slimgpt.recovery.methods`; the default, low-rank adapters, h
 SlimGPT (arXiv 2412.18110, section 4.1). The training loop is `transformers.Trainer`.
 """
 
-import gc
 import hashlib
 import json
 import logging
+import math
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import (
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -30,14 +31,26 @@ from transformers.integrations.integration_utils import (
 )
 
 from slimgpt.checkpoint.card import write_card
-from slimgpt.checkpoint.results import RECOVERY_FILE, REPORT_FILE, PruningReport, read_report
+from slimgpt.checkpoint.results import (
+    RECOVERY_FILE,
+    REPORT_FILE,
+    PruningReport,
+    RecoveryReport,
+    read_report,
+)
 from slimgpt.checkpoint.tokenizer import write_tokenizer
 from slimgpt.checkpoint.writer import add_older_keys
 from slimgpt.config import RecoverConfig, did_you_mean
-from slimgpt.data.datasets import check_dataset, dataset_files, describe_dataset
-from slimgpt.data.examples import training_examples
+from slimgpt.data.datasets import (
+    SELF,
+    are_same_files,
+    check_dataset,
+    dataset_files,
+    describe_dataset,
+)
+from slimgpt.data.examples import training_examples, training_texts, training_windows
 from slimgpt.data.prompts import Prompts, read_prompts
-from slimgpt.data.samples import evaluation_tokens
+from slimgpt.data.samples import evaluation_tokens, held_out_samples
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
 from slimgpt.models.comparison import check_same_vocabulary
 from slimgpt.models.layout import check_language_head
@@ -45,25 +58,35 @@ from slimgpt.models.loading import load_config, load_model
 from slimgpt.models.source import EMBEDDED_MODELS, Source, find_file, find_model
 from slimgpt.models.tokenizer import copied_files, load_tokenizer
 from slimgpt.models.weights import weight_files
+from slimgpt.recovery.budget import Budget, find_budget
+from slimgpt.recovery.job import Data, Job
 from slimgpt.recovery.methods.base import RecoveryMethod
 from slimgpt.recovery.methods.registry import RECOVERY_METHODS
-from slimgpt.recovery.teacher import all_learned, draw_windows, labelled, store_predictions
+from slimgpt.recovery.teacher import (
+    Teacher,
+    all_learned,
+    draw_windows,
+    labelled,
+    store_predictions,
+    text_options,
+)
 from slimgpt.recovery.trainer import (
+    DERIVED,
     TENSORBOARD_DIR,
     Examples,
     MetricsLogger,
     best_step,
     check_checkpoint,
+    check_training,
     derive_options,
     has_stalled,
     held_out_curve,
     last_checkpoint,
-    pad_batch,
     read_metrics,
     training_arguments,
 )
 from slimgpt.runtime.distributed import TIME_LIMIT, broadcast, is_main, training_together
-from slimgpt.runtime.environment import computation, peak_memory, trim_heap, versions
+from slimgpt.runtime.environment import computation, free_memory, peak_memory, versions
 from slimgpt.runtime.files import describe_file, writing
 from slimgpt.runtime.progress import Progress, no_progress
 from slimgpt.runtime.run_directory import Run, open_run
@@ -87,30 +110,6 @@ class RecoverResult:
 
     output: Path
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The inputs of a recovery; without `examples`, the training is on text."""
-
-    source: Source
-    teacher: Source | None
-    config: RecoverConfig
-    method: RecoveryMethod
-    tokenizer: PreTrainedTokenizerBase
-    examples: Examples | None
-    held_out: Examples
-    progress: Progress
-    prompts: Prompts | None
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The data sets of the Trainer, and the seconds that text and teacher have taken."""
-
-    train: Any
-    held_out: Any
-    seconds: float = 0.0
 
 
 def recover(
@@ -165,37 +164,116 @@ def recover(
             hint="recover the pruned model, with more --tokens, --epochs or --max-steps",
         )
     teacher = _find_teacher(source, config) if config.uses_teacher else None
+    config, model_config = _checked(source, config)
+    PartialState(timeout=TIME_LIMIT)  # joins the other processes of torchrun
+    arguments = training_arguments(model_config, config, output)
+    with open_run(output) as run:
+        tokenizer = load_tokenizer(source)
+        examples = None if config.is_on_text else _examples(config, tokenizer)
+        prompts = _prompts(config, tokenizer)
+        held_out = _held_out_windows(config, tokenizer)
+        left_out = len(held_out) if _is_left_out(config) else 0
+        method = RECOVERY_METHODS[config.method](config)
+        job = Job(
+            source,
+            teacher,
+            config,
+            method,
+            tokenizer,
+            examples,
+            prompts,
+            held_out,
+            left_out,
+            progress,
+        )
+        if is_main():
+            run.identify(_identity(job, arguments), restart)
+        if not run.is_finished():
+            budget = None
+            if config.minutes:
+                budget = find_budget(run, job, _teacher(job, arguments), arguments)
+                timed = config.model_copy(update={"tokens": budget.tokens, "minutes": None})
+                job = replace(job, config=derive_options(timed, model_config))
+                arguments = training_arguments(model_config, job.config, output)
+            data = _load_data(run, job, _teacher(job, arguments))
+            _train(job, data, arguments)
+            if is_main():
+                _write(run, job, data, budget)
+        run.publish()
+    report = broadcast(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
+    return RecoverResult(output, report)
+
+
+def _checked(source: Source, config: RecoverConfig) -> tuple[RecoverConfig, PreTrainedConfig]:
+    """Check data, packages and model; the options with those derived from the model."""
     for name in _sources(config):
         check_dataset(name, "calibration")
     check_dataset(config.eval_data, "evaluation")
     check_packages(config)
     model_config = load_config(source)
     check_language_head(source.name, model_config)
-    config = derive_options(config, model_config)
-    PartialState(timeout=TIME_LIMIT)  # joins the other processes of torchrun
-    arguments = training_arguments(model_config, config, output)
-    with open_run(output) as run:
-        tokenizer = load_tokenizer(source)
-        examples = None if config.tokens else _examples(config, tokenizer)
-        prompts = _prompts(config, tokenizer)
-        held_out = _held_out_windows(config, tokenizer)
-        method = RECOVERY_METHODS[config.method](config)
-        job = _Job(
-            source, teacher, config, method, tokenizer, examples, held_out, progress, prompts
-        )
-        if is_main():
-            run.identify(_identity(job, arguments), restart)
-        if not run.is_finished():
-            data = _load_data(run, job, str(arguments.device))
-            _train(job, data, arguments)
-            if is_main():
-                _write(run, job, data)
-        run.publish()
-    report = broadcast(is_main() and json.loads((output / RECOVERY_FILE).read_text("utf-8")))
+    return derive_options(config, model_config), model_config
+
+
+def check_recovery(model: str, config: RecoverConfig) -> None:
+    """Check, before `model` is pruned, that the pruned model can be recovered on text.
+
+    No weights are read, but the texts are, as far as they are needed.
+
+    Parameters
+    ----------
+    model : str
+        The dense model.
+    config : RecoverConfig
+        The options; the model is also the teacher.
+
+    Raises
+    ------
+    SlimGPTError
+        If an option, the model or the data is wrong, a text is too short, or a package is missing.
+    """
+    source = find_model(model)
+    config, model_config = _checked(source, config)
+    check_training(config, model_config, int(os.environ.get("WORLD_SIZE", "1")))
+    tokenizer = load_tokenizer(source)
+    num_held_out = len(_held_out_windows(config, tokenizer))
+    num_left_out = num_held_out if _is_left_out(config) else 0
+    num_windows = (config.tokens or config.seqlen) // config.seqlen
+    most = math.ceil(num_windows / len(config.data))
+    for name in config.data:
+        if name != SELF:
+            training_windows(name, tokenizer, text_options(config, name, most, num_left_out))
+
+
+def find_recovered(output: Path, config: RecoverConfig) -> RecoverResult | None:
+    """Find a finished result in a directory.
+
+    Raises
+    ------
+    OtherRunError
+        If it was made with other options.
+    """
+    run, file = Run(output), output / RECOVERY_FILE
+    if not (run.is_complete and file.is_file()):
+        return None
+    report = read_report(file, RecoveryReport)
+    budget = report.get("budget")
+    found = report["config"] | ({"tokens": None, "minutes": budget["minutes"]} if budget else {})
+    asked = config.model_dump(mode="json", exclude={"teacher", *DERIVED})
+    run.check_made_with(asked | _names_of(config), found)
     return RecoverResult(output, report)
 
 
-def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
+def _names_of(config: RecoverConfig) -> dict[str, Any]:
+    """Names of the texts in a report, which goes to the hub and so holds no local paths."""
+    return {
+        "data": [Path(name).name for name in config.data],
+        "eval_data": Path(config.eval_data).name,
+        "prompts": config.prompts and Path(config.prompts).name,
+    }
+
+
+def _identity(job: Job, arguments: TrainingArguments) -> dict[str, Any]:
     """Everything that determines the result."""
     models = {"model": job.source} | ({"teacher": job.teacher} if job.teacher else {})
     return {
@@ -216,7 +294,7 @@ def _identity(job: _Job, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _texts(job: _Job) -> dict[str, Any]:
+def _texts(job: Job) -> dict[str, Any]:
     """What determines the text or the examples."""
     if job.examples is not None:
         return {"examples_sha256": _sha256(job.examples)}
@@ -224,35 +302,41 @@ def _texts(job: _Job) -> dict[str, Any]:
     return {f"text file {file}": describe_file(file) for file in files}
 
 
-def _load_data(run: Run, job: _Job, device: str) -> _Data:
+def _load_data(run: Run, job: Job, load_teacher: Teacher | None) -> Data:
     """Draw the text, and have the dense model read it; its memory is free again afterwards."""
-    config, teacher = job.config, None
+    config = job.config
     if job.examples is not None:
-        return _Data(job.examples, job.held_out)
-    if job.teacher:
-        teacher = cache(partial(load_model, job.teacher, config.dtype, device))
-    windows, seconds = draw_windows(run, config, job.tokenizer, teacher, job.prompts)
+        return Data(job.examples, job.held_out)
+    teacher = cache(load_teacher) if load_teacher else None  # loads it once
+    windows, seconds = draw_windows(
+        run, config, job.tokenizer, teacher, job.prompts, job.num_left_out
+    )
     if not job.method.distils or teacher is None:
         rows = [labelled(windows, index) for index in range(len(windows.tokens))]
         examples = [{name: row.tolist() for name, row in window.items()} for window in rows]
-        data = _Data(examples, job.held_out, seconds)
+        data = Data(examples, job.held_out, seconds)
     else:
         held_out_NT = torch.tensor([window["input_ids"] for window in job.held_out])
         texts = {"training": windows, "held-out": all_learned(held_out_NT)}
         train, held_out = (store_predictions(run, *t, teacher, config) for t in texts.items())
-        data = _Data(train, held_out, seconds + train.seconds + held_out.seconds)
+        data = Data(train, held_out, seconds + train.seconds + held_out.seconds)
     del teacher
-    gc.collect()
-    trim_heap()
-    torch.cuda.empty_cache()
+    free_memory()
     return data
+
+
+def _teacher(job: Job, arguments: TrainingArguments) -> Teacher | None:
+    """A function that loads the dense model, if it is needed."""
+    if job.teacher is None:
+        return None
+    return partial(load_model, job.teacher, job.config.dtype, str(arguments.device))
 
 
 def _versions(method: RecoveryMethod) -> dict[str, str]:
     return versions("accelerate", *([method.package] if method.package else []))
 
 
-def _train(job: _Job, data: _Data, arguments: TrainingArguments) -> None:
+def _train(job: Job, data: Data, arguments: TrainingArguments) -> None:
     """Train to the last step and save a checkpoint; resume from the newest one if there is any."""
     state = Path(str(arguments.output_dir))
     checkpoint, before = broadcast(is_main() and last_checkpoint(state)) or (None, None)
@@ -261,46 +345,25 @@ def _train(job: _Job, data: _Data, arguments: TrainingArguments) -> None:
         if before.global_step >= before.max_steps or has_stalled(before):
             return
     arguments.eval_on_start = not checkpoint
-    config = job.config
-    pad_token: Any = job.tokenizer.pad_token_id or 0
-    set_seed(config.seed)
-    model = job.method.load_trainable(job.source)
-    if config.gradient_checkpointing:
-        # transformers has renamed it. The reentrant kind has no gradients if embeddings are frozen.
-        older = getattr(model, "gradient_checkpointing_enable", None)
-        enable: Any = getattr(model, "activation_checkpointing_enable", older)
-        enable({"use_reentrant": False})
-    trainer = job.method.make_trainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        data_collator=partial(pad_batch, pad_token=pad_token),
-        callbacks=[MetricsLogger(job.progress)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    log.info("training on %d examples of %s", len(data.train), ", ".join(config.data))
+    set_seed(job.config.seed)
+    trainer = job.make_trainer(data, arguments, MetricsLogger(job.progress))
+    log.info("training on %d examples of %s", len(data.train), ", ".join(job.config.data))
     with writing(state.parent), training_together():
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _report(job: _Job, data: _Data, state: TrainerState) -> dict[str, Any]:
+def _report(job: Job, data: Data, state: TrainerState, budget: Budget | None) -> dict[str, Any]:
     config, metrics = job.config, [read_metrics(entry) for entry in state.log_history]
-    cost, names = state.log_history[-1], [Path(name).name for name in config.data]
+    cost = state.log_history[-1]
     described = [describe_dataset(name, "calibration") for name in config.data]
     num_read = round((state.epoch or 0) * len(data.train))
     return {
-        # The report goes to the hub with the model, so it holds no local paths.
         "model": job.source.title,
         "teacher": job.teacher.title if job.teacher else None,
-        "config": config.model_dump(mode="json", exclude={"teacher"})
-        | {
-            "data": names,
-            "eval_data": Path(config.eval_data).name,
-            "prompts": config.prompts and Path(config.prompts).name,
-        },
+        "config": config.model_dump(mode="json", exclude={"teacher"}) | _names_of(config),
         "data": ", ".join(described),
-        "held_out": describe_dataset(config.eval_data, "evaluation"),
+        "held_out": describe_dataset(config.eval_data, "evaluation")
+        + (" (windows left out of the training)" if job.num_left_out else ""),
         "num_examples": len(data.train),
         "tokens": num_read * config.seqlen if config.tokens else None,
         "steps": state.global_step,
@@ -310,9 +373,15 @@ def _report(job: _Job, data: _Data, state: TrainerState) -> dict[str, Any]:
         "held_out_kl": [[step, kl] for step, kl in held_out_curve(state).items()],
         "preparation_seconds": round(data.seconds, 3),
         "seconds": round(cost["seconds"], 3),
+        "budget": budget and _taken(budget, data.seconds + cost["seconds"]),
         "peak_memory_bytes": max(cost["peak_memory_bytes"], peak_memory() or 0) or None,
         "versions": _versions(job.method),
     }
+
+
+def _taken(budget: Budget, seconds: float) -> dict[str, Any]:
+    """What was asked for, and the seconds that measurement, preparation and training took."""
+    return asdict(budget) | {"seconds": round(budget.measuring + seconds, 3)}
 
 
 def _find_teacher(source: Source, config: RecoverConfig) -> Source:
@@ -363,17 +432,37 @@ def _sources(config: RecoverConfig) -> list[str]:
     return [*config.data, *([config.prompts] if config.prompts else [])]
 
 
+def _is_left_out(config: RecoverConfig) -> bool:
+    """Whether the held-out text is also trained on, so that a part of it must be left out."""
+    return config.is_on_text and any(are_same_files(n, config.eval_data) for n in config.data)
+
+
 def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    tokens = evaluation_tokens(
-        config.eval_data, tokenizer, config.eval_tokens, config.text_field
-    ).tolist()
-    starts = range(0, len(tokens) - config.seqlen + 1, config.seqlen)
-    windows = [tokens[start : start + config.seqlen] for start in starts]
-    if not windows:
-        raise DataError(
-            f"{config.eval_data} has {len(tokens)} tokens, less than one window of {config.seqlen}",
-            hint="give a longer --eval-data, more --eval-tokens or a smaller --seqlen",
-        )
+    """Windows of the held-out text; see `_is_left_out`. All tokens count, also those of chats."""
+    hint = "give a longer --eval-data, more --eval-tokens or a smaller --seqlen"
+    if _is_left_out(config):
+        most = max(1, config.eval_tokens // config.seqlen)
+        options = text_options(config, config.eval_data, most, 0)
+        texts = training_texts(config.eval_data, tokenizer, options)
+        windows = held_out_samples(texts, options).tolist()
+        if not windows:
+            raise DataError(
+                f"{config.eval_data} has less than two windows of {config.seqlen} tokens, so none "
+                "can be left out of the training",
+                hint=hint,
+            )
+    else:
+        tokens = evaluation_tokens(
+            config.eval_data, tokenizer, config.eval_tokens, config.text_field
+        ).tolist()
+        starts = range(0, len(tokens) - config.seqlen + 1, config.seqlen)
+        windows = [tokens[start : start + config.seqlen] for start in starts]
+        if not windows:
+            raise DataError(
+                f"{config.eval_data} has {len(tokens)} tokens, less than one window of "
+                f"{config.seqlen}",
+                hint=hint,
+            )
     return [{"input_ids": window, "labels": window} for window in windows]
 
 
@@ -388,7 +477,7 @@ def _sha256(examples: Examples) -> str:
     return digest.hexdigest()
 
 
-def _write(run: Run, job: _Job, data: _Data) -> None:
+def _write(run: Run, job: Job, data: Data, budget: Budget | None) -> None:
     """Merge the best of the trained weights into the weights of the checkpoint, and save them."""
     last: Any = last_checkpoint(run.state)
     _, state = last
@@ -412,7 +501,7 @@ def _write(run: Run, job: _Job, data: _Data) -> None:
         write_tokenizer(source, job.tokenizer, directory)
         lines = "".join(json.dumps(read_metrics(entry)) + "\n" for entry in state.log_history)
         (directory / METRICS_FILE).write_text(lines, encoding="utf-8")
-        text = json.dumps(_report(job, data, state), indent=1) + "\n"
+        text = json.dumps(_report(job, data, state, budget), indent=1) + "\n"
         (directory / RECOVERY_FILE).write_text(text, encoding="utf-8")
         if (run.state / TENSORBOARD_DIR).is_dir():
             shutil.copytree(run.state / TENSORBOARD_DIR, directory / TENSORBOARD_DIR)

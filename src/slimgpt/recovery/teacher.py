@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.config import RecoverConfig
-from slimgpt.data.datasets import SELF
+from slimgpt.data.datasets import SELF, are_same_files
 from slimgpt.data.examples import IGNORED, training_windows
 from slimgpt.data.prompts import Prompts
 from slimgpt.data.samples import SampleOptions, Windows
@@ -127,12 +127,38 @@ def labelled(windows: Windows, index: int) -> dict[str, Tensor]:
     return {"input_ids": tokens_T, "labels": labels_T}
 
 
+def text_options(
+    config: RecoverConfig, name: str, num_windows: int, num_left_out: int
+) -> SampleOptions:
+    """How windows of a text are drawn.
+
+    Parameters
+    ----------
+    config : RecoverConfig
+        The options.
+    name : str
+        The text.
+    num_windows : int
+        Number of windows.
+    num_left_out : int
+        Number of windows that are left out of the text that is also the held-out one.
+    """
+    return SampleOptions(
+        num_windows,
+        config.seqlen,
+        config.seed + 1,  # other text than the calibration with the same seed
+        config.text_field,
+        num_left_out if are_same_files(name, config.eval_data) else 0,
+    )
+
+
 def draw_windows(
     run: Run,
     config: RecoverConfig,
     tokenizer: PreTrainedTokenizerBase,
     teacher: Teacher | None,
     prompts: Prompts | None,
+    num_left_out: int,
 ) -> tuple[Windows, float]:
     """Draw the text to train on, in equal parts from each source, or read what was drawn before.
 
@@ -148,6 +174,8 @@ def draw_windows(
         Loads the dense model; only for the source ``self``.
     prompts : Prompts or None
         What the dense model answers; if None, its texts begin with nothing.
+    num_left_out : int
+        As in `text_options`.
 
     Returns
     -------
@@ -163,12 +191,7 @@ def draw_windows(
     texts, seconds = [], 0.0
     for index, name in enumerate(config.data):
         bounds = [num_windows * i // num_texts for i in (index, index + 1)]
-        options = SampleOptions(
-            bounds[1] - bounds[0],
-            config.seqlen,
-            config.seed + 1,  # other text than the calibration with the same seed
-            config.text_field,
-        )
+        options = text_options(config, name, bounds[1] - bounds[0], num_left_out)
 
         def make(name: str = name, options: SampleOptions = options) -> bytes:
             start = time.monotonic()

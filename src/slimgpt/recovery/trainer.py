@@ -49,6 +49,18 @@ WARMUP, EVALUATIONS = 1 / 20, 10  # share of the steps; evaluations in a distill
 LARGE_MODEL = 10**9  # parameters
 
 
+# Options that `derive_options` fills in or changes.
+DERIVED = {
+    "seqlen",
+    "gradient_checkpointing",
+    "learning_rate",
+    "dtype",
+    "eval_steps",
+    "save_steps",
+    "warmup_steps",
+}
+
+
 class RecoveryTrainer(Trainer):
     """Trainer that writes checkpoints with checksums and keeps only the newest and the best one.
 
@@ -171,7 +183,10 @@ def check_checkpoint(directory: Path) -> None:
 
 
 def derive_options(config: RecoverConfig, model_config: PreTrainedConfig) -> RecoverConfig:
-    """Fill in the options that depend on the model, the device and the number of steps."""
+    """Fill in the options that depend on the model, the device and the number of steps.
+
+    Those that depend on the number of steps stay open as long as the time alone is given.
+    """
     config = config.model_copy(update={"seqlen": usable_seqlen(config.seqlen, model_config)})
     values: dict[str, Any] = {}
     if config.gradient_checkpointing is None:
@@ -180,40 +195,60 @@ def derive_options(config: RecoverConfig, model_config: PreTrainedConfig) -> Rec
     if config.method == "distill":
         peak = ADAPTERS_LEARNING_RATE if config.adapters else LEARNING_RATE
         hidden_size = model_config.get_text_config().hidden_size
-        num_windows = (config.tokens or 0) // config.seqlen
-        num_steps = config.max_steps or math.ceil(
-            config.epochs * math.ceil(num_windows / config.batch_size)
-        )
-        eval_steps = config.eval_steps or math.ceil(num_steps / EVALUATIONS)
-        values |= {
-            "learning_rate": config.learning_rate or peak * HIDDEN_SIZE / hidden_size,
-            "eval_steps": eval_steps,
-            "save_steps": config.save_steps or eval_steps,
-        }
-        if config.warmup_steps is None:
-            values["warmup_steps"] = math.ceil(num_steps * WARMUP)
+        values["learning_rate"] = config.learning_rate or peak * HIDDEN_SIZE / hidden_size
         if config.dtype == "auto":
             device, stored = find_device(config.device), model_config.dtype
             stored = stored if isinstance(stored, torch.dtype) else torch.float32
             fast = torch.bfloat16 if device.type == "cuda" else fast_dtype(device, stored)
             values["dtype"] = str(fast).removeprefix("torch.")
+        if config.tokens:
+            values |= _options_of_steps(config, config.tokens)
     return config.model_copy(update=values)
 
 
-def training_arguments(
-    model_config: PreTrainedConfig, config: RecoverConfig, output: Path
-) -> TrainingArguments:
-    """Translate our options into those of the Trainer."""
+def _options_of_steps(config: RecoverConfig, tokens: int) -> dict[str, Any]:
+    """Options of a distillation that depend on the number of steps."""
+    num_windows = tokens // config.seqlen
+    num_steps = config.max_steps or math.ceil(
+        config.epochs * math.ceil(num_windows / config.batch_size)
+    )
+    eval_steps = config.eval_steps or math.ceil(num_steps / EVALUATIONS)
+    values: dict[str, Any] = {
+        "eval_steps": eval_steps,
+        "save_steps": config.save_steps or eval_steps,
+    }
+    if config.warmup_steps is None:
+        values["warmup_steps"] = math.ceil(num_steps * WARMUP)
+    return values
+
+
+def check_training(
+    config: RecoverConfig, model_config: PreTrainedConfig, num_processes: int
+) -> None:
+    """Check that the Trainer can follow the options.
+
+    Parameters
+    ----------
+    config : RecoverConfig
+        The options.
+    model_config : PreTrainedConfig
+        The model's config.
+    num_processes : int
+        Number of processes that train together.
+
+    Raises
+    ------
+    ConfigError
+        If the device, its precision or the size of the batches cannot be used.
+    """
     device = find_device(config.device)
-    dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     if device.index is not None:
         raise ConfigError(
             f"--device {config.device} cannot be chosen for training",
             hint="set CUDA_VISIBLE_DEVICES and give --device cuda",
         )
-    if dtype == torch.float16 and device.type == "cpu":
+    if _dtype(config, model_config) == torch.float16 and device.type == "cpu":
         raise ConfigError("float16 cannot be trained on a CPU", hint="use --dtype bfloat16")
-    num_processes = PartialState().num_processes
     at_once = config.micro_batch_size * num_processes
     if config.batch_size % at_once:
         raise ConfigError(
@@ -221,13 +256,26 @@ def training_arguments(
             f"micro_batch_size={config.micro_batch_size} in {num_processes} processes",
             hint=f"choose a --batch-size that {at_once} divides, or other --micro-batch-size",
         )
+
+
+def _dtype(config: RecoverConfig, model_config: PreTrainedConfig) -> Any:
+    return model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def training_arguments(
+    model_config: PreTrainedConfig, config: RecoverConfig, output: Path
+) -> TrainingArguments:
+    """Translate our options into those of the Trainer, after `check_training`."""
+    num_processes = PartialState().num_processes
+    check_training(config, model_config, num_processes)
+    device, dtype = find_device(config.device), _dtype(config, model_config)
     arguments = TrainingArguments(
         output_dir=str(Run(output).state),
         run_name=output.name,
         report_to=list(config.report_to) or "none",
         per_device_train_batch_size=config.micro_batch_size,
         per_device_eval_batch_size=1,  # larger: wrong mean if processes share an odd number
-        gradient_accumulation_steps=config.batch_size // at_once,
+        gradient_accumulation_steps=config.batch_size // config.micro_batch_size // num_processes,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate or 0.0,

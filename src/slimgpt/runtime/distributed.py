@@ -23,7 +23,7 @@ TIME_LIMIT = timedelta(hours=6)
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the process group of the job, if there is one.
+    """Join the process group of the job, if there is one, unless a caller has done so.
 
     Parameters
     ----------
@@ -55,6 +55,9 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    if dist.is_initialized():
+        yield device
+        return
     dist.init_process_group(backend, timeout=TIME_LIMIT)
     try:
         yield device
@@ -65,6 +68,11 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 def is_main() -> bool:
     """Whether this is the process that decides, writes and reports."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def num_processes() -> int:
+    """Count the processes of the job."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(samples: Tensor, batch_size: int) -> Tensor:
@@ -111,6 +119,16 @@ def broadcast(value: Any) -> Any:
         with _talking():
             dist.broadcast_object_list(values)
     return values[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Collect the values of all processes, in each of them, in the order of their ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        with _talking():
+            dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_tensor(tensor: Tensor) -> Tensor:

@@ -115,6 +115,15 @@ def trim_heap() -> None:
             libc.malloc_trim(0)
 
 
+def free_memory() -> None:
+    """Return the memory of objects that are no longer used, of the host and of a GPU."""
+    import torch
+
+    gc.collect()
+    trim_heap()
+    torch.cuda.empty_cache()
+
+
 def reset_peak_memory() -> bool:
     """Reset `peak_memory`; return False if the system cannot (all but Linux)."""
     gc.collect()

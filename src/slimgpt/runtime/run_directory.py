@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,8 @@ GENERATED_FILE, SCORES_FILE = "generated.safetensors", "scores.safetensors"
 
 MEASUREMENT_FILE, TRIALS_FILE = "sensitivity.json", "trials.json"
 
+BUDGET_FILE = "budget.json"
+
 LOGITS_FILE = "logits-{}-{:05d}.safetensors"  # of a teacher, for some windows
 
 CHECKSUMS_FILE = "checksums.json"  # of a training checkpoint, written last
@@ -42,6 +44,7 @@ _PROGRESS = (
     SCORES_FILE,
     MEASUREMENT_FILE,
     TRIALS_FILE,
+    BUDGET_FILE,
     "dropped-*.json",
     "sensitivity-*.safetensors",
     "block-*.safetensors",
@@ -221,6 +224,49 @@ class Run:
         if is_main():
             with self.saving(name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+
+    def check(self) -> None:
+        """Check that a run can begin or go on here.
+
+        Raises
+        ------
+        RunStateError
+            If the output is no directory, has other files, or a state that is not SlimGPT's.
+        """
+        output = self.output
+        with writing(output):
+            if "\0" in str(output):
+                raise OSError("a path cannot have a null character")
+            if output.exists() and not output.is_dir():
+                raise RunStateError(
+                    f"the output {output} exists and is not a directory",
+                    hint="choose another --output",
+                )
+            self._check_ours()
+            if output.is_dir() and not self.state.exists() and any(output.iterdir()):
+                raise _occupied(output)
+
+    def check_made_with(self, asked: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Check that a finished result was made with these options.
+
+        Parameters
+        ----------
+        asked : mapping
+            The options and inputs now, as JSON values.
+        report : mapping
+            Those in the report of the result; what it lacks is not compared.
+
+        Raises
+        ------
+        OtherRunError
+            If any differ; names them.
+        """
+        differences = [key for key in asked if key in report and report[key] != asked[key]]
+        if differences:
+            raise OtherRunError(
+                f"{self.output} was made with other options: {', '.join(differences)}",
+                hint="choose another --output, or move that directory away",
+            )
 
     def discard(self, name: str) -> None:
         """Remove a file of the state that is no longer needed."""
@@ -445,16 +491,7 @@ def open_run(output: Path) -> Iterator[Run]:
         yield run
         return
     with writing(output):
-        if "\0" in str(output):
-            raise OSError("a path cannot have a null character")
-        if output.exists() and not output.is_dir():
-            raise RunStateError(
-                f"the output {output} exists and is not a directory",
-                hint="choose another --output",
-            )
-        run._check_ours()
-        if output.is_dir() and not run.state.exists() and any(output.iterdir()):
-            raise _occupied(output)
+        run.check()
         is_new = not output.exists()
         run.state.mkdir(parents=True, exist_ok=True)
     try:
