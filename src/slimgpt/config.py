@@ -681,8 +681,9 @@ class RecoverConfig(_ModelOptions):
         None,
         ge=2,
         le=LONGEST_TEXT,
-        description="Train on so many tokens of plain text, in windows of --seqlen, e.g. 100k or "
-        "1M, and not on examples with labels; distill: 1M.",
+        description="Train on so many tokens of text, in windows of --seqlen, e.g. 100k or 1M, and "
+        "not on single examples; distill: 1M. Of chats and instructions, the loss counts the "
+        "answers alone.",
     )
     minutes: float | None = Field(
         None,
@@ -768,6 +769,12 @@ class RecoverConfig(_ModelOptions):
     seed: int = Field(
         0, ge=0, le=MAX_SEED, description="Random seed of text, adapters, dropout and data order."
     )
+    prompts: str | None = Field(
+        None,
+        description="Data set, local file or directory with prompts (.txt: one per line), which "
+        "the dense model answers: they make the text of the data self, and the loss counts the "
+        "answers alone.",
+    )
 
     @property
     def uses_teacher(self) -> bool:
@@ -776,7 +783,7 @@ class RecoverConfig(_ModelOptions):
 
     @property
     def is_on_text(self) -> bool:
-        """Whether it trains on plain text, and not on examples."""
+        """Whether it trains on windows of text, and not on examples."""
         return self.tokens is not None or self.minutes is not None
 
     @model_validator(mode="before")
@@ -807,6 +814,8 @@ class RecoverConfig(_ModelOptions):
             raise ValueError(f"without adapters, {', '.join(sorted(idle))} would do nothing")
         if self.teacher is not None and not self.uses_teacher:
             raise ValueError("a teacher is for method='distill' or data='self'")
+        if self.prompts is not None and ("self" not in self.data or self.prompts == "self"):
+            raise ValueError("prompts are a file or data set for data='self', which answers them")
         if {"max_steps", "epochs"} <= self.model_fields_set and self.max_steps is not None:
             raise ValueError(f"max_steps={self.max_steps} leaves nothing to decide to epochs")
         self._check_data()

@@ -96,11 +96,14 @@ def test_recovery_does_not_depend_on_the_number_of_processes(
     slim_checkpoint: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    """Held-out text of three windows, which two processes cannot share evenly; loss, gradient."""
+    """Loss and gradient of unequally many learned tokens; held-out text of three windows."""
+    answers = [" ".join(map(str, range(i * i))) for i in range(12)]
+    records = [{"instruction": "Count.", "output": answer} for answer in answers]
+    (tmp_path / "counts.json").write_text(json.dumps(records), encoding="utf-8")
     options = {
         "method": "distill",
         "teacher": str(tiny_checkpoint("llama")),
-        "data": TEXT,
+        "data": str(tmp_path / "counts.json"),
         "tokens": 4 * 64,  # one step: the order is not the same
         "eval_data": "pydocs",
         "eval_tokens": 3 * 64,

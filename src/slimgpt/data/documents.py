@@ -57,6 +57,12 @@ class Document(NamedTuple):
     messages: tuple[Message, ...] = ()
     goes_on: bool = False
 
+    @property
+    def num_characters(self) -> int:
+        """Length of the content, without a template."""
+        turns = sum(len(message["content"]) for message in self.messages)
+        return len(self.prompt) + len(self.text) + turns
+
 
 def instruction_prompt(record: dict[str, Any]) -> str:
     """Format the prompt of an instruction record with the template of Stanford Alpaca."""

@@ -1,4 +1,4 @@
-"""Training examples with labels."""
+"""Training examples, and windows of text, with the tokens that are learned."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -9,6 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt.data.chats import chat_tokens
 from slimgpt.data.datasets import BLANK_LINE, read_documents
 from slimgpt.data.documents import Document
+from slimgpt.data.samples import (
+    Parts,
+    SampleOptions,
+    Windows,
+    draw_windows,
+    shuffled_documents,
+    whole,
+)
 from slimgpt.data.tokenization import tokenize
 from slimgpt.errors import DataError
 
@@ -88,9 +96,10 @@ def _examples(
     text: list[int] = []
     for document in documents:
         if document.prompt or document.messages:
-            tokens, labels = _tokens_and_labels(document, tokenizer)
-            is_useful = any(label != IGNORED for label in labels[:seqlen])
-            yield {"input_ids": tokens[:seqlen], "labels": labels[:seqlen]} if is_useful else None
+            tokens, is_learned = _answers(document, tokenizer)
+            labels = _labels(tokens[:seqlen], is_learned[:seqlen])
+            is_useful = any(is_learned[:seqlen])
+            yield {"input_ids": tokens[:seqlen], "labels": labels} if is_useful else None
         else:
             for some in tokenize([document.text, BLANK_LINE], tokenizer):
                 text += some
@@ -101,16 +110,56 @@ def _examples(
                 text = text[num_whole:]
 
 
-def _tokens_and_labels(
+def training_windows(
+    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
+) -> Windows:
+    """Draw windows of text to train on, like `slimgpt.data.samples.calibration_tokens`.
+
+    Of chats and instructions only the answers are learned, and each ends as in
+    `training_examples`; of plain text every token is learned.
+
+    Parameters
+    ----------
+    name : str
+        See `check_dataset`; not ``self``.
+    tokenizer : PreTrainedTokenizerBase
+        The model's tokenizer.
+    options : SampleOptions
+        What is drawn.
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read or has too few tokens.
+    """
+    return draw_windows(training_texts(name, tokenizer, options), name, options)
+
+
+def training_texts(
+    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
+) -> Iterator[Parts]:
+    """Tokenise the shuffled texts from which `training_windows` are cut."""
+    for document in shuffled_documents(name, options):
+        if document.prompt or document.messages:
+            yield [_answers(document, tokenizer)]
+        else:
+            yield whole([document.text, BLANK_LINE], tokenizer)
+
+
+def _answers(
     document: Document, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[bool]]:
+    """Tokenise a chat or an instruction, and mark the tokens of the answers."""
     if document.messages:
-        tokens, is_answer = chat_tokens(document.messages, tokenizer, document.where)
-        pairs = zip(tokens, is_answer, strict=True)
-        return tokens, [token if learned else IGNORED for token, learned in pairs]
+        return chat_tokens(document.messages, tokenizer, document.where)
     eos_token: Any = tokenizer.eos_token_id
     tokens = tokenizer(document.prompt + document.text, verbose=False).input_ids
     if eos_token is not None:
         tokens.append(eos_token)
     start = len(tokenizer(document.prompt, verbose=False).input_ids)
-    return tokens, [IGNORED] * start + tokens[start:]
+    return tokens, [index >= start for index in range(len(tokens))]
+
+
+def _labels(tokens: list[int], is_learned: list[bool]) -> list[int]:
+    pairs = zip(tokens, is_learned, strict=True)
+    return [token if learned else IGNORED for token, learned in pairs]

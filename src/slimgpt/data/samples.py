@@ -4,7 +4,8 @@ import itertools
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class SampleOptions:
     text_field : str or None
         Field with the text in local data files; by default ``text``, a chat or an instruction.
     num_held_out : int
-        Number of windows that `held_out_samples` has of this text, which are left out.
+        Number of windows at the beginning of the shuffled text that are left out; see
+        `held_out_samples`.
     """
 
     nsamples: int
@@ -48,6 +50,25 @@ class SampleOptions:
     seed: int = 0
     text_field: str | None = None
     num_held_out: int = 0
+
+
+class Windows(NamedTuple):
+    """Windows of text.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        int64, (N, T).
+    is_learned : Tensor
+        Whether the loss of a training counts a token, bool, (N, T).
+    """
+
+    tokens: Tensor
+    is_learned: Tensor
+
+
+# A text in parts: tokens, and whether each is learned.
+Parts = Iterable[tuple[list[int], list[bool]]]
 
 
 def calibration_tokens(
@@ -80,68 +101,124 @@ def calibration_tokens(
     DataError
         If the data cannot be read or has too few tokens, or more than `MAX_TOKENS` are requested.
     """
-    nsamples, seqlen, num_held_out = options.nsamples, options.seqlen, options.num_held_out
-    needed = tokens_needed(nsamples + num_held_out, seqlen)
-    tokens = _tokens(name, tokenizer, options, needed)
-    windows = _cut(tokens, seqlen)
-    if len(windows) < nsamples + num_held_out:
-        held_out = f" and {num_held_out} held-out ones" if num_held_out else ""
+    parts = (
+        whole([_text(document, tokenizer), BLANK_LINE], tokenizer)
+        for document in shuffled_documents(name, options)
+    )
+    return draw_windows(parts, name, options).tokens
+
+
+def whole(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Parts:
+    """Tokenise a text of which every token is learned."""
+    return ((some, [True] * len(some)) for some in tokenize(texts, tokenizer))
+
+
+def draw_windows(texts: Iterable[Parts], name: str, options: SampleOptions) -> Windows:
+    """Join texts until there are enough windows, and choose some of these at random.
+
+    The held-out windows are left out, and so are windows without a learned token (after the first
+    one, which is not predicted).
+
+    Parameters
+    ----------
+    texts : iterable of Parts
+        The texts, of which only as many are read as are needed.
+    name : str
+        Their origin, for the error.
+    options : SampleOptions
+        What is drawn.
+
+    Raises
+    ------
+    DataError
+        If there are too few tokens, or more than `MAX_TOKENS` are requested.
+    """
+    nsamples, num_held_out = options.nsamples, options.num_held_out
+    windows, num_tokens = _cut(texts, options)
+    useful = num_held_out + _is_useful(windows)[num_held_out:].nonzero().flatten()
+    if len(useful) < nsamples:
+        num_windows = len(windows.tokens)
+        left_out = max(0, num_windows - num_held_out - len(useful))
         raise DataError(
-            f"{name} has {len(tokens)} tokens, {len(windows)} samples of {seqlen}, but "
-            f"{nsamples} samples{held_out} need {needed} tokens",
+            f"{name} has {num_tokens} tokens, {num_windows - left_out} samples of {options.seqlen}"
+            + f" and {left_out} without a token of an answer" * bool(left_out)
+            + f", but {nsamples} samples"
+            + f" and {num_held_out} held-out ones" * bool(num_held_out)
+            + f" need {(nsamples + num_held_out) * options.seqlen} tokens",
             hint="give a longer text, fewer --nsamples or a smaller --seqlen; in a recovery, fewer "
             "tokens",
         )
-    windows = windows[num_held_out:]
     generator = torch.Generator().manual_seed(options.seed)
-    return windows[torch.randperm(len(windows), generator=generator)[:nsamples]]
+    chosen = useful[torch.randperm(len(useful), generator=generator)[:nsamples]]
+    return Windows(windows.tokens[chosen], windows.is_learned[chosen])
 
 
-def count_samples(name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions) -> int:
-    """Count the samples that a text has, at most ``nsamples``; see `calibration_tokens`."""
-    wanted = options.nsamples + options.num_held_out
-    tokens = _tokens(name, tokenizer, options, tokens_needed(wanted, options.seqlen))
-    return max(0, min(len(tokens) // options.seqlen, wanted) - options.num_held_out)
+def count_samples(texts: Iterable[Parts], options: SampleOptions) -> int:
+    """Count the windows that `draw_windows` can choose from, at most ``nsamples``."""
+    windows, _ = _cut(texts, options)
+    return min(options.nsamples, int(_is_useful(windows)[options.num_held_out :].sum()))
 
 
-def held_out_samples(
-    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions
-) -> Tensor:
-    """Take windows of a text that `calibration_tokens` leaves out, if the options say how many.
+def held_out_samples(texts: Iterable[Parts], options: SampleOptions) -> Tensor:
+    """Take windows of texts that `draw_windows` leaves out, if its options say how many.
 
-    They are the first ones of the shuffled text, for the same seed: at most a tenth of it, but one
-    at least.
+    They are the first ones, learned or not: at most a tenth of the texts, but one at least.
+
+    Parameters
+    ----------
+    texts : iterable of Parts
+        The texts, in the same order as for `draw_windows`.
+    options : SampleOptions
+        How many are taken at most.
 
     Returns
     -------
     Tensor
-        int64, (at most nsamples, seqlen); no rows if the text is shorter than two windows.
+        int64, (at most nsamples, seqlen); no rows if the texts are shorter than two windows.
     """
-    needed = tokens_needed(HELD_OUT_SHARE * options.nsamples, options.seqlen)
-    windows = _cut(_tokens(name, tokenizer, options, needed), options.seqlen)
-    least = min(1, len(windows) // 2)
-    return windows[: max(least, min(options.nsamples, len(windows) // HELD_OUT_SHARE))]
+    enough = replace(options, nsamples=HELD_OUT_SHARE * options.nsamples, num_held_out=0)
+    tokens_NT = _cut(texts, enough)[0].tokens
+    least = min(1, len(tokens_NT) // 2)
+    return tokens_NT[: max(least, min(options.nsamples, len(tokens_NT) // HELD_OUT_SHARE))]
 
 
-def _tokens(
-    name: str, tokenizer: PreTrainedTokenizerBase, options: SampleOptions, needed: int
-) -> Tensor:
-    """Tokenise the shuffled text until there are `needed` tokens, or more."""
-    documents = read_documents(name, "calibration", options.text_field)
-    texts = filter(str.strip, (_text(document, tokenizer) for document in documents))
-    tokens = array("q")
-    for text in _shuffled(texts, options.seed):
-        for some in tokenize([text, BLANK_LINE], tokenizer):
+def _cut(texts: Iterable[Parts], options: SampleOptions) -> tuple[Windows, int]:
+    """Join texts and cut them into windows, until enough can be drawn.
+
+    Returns
+    -------
+    Windows, int
+        All windows, in their order; and the number of tokens that were read.
+    """
+    seqlen = options.seqlen
+    tokens_needed(options.nsamples + options.num_held_out, seqlen)
+    tokens, is_learned = array("q"), bytearray()
+    num_windows = num_useful = 0
+    for text in texts:
+        for some, learned in text:
             tokens.extend(some)
-        if len(tokens) >= needed:
+            is_learned.extend(learned)
+        before, num_windows = num_windows, len(tokens) // seqlen
+        num_useful += sum(
+            any(is_learned[index * seqlen + 1 : (index + 1) * seqlen])
+            for index in range(max(before, options.num_held_out), num_windows)
+        )
+        if num_useful >= options.nsamples:
             break
-    return torch.frombuffer(tokens, dtype=torch.int64) if tokens else torch.empty(0).long()
+    if not num_windows:
+        empty = torch.empty(0, seqlen)
+        return Windows(empty.long(), empty.bool()), len(tokens)
+    flat = (
+        torch.frombuffer(tokens, dtype=torch.int64),
+        torch.frombuffer(is_learned, dtype=torch.bool),
+    )
+    windows = Windows(*(x[: num_windows * seqlen].view(num_windows, seqlen) for x in flat))
+    return windows, len(tokens)
 
 
-def _cut(tokens: Tensor, seqlen: int) -> Tensor:
-    """Cut tokens into windows that do not overlap, (N, seqlen)."""
-    num_windows = len(tokens) // seqlen
-    return tokens[: num_windows * seqlen].view(num_windows, seqlen)
+def _is_useful(windows: Windows) -> Tensor:
+    """Whether windows have a learned token that is predicted, bool, (N,)."""
+    return windows.is_learned[:, 1:].any(dim=1)
 
 
 def evaluation_tokens(
@@ -220,19 +297,21 @@ def _text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     return text.removeprefix(str(bos)) if adds_bos else text
 
 
-def _shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
-    """Shuffle a stream, one buffer at a time."""
-    generator = random.Random(seed)
-    while batch := list(_buffer(texts)):
+def shuffled_documents(name: str, options: SampleOptions) -> Iterator[Document]:
+    """Read the documents of a data set that are not empty, shuffled one buffer at a time."""
+    documents = read_documents(name, "calibration", options.text_field)
+    filled = (d for d in documents if d.messages or (d.prompt + d.text).strip())
+    generator = random.Random(options.seed)
+    while batch := list(_buffer(filled)):
         generator.shuffle(batch)
         yield from batch
 
 
-def _buffer(texts: Iterator[str]) -> Iterator[str]:
-    """Take the texts of one shuffle buffer."""
+def _buffer(documents: Iterator[Document]) -> Iterator[Document]:
+    """Take the documents of one shuffle buffer."""
     num_characters = 0
-    for text in itertools.islice(texts, SHUFFLED_DOCUMENTS):
-        yield text
-        num_characters += len(text)
+    for document in itertools.islice(documents, SHUFFLED_DOCUMENTS):
+        yield document
+        num_characters += document.num_characters
         if num_characters >= SHUFFLED_CHARACTERS:
             return

@@ -18,11 +18,18 @@ from transformers import TrainerCallback, TrainingArguments
 
 from slimgpt.config import LONGEST_TEXT, RecoverConfig
 from slimgpt.data.datasets import SELF
+from slimgpt.data.examples import training_texts
 from slimgpt.data.samples import SampleOptions, count_samples
 from slimgpt.data.self_generated import TEXTS_AT_ONCE, sample_from_model
 from slimgpt.errors import ConfigError
 from slimgpt.recovery.job import Data, Job
-from slimgpt.recovery.teacher import Predictions, Teacher, store_predictions, text_options
+from slimgpt.recovery.teacher import (
+    Predictions,
+    Teacher,
+    all_learned,
+    store_predictions,
+    text_options,
+)
 from slimgpt.recovery.trainer import EVALUATIONS
 from slimgpt.runtime.distributed import broadcast, is_main, num_processes, training_together
 from slimgpt.runtime.environment import free_memory
@@ -175,7 +182,7 @@ def _tokens_of_texts(job: Job, tokens: int) -> int:
         if name == SELF:
             continue
         options = text_options(config, name, wanted, job.num_left_out)
-        found = count_samples(name, job.tokenizer, options)
+        found = count_samples(training_texts(name, job.tokenizer, options), options)
         if found < wanted:
             log.warning("%s is too short for the time: it has %d windows to train on", name, found)
             wanted = max(found, 1)
@@ -242,13 +249,17 @@ def _teach(scratch: Run, job: Job, windows_NT: Tensor, load: Teacher) -> _Teachi
     generation = _generation(job, model) if SELF in job.config.data else 0.0
     if not job.method.distils:
         return _Teaching(loading, generation)
-    predictions = store_predictions(scratch, "trial", windows_NT, lambda: model, job.config)
+    windows = all_learned(windows_NT)
+    predictions = store_predictions(scratch, "trial", windows, lambda: model, job.config)
     seconds = predictions.seconds / windows_NT.numel() / num_processes()
     return _Teaching(loading, generation, seconds, predictions)
 
 
 def _generation(job: Job, model: Any) -> float:
-    """Seconds per token of generated text, on the main process alone, as in the run."""
+    """Seconds per token of generated text, on the main process alone, as in the run.
+
+    With prompts it is an estimate: windows have tokens of the prompts too, which cost less.
+    """
     start = time.monotonic()
     if is_main():
         sample_from_model(model, job.tokenizer, SampleOptions(TEXTS_AT_ONCE, TEXT_LENGTH))

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from slimgpt.config import RecoverConfig
+from slimgpt.data.prompts import Prompts
 from slimgpt.models.source import Source
 from slimgpt.recovery.methods.base import RecoveryMethod
 from slimgpt.recovery.trainer import Examples, pad_batch
@@ -44,6 +45,8 @@ class Job:
         Tokenizer of the model.
     examples : list of dict or None
         What is trained on; None if the training is on text.
+    prompts : Prompts or None
+        What the dense model answers; if None, its texts begin with nothing.
     held_out : list of dict
         Windows that are not trained on.
     num_left_out : int
@@ -58,6 +61,7 @@ class Job:
     method: RecoveryMethod
     tokenizer: PreTrainedTokenizerBase
     examples: Examples | None
+    prompts: Prompts | None
     held_out: Examples
     num_left_out: int
     progress: Progress

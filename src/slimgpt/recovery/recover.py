@@ -48,8 +48,9 @@ from slimgpt.data.datasets import (
     dataset_files,
     describe_dataset,
 )
-from slimgpt.data.examples import training_examples
-from slimgpt.data.samples import calibration_tokens, evaluation_tokens, held_out_samples
+from slimgpt.data.examples import training_examples, training_texts, training_windows
+from slimgpt.data.prompts import Prompts, read_prompts
+from slimgpt.data.samples import evaluation_tokens, held_out_samples
 from slimgpt.errors import ConfigError, DataError, MissingDependencyError
 from slimgpt.models.comparison import check_same_vocabulary
 from slimgpt.models.layout import check_language_head
@@ -61,7 +62,14 @@ from slimgpt.recovery.budget import Budget, find_budget
 from slimgpt.recovery.job import Data, Job
 from slimgpt.recovery.methods.base import RecoveryMethod
 from slimgpt.recovery.methods.registry import RECOVERY_METHODS
-from slimgpt.recovery.teacher import Teacher, draw_windows, store_predictions, text_options
+from slimgpt.recovery.teacher import (
+    Teacher,
+    all_learned,
+    draw_windows,
+    labelled,
+    store_predictions,
+    text_options,
+)
 from slimgpt.recovery.trainer import (
     DERIVED,
     TENSORBOARD_DIR,
@@ -162,11 +170,21 @@ def recover(
     with open_run(output) as run:
         tokenizer = load_tokenizer(source)
         examples = None if config.is_on_text else _examples(config, tokenizer)
+        prompts = _prompts(config, tokenizer)
         held_out = _held_out_windows(config, tokenizer)
         left_out = len(held_out) if _is_left_out(config) else 0
         method = RECOVERY_METHODS[config.method](config)
         job = Job(
-            source, teacher, config, method, tokenizer, examples, held_out, left_out, progress
+            source,
+            teacher,
+            config,
+            method,
+            tokenizer,
+            examples,
+            prompts,
+            held_out,
+            left_out,
+            progress,
         )
         if is_main():
             run.identify(_identity(job, arguments), restart)
@@ -188,7 +206,7 @@ def recover(
 
 def _checked(source: Source, config: RecoverConfig) -> tuple[RecoverConfig, PreTrainedConfig]:
     """Check data, packages and model; the options with those derived from the model."""
-    for name in config.data:
+    for name in _sources(config):
         check_dataset(name, "calibration")
     check_dataset(config.eval_data, "evaluation")
     check_packages(config)
@@ -224,7 +242,7 @@ def check_recovery(model: str, config: RecoverConfig) -> None:
     most = math.ceil(num_windows / len(config.data))
     for name in config.data:
         if name != SELF:
-            calibration_tokens(name, tokenizer, text_options(config, name, most, num_left_out))
+            training_windows(name, tokenizer, text_options(config, name, most, num_left_out))
 
 
 def find_recovered(output: Path, config: RecoverConfig) -> RecoverResult | None:
@@ -248,8 +266,11 @@ def find_recovered(output: Path, config: RecoverConfig) -> RecoverResult | None:
 
 def _names_of(config: RecoverConfig) -> dict[str, Any]:
     """Names of the texts in a report, which goes to the hub and so holds no local paths."""
-    names = [Path(name).name for name in config.data]
-    return {"data": names, "eval_data": Path(config.eval_data).name}
+    return {
+        "data": [Path(name).name for name in config.data],
+        "eval_data": Path(config.eval_data).name,
+        "prompts": config.prompts and Path(config.prompts).name,
+    }
 
 
 def _identity(job: Job, arguments: TrainingArguments) -> dict[str, Any]:
@@ -277,7 +298,7 @@ def _texts(job: Job) -> dict[str, Any]:
     """What determines the text or the examples."""
     if job.examples is not None:
         return {"examples_sha256": _sha256(job.examples)}
-    files = [file for name in job.config.data for file in dataset_files(name)]
+    files = [file for name in _sources(job.config) for file in dataset_files(name)]
     return {f"text file {file}": describe_file(file) for file in files}
 
 
@@ -287,13 +308,16 @@ def _load_data(run: Run, job: Job, load_teacher: Teacher | None) -> Data:
     if job.examples is not None:
         return Data(job.examples, job.held_out)
     teacher = cache(load_teacher) if load_teacher else None  # loads it once
-    windows_NT, seconds = draw_windows(run, config, job.tokenizer, teacher, job.num_left_out)
+    windows, seconds = draw_windows(
+        run, config, job.tokenizer, teacher, job.prompts, job.num_left_out
+    )
     if not job.method.distils or teacher is None:
-        rows = windows_NT.tolist()
-        data = Data([{"input_ids": r, "labels": r} for r in rows], job.held_out, seconds)
+        rows = [labelled(windows, index) for index in range(len(windows.tokens))]
+        examples = [{name: row.tolist() for name, row in window.items()} for window in rows]
+        data = Data(examples, job.held_out, seconds)
     else:
         held_out_NT = torch.tensor([window["input_ids"] for window in job.held_out])
-        texts = {"training": windows_NT, "held-out": held_out_NT}
+        texts = {"training": windows, "held-out": all_learned(held_out_NT)}
         train, held_out = (store_predictions(run, *t, teacher, config) for t in texts.items())
         data = Data(train, held_out, seconds + train.seconds + held_out.seconds)
     del teacher
@@ -397,18 +421,30 @@ def _examples(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Exam
     return training_examples(name, tokenizer, config.seqlen, config.max_examples, config.text_field)
 
 
+def _prompts(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Prompts | None:
+    if config.prompts is None:
+        return None
+    return read_prompts(config.prompts, tokenizer, config.seqlen, config.text_field)
+
+
+def _sources(config: RecoverConfig) -> list[str]:
+    """Names of the data sets to train on, and of the prompts."""
+    return [*config.data, *([config.prompts] if config.prompts else [])]
+
+
 def _is_left_out(config: RecoverConfig) -> bool:
     """Whether the held-out text is also trained on, so that a part of it must be left out."""
     return config.is_on_text and any(are_same_files(n, config.eval_data) for n in config.data)
 
 
 def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Windows of the held-out text; see `_is_left_out`."""
+    """Windows of the held-out text; see `_is_left_out`. All tokens count, also those of chats."""
     hint = "give a longer --eval-data, more --eval-tokens or a smaller --seqlen"
     if _is_left_out(config):
         most = max(1, config.eval_tokens // config.seqlen)
         options = text_options(config, config.eval_data, most, 0)
-        windows = held_out_samples(config.eval_data, tokenizer, options).tolist()
+        texts = training_texts(config.eval_data, tokenizer, options)
+        windows = held_out_samples(texts, options).tolist()
         if not windows:
             raise DataError(
                 f"{config.eval_data} has less than two windows of {config.seqlen} tokens, so none "

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.config import RecoverConfig
 from slimgpt.data.datasets import SELF, are_same_files
-from slimgpt.data.samples import SampleOptions, calibration_tokens
-from slimgpt.data.self_generated import sample_from_model
+from slimgpt.data.examples import IGNORED, training_windows
+from slimgpt.data.prompts import Prompts
+from slimgpt.data.samples import SampleOptions, Windows
+from slimgpt.data.self_generated import answer_prompts, sample_from_model
 from slimgpt.errors import NumericalError
 from slimgpt.models.stored import read_tensor
 from slimgpt.runtime.distributed import training_together
@@ -93,19 +95,19 @@ def divergence(teacher: TopK, logits: Tensor) -> Tensor:
 class Predictions(Dataset):
     """Windows of tokens with the teacher's predictions, which are read when they are needed."""
 
-    def __init__(self, windows_NT: Tensor, files: list[Any], num_at_once: int) -> None:
-        self._windows_NT, self._files, self._num_at_once = windows_NT, files, num_at_once
+    def __init__(self, windows: Windows, files: list[Any], num_at_once: int) -> None:
+        self._windows, self._files, self._num_at_once = windows, files, num_at_once
 
     def __len__(self) -> int:
-        return len(self._windows_NT)
+        return len(self._windows.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Read a window: ``input_ids`` (T,), and the fields of `TopK` for its P predictions."""
+        """Read a window: those of `labelled` (T,), and the fields of `TopK` for P predictions."""
         number, row = divmod(index, self._num_at_once)
         with reading(self._files[number]), safe_open(self._files[number], "pt") as file:
             ids, log_probs, log_rest = (file.get_slice(name)[row] for name in TopK._fields)
         return {
-            "input_ids": self._windows_NT[index],
+            **labelled(self._windows, index),
             "ids": ids.long(),
             "log_probs": log_probs.float(),
             "log_rest": log_rest.float(),
@@ -115,6 +117,14 @@ class Predictions(Dataset):
     def seconds(self) -> float:
         """How long the teacher has worked, summed over the processes."""
         return sum(float(read_tensor(file, "seconds")) for file in self._files)
+
+
+def labelled(windows: Windows, index: int) -> dict[str, Tensor]:
+    """Select a window: ``input_ids``, and ``labels``, which are `IGNORED` if not learned."""
+    tokens_T = windows.tokens[index]
+    labels_T = tokens_T.where(windows.is_learned[index], IGNORED)
+    labels_T[0] = IGNORED  # nothing predicts it
+    return {"input_ids": tokens_T, "labels": labels_T}
 
 
 def text_options(
@@ -147,8 +157,9 @@ def draw_windows(
     config: RecoverConfig,
     tokenizer: PreTrainedTokenizerBase,
     teacher: Teacher | None,
+    prompts: Prompts | None,
     num_left_out: int,
-) -> tuple[Tensor, float]:
+) -> tuple[Windows, float]:
     """Draw the text to train on, in equal parts from each source, or read what was drawn before.
 
     Parameters
@@ -161,13 +172,15 @@ def draw_windows(
         The model's tokenizer.
     teacher : callable or None
         Loads the dense model; only for the source ``self``.
+    prompts : Prompts or None
+        What the dense model answers; if None, its texts begin with nothing.
     num_left_out : int
         As in `text_options`.
 
     Returns
     -------
-    Tensor, float
-        int64, (N, T); and the seconds that it took.
+    Windows, float
+        The text; and the seconds that it took.
 
     Raises
     ------
@@ -175,27 +188,38 @@ def draw_windows(
         If a source has too few tokens.
     """
     num_windows, num_texts = (config.tokens or 0) // config.seqlen, len(config.data)
-    windows, seconds = [], 0.0
+    texts, seconds = [], 0.0
     for index, name in enumerate(config.data):
         bounds = [num_windows * i // num_texts for i in (index, index + 1)]
         options = text_options(config, name, bounds[1] - bounds[0], num_left_out)
 
         def make(name: str = name, options: SampleOptions = options) -> bytes:
             start = time.monotonic()
-            if name == SELF and teacher:
-                tokens_NT = sample_from_model(teacher(), tokenizer, options)
+            if name != SELF or not teacher:
+                drawn = training_windows(name, tokenizer, options)
+            elif prompts:
+                drawn = answer_prompts(teacher(), tokenizer, prompts, options)
             else:
-                tokens_NT = calibration_tokens(name, tokenizer, options)
-            return save({"tokens": tokens_NT, "seconds": _seconds_since(start)})
+                drawn = all_learned(sample_from_model(teacher(), tokenizer, options))
+            return save({**drawn._asdict(), "seconds": _seconds_since(start)})
 
         file = run.cached(GENERATED_FILE if name == SELF else f"text-{index}.safetensors", make)
-        windows.append(read_tensor(file, "tokens"))
+        texts.append(Windows(*(read_tensor(file, field) for field in Windows._fields)))
         seconds += float(read_tensor(file, "seconds"))
-    return torch.cat(windows), seconds
+    windows = Windows(*map(torch.cat, zip(*texts, strict=True)))
+    share = windows.is_learned.float().mean().item()
+    if share < 1:
+        log.info("the loss counts %.0f %% of the tokens, those of answers", 100 * share)
+    return windows, seconds
+
+
+def all_learned(windows_NT: Tensor) -> Windows:
+    """Windows in which the loss counts every token."""
+    return Windows(windows_NT, torch.ones_like(windows_NT, dtype=torch.bool))
 
 
 def store_predictions(
-    run: Run, kind: str, windows_NT: Tensor, teacher: Teacher, config: RecoverConfig
+    run: Run, kind: str, windows: Windows, teacher: Teacher, config: RecoverConfig
 ) -> Predictions:
     """Store the teacher's predictions for some windows, those that are not stored yet.
 
@@ -208,8 +232,8 @@ def store_predictions(
         Stores them. All processes call this together.
     kind : str
         What windows these are, in a few words.
-    windows_NT : Tensor
-        int64, (N, T).
+    windows : Windows
+        The windows.
     teacher : callable
         Loads the dense model, which is not called if all files exist.
     config : RecoverConfig
@@ -222,8 +246,8 @@ def store_predictions(
     RunStateError
         If a file is damaged or cannot be written.
     """
-    num_at_once = max(1, FILE_TOKENS // windows_NT.shape[1])
-    parts = windows_NT.split(num_at_once)
+    num_at_once = max(1, FILE_TOKENS // windows.tokens.shape[1])
+    parts = windows.tokens.split(num_at_once)
     names = [LOGITS_FILE.format(kind, index) for index in range(len(parts))]
     state = PartialState()
     for index in range(state.process_index, len(parts), state.num_processes):
@@ -240,7 +264,7 @@ def store_predictions(
         log.info("%s: the dense model has read part %d of %d", kind, index + 1, len(parts))
     with training_together():
         state.wait_for_everyone()
-    return Predictions(windows_NT, [run.saved(name) for name in names], num_at_once)
+    return Predictions(windows, [run.saved(name) for name in names], num_at_once)
 
 
 def _seconds_since(start: float) -> Tensor:

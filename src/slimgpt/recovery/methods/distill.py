@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import EvalPrediction, Trainer, TrainerCallback, default_data_collator
 
 from slimgpt.config import RecoverConfig
+from slimgpt.data.examples import IGNORED
 from slimgpt.models.source import Source
 from slimgpt.recovery.methods.base import RecoveryMethod
 from slimgpt.recovery.methods.full import Full
@@ -31,7 +32,7 @@ class Distiller(RecoveryTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.model_accepts_loss_kwargs = False  # a mean: the Trainer divides it by the batches
+        self.model_accepts_loss_kwargs = True  # the Trainer counts the labels of a step
         self.args.prediction_loss_only = False
 
     def compute_loss(
@@ -41,9 +42,12 @@ class Distiller(RecoveryTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Compute the mean divergence of the predictions."""
+        """Compute this process's part of the mean divergence over the learned tokens of a step."""
         logits = _logits(model, inputs)
-        loss = divergence(_target(inputs), logits).mean()
+        is_learned = inputs["labels"][:, 1:] != IGNORED
+        loss = (divergence(_target(inputs), logits) * is_learned).sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices:  # the gradients are averaged over processes
+            loss = loss * self.accelerator.num_processes
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def prediction_step(
