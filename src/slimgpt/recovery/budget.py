@@ -177,7 +177,8 @@ def tokens_within(config: RecoverConfig, costs: Costs, spent: float, num_held_ou
 def _tokens_of_texts(job: Job, tokens: int) -> int:
     """Count the tokens that all texts together have in equal parts, at most `tokens`."""
     config, num_texts = job.config, len(job.config.data)
-    wanted = math.ceil(tokens / config.seqlen / num_texts)
+    most = LONGEST_TEXT // config.seqlen - job.num_left_out
+    wanted = min(math.ceil(tokens / config.seqlen / num_texts), most)
     for name in config.data:
         if name == SELF:
             continue
