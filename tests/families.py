@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -9,7 +11,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from slimgpt.models.family import load_families
+from slimgpt.models.family import NEWEST_ONLY, TESTED_VERSIONS, load_families
 
 _SIZES = {
     "hidden_size": 48,
@@ -113,8 +115,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 _OPTIONS["cwm"] = _OPTIONS["cwm"] | _OPTIONS["apertus"]
 
+_REFUSED = NEWEST_ONLY if Version(transformers.__version__) < Version(TESTED_VERSIONS[1]) else ()
+
 # Others are only found inside other models, see test_wrapped_models.py.
-MODEL_TYPES = sorted(t for t in load_families() if CONFIG_MAPPING[t] in MODEL_FOR_CAUSAL_LM_MAPPING)
+MODEL_TYPES = sorted(
+    t
+    for t in load_families()
+    if CONFIG_MAPPING[t] in MODEL_FOR_CAUSAL_LM_MAPPING and t not in _REFUSED
+)
 
 
 def tiny_options(model_type: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from families import MODEL_TYPES, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import slimgpt
-from slimgpt.models.family import NEWEST_ONLY, family_of
+from slimgpt.models.family import family_of
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="tests/engines/vllm.sh runs this")
 
@@ -308,8 +308,6 @@ def test_every_type(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if model_type in NEWEST_ONLY:
-        pytest.skip("needs a newer transformers than vLLM takes")
     config = tiny_config(model_type, **SIZES | OPTIONS.get(model_type, {}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)

@@ -157,6 +157,16 @@ FALCONS = {
 }
 
 
+def test_modules_of_another_form_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise IndexError("too many values")
+
+    monkeypatch.setattr("slimgpt.pruning.family_check.pass_block", fail)
+    with pytest.raises(UnsupportedModelError, match=r"block 0 does not run .* too many") as error:
+        check_family(tiny_config("llama", vocab_size=321))  # not checked before
+    assert "version of transformers" in str(error.value.hint)
+
+
 @pytest.mark.parametrize("form", FALCONS)
 def test_the_attention_of_all_forms_of_falcon(form: str) -> None:
     options, removals = FALCONS[form]

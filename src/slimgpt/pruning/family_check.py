@@ -314,7 +314,14 @@ def _forward(block: Block, stream: Stream, place: str) -> Any:
 def _passed(block: Block, stream: Stream) -> Tensor:
     """The stream after a block, one sublayer at a time."""
     passed = replace(stream, hidden_NTC=stream.hidden_NTC.clone())
-    pass_block(block, passed)
+    try:
+        pass_block(block, passed)
+    except (RuntimeError, IndexError, TypeError, ValueError) as err:  # of other modules
+        raise UnsupportedModelError(
+            f"block {block.index} does not run as the description of its family says: {err}",
+            hint="the modules have another form in this version of transformers: `slimgpt "
+            "families` says which were tested",
+        ) from err
     return passed.hidden_NTC
 
 
