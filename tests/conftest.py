@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import TEMPLATE
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -112,6 +113,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerFast]:
+    """The tokenizer with a chat template."""
+    before = tokenizer.chat_template
+    tokenizer.chat_template = TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = before
 
 
 @pytest.fixture(scope="session")

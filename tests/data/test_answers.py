@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import MARKED, TEMPLATE
 from conftest import TEXT, assert_greedy, make_tiny_model
 from transformers import PreTrainedTokenizerFast
 
@@ -27,15 +28,6 @@ from slimgpt.data.samples import (
 from slimgpt.data.self_generated import answer_prompts
 from slimgpt.errors import DataError
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-MARKED = TEMPLATE.replace(
-    "{{ m.content }}</s>",
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}"
-    "{% else %}{{ m.content }}</s>{% endif %}",
-)
 CHATS = [
     [
         {"role": "user", "content": f"What is {number} and two?"},
@@ -47,14 +39,6 @@ CHATS = [
 ]
 
 Flagged = list[tuple[int, bool]]  # tokens, and whether each is learned
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerFast]:
-    before = tokenizer.chat_template
-    tokenizer.chat_template = TEMPLATE
-    yield tokenizer
-    tokenizer.chat_template = before
 
 
 def write(path: Path, records: Any) -> str:

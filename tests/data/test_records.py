@@ -4,13 +4,14 @@ import gzip
 import json
 import random
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_templates import MARKED, TEMPLATE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -26,15 +27,7 @@ from slimgpt.errors import ConfigError, DataError, SlimGPTError
 
 # Without the time, since the content is a part of a test's name.
 compress = partial(gzip.compress, mtime=0)
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-MARKED = TEMPLATE.replace(
-    "<{{ m.role }}>{{ m.content }}</s>",
-    "<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
-    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}",
-)
+
 CHAT = [
     {"role": "user", "content": "What is two and two?"},
     {"role": "assistant", "content": "It is four."},
@@ -73,14 +66,6 @@ def parquet(path: Path, **columns: Any) -> str:
 
     parquet.write_table(pyarrow.table(columns), path)
     return str(path)
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerFast]:
-    before = tokenizer.chat_template
-    tokenizer.chat_template = TEMPLATE
-    yield tokenizer
-    tokenizer.chat_template = before
 
 
 @pytest.mark.parametrize(

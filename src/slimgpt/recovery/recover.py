@@ -65,7 +65,7 @@ from slimgpt.recovery.methods.registry import RECOVERY_METHODS
 from slimgpt.recovery.teacher import (
     Teacher,
     all_learned,
-    draw_windows,
+    draw_text,
     labelled,
     store_predictions,
     text_options,
@@ -172,7 +172,7 @@ def recover(
         examples = None if config.is_on_text else _examples(config, tokenizer)
         prompts = _prompts(config, tokenizer)
         held_out = _held_out_windows(config, tokenizer)
-        left_out = len(held_out) if _is_left_out(config) else 0
+        left_out = _num_left_out(config, held_out)
         method = RECOVERY_METHODS[config.method](config)
         job = Job(
             source,
@@ -236,8 +236,7 @@ def check_recovery(model: str, config: RecoverConfig) -> None:
     config, model_config = _checked(source, config)
     check_training(config, model_config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = load_tokenizer(source)
-    num_held_out = len(_held_out_windows(config, tokenizer))
-    num_left_out = num_held_out if _is_left_out(config) else 0
+    num_left_out = _num_left_out(config, _held_out_windows(config, tokenizer))
     num_windows = (config.tokens or config.seqlen) // config.seqlen
     most = math.ceil(num_windows / len(config.data))
     for name in config.data:
@@ -308,9 +307,7 @@ def _load_data(run: Run, job: Job, load_teacher: Teacher | None) -> Data:
     if job.examples is not None:
         return Data(job.examples, job.held_out)
     teacher = cache(load_teacher) if load_teacher else None  # loads it once
-    windows, seconds = draw_windows(
-        run, config, job.tokenizer, teacher, job.prompts, job.num_left_out
-    )
+    windows, seconds = draw_text(run, config, job.tokenizer, teacher, job.prompts, job.num_left_out)
     if not job.method.distils or teacher is None:
         rows = [labelled(windows, index) for index in range(len(windows.tokens))]
         examples = [{name: row.tolist() for name, row in window.items()} for window in rows]
@@ -435,6 +432,11 @@ def _sources(config: RecoverConfig) -> list[str]:
 def _is_left_out(config: RecoverConfig) -> bool:
     """Whether the held-out text is also trained on, so that a part of it must be left out."""
     return config.is_on_text and any(are_same_files(n, config.eval_data) for n in config.data)
+
+
+def _num_left_out(config: RecoverConfig, held_out: Examples) -> int:
+    """Windows of each local text that are held out and not trained on."""
+    return len(held_out) if _is_left_out(config) else 0
 
 
 def _held_out_windows(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:

@@ -152,7 +152,7 @@ def text_options(
     )
 
 
-def draw_windows(
+def draw_text(
     run: Run,
     config: RecoverConfig,
     tokenizer: PreTrainedTokenizerBase,
