@@ -14,6 +14,7 @@ from conftest import TEXT, sample_tokens
 from families import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interruption import InterruptionError, fingerprint
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,9 +30,11 @@ from slimgpt.config import PruneConfig
 from slimgpt.errors import ConfigError, UnsupportedModelError
 from slimgpt.methods.base import Decision, Method
 from slimgpt.methods.registry import make_method
+from slimgpt.methods.slimgpt import SlimGPT
 from slimgpt.models.blocks import bind
 from slimgpt.models.experts import Experts
 from slimgpt.models.family import load_families
+from slimgpt.models.sublayers import Sublayer
 from slimgpt.pruning.experts import TOKENS_PER_CHANNEL, prune_experts
 from slimgpt.pruning.slicing import slice_sublayer
 
@@ -353,6 +356,28 @@ def test_two_processes_agree_with_one(dense: Any, tmp_path: Path) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert float((tensor - two[name]).norm() / tensor.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("memory", [10**9, 0], ids=["in memory", "in mapped files"])
+def test_a_run_that_ends_between_two_experts_goes_on(
+    memory: int, dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OPTIONS | {"expert_units": "both", "activation_memory": memory}
+    whole = slimgpt.prune(str(dense("mixtral")), tmp_path / "whole", **options)
+    decide, decided = SlimGPT.decide, list[str]()
+
+    def ends(method: SlimGPT, sublayer: Sublayer, *args: Any) -> Decision:
+        decided.append(sublayer.name)
+        if sublayer.block == 2 and sum("layers.2.mlp.experts" in name for name in decided) == 2:
+            raise InterruptionError
+        return decide(method, sublayer, *args)
+
+    monkeypatch.setattr(SlimGPT, "decide", ends)
+    with pytest.raises(InterruptionError):
+        slimgpt.prune(str(dense("mixtral")), tmp_path / "resumed", **options)
+    monkeypatch.undo()
+    resumed = slimgpt.prune(str(dense("mixtral")), tmp_path / "resumed", **options)
+    assert fingerprint(resumed.output) == fingerprint(whole.output)
 
 
 @pytest.mark.parametrize("units", ["both", "experts"])
