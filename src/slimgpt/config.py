@@ -318,6 +318,15 @@ class _ModelOptions(_RuntimeOptions):
     )
 
 
+def _check_prompts(prompts: str | None, option: str, texts: tuple[str, ...]) -> None:
+    if prompts is not None and ("self" not in texts or prompts == "self"):
+        raise ValueError(f"prompts are a file or data set for {option}='self', which answers them")
+
+
+def _sources(texts: tuple[str, ...], prompts: str | None) -> list[str]:
+    return [*texts, *([prompts] if prompts is not None else [])]
+
+
 class PruneConfig(_ModelOptions):
     """Options of ``slimgpt prune``."""
 
@@ -439,6 +448,11 @@ class PruneConfig(_ModelOptions):
         ".txt/.jsonl/.json/.parquet files (the first three also as .gz or .zst), directories of "
         "such files, or self (text that the model generates).",
     )
+    prompts: str | None = Field(
+        None,
+        description="Data set, local file or directory with prompts (.txt: one per line), which "
+        "the model answers: prompts and answers make the text of self.",
+    )
     nsamples: int = Field(128, ge=1, le=LENGTH, description="Number of calibration samples.")
     seqlen: int = Field(2048, ge=2, le=LENGTH, description="Tokens in each calibration sample.")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Random seed.")
@@ -500,6 +514,11 @@ class PruneConfig(_ModelOptions):
         le=BYTES,
         description="Maximum size of a weight file, e.g. 2GB.",
     )
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the texts to calibrate on, and of the prompts."""
+        return _sources(self.calibration, self.prompts)
 
     @model_validator(mode="before")
     @classmethod
@@ -576,6 +595,7 @@ class PruneConfig(_ModelOptions):
             )
         if len(set(self.calibration)) < len(self.calibration):
             raise ValueError(f"calibration={','.join(self.calibration)!r} has a text twice")
+        _check_prompts(self.prompts, "calibration", self.calibration)
         if self.nsamples < len(self.calibration):
             raise ValueError(
                 f"nsamples={self.nsamples} is too few for {len(self.calibration)} texts of "
@@ -777,6 +797,11 @@ class RecoverConfig(_ModelOptions):
     )
 
     @property
+    def sources(self) -> list[str]:
+        """Names of the data sets to train on, and of the prompts."""
+        return _sources(self.data, self.prompts)
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether the dense model is needed."""
         return self.method == "distill" or "self" in self.data
@@ -814,8 +839,7 @@ class RecoverConfig(_ModelOptions):
             raise ValueError(f"without adapters, {', '.join(sorted(idle))} would do nothing")
         if self.teacher is not None and not self.uses_teacher:
             raise ValueError("a teacher is for method='distill' or data='self'")
-        if self.prompts is not None and ("self" not in self.data or self.prompts == "self"):
-            raise ValueError("prompts are a file or data set for data='self', which answers them")
+        _check_prompts(self.prompts, "data", self.data)
         if {"max_steps", "epochs"} <= self.model_fields_set and self.max_steps is not None:
             raise ValueError(f"max_steps={self.max_steps} leaves nothing to decide to epochs")
         self._check_data()

@@ -220,8 +220,12 @@ def test_a_plan_says_the_recovery(prune: Prune, tmp_path: Path) -> None:
     code, out, err = prune("--dry-run")
     assert code == 0, err
     assert f"then: distilled on 1024 tokens of {TEXT}; held-out text: {TEXT}" in out
-    code, out, _ = prune("--dry-run", "--json", "--calibration", "pydocs,self", asked="1h")
+    prompts = tmp_path.parent / "prompts.txt"
+    prompts.write_text("One thing\n")
+    options = ("--calibration", "pydocs,self", "--prompts", prompts)
+    code, out, _ = prune("--dry-run", "--json", *options, asked="1h")
     planned = json.loads(out)
+    assert planned["recovery"]["prompts"] == str(prompts)
     assert planned["recovery"]["minutes"] == 60
     assert planned["recovery"]["data"] == ["pydocs", "self"]
     assert planned["recovery"]["eval_data"] == "pydocs"

@@ -30,7 +30,7 @@ from slimgpt.calibration import activations
 from slimgpt.calibration.activations import collect, embed
 from slimgpt.config import PruneConfig
 from slimgpt.data.samples import SampleOptions, calibration_tokens
-from slimgpt.errors import ConfigError
+from slimgpt.errors import ConfigError, DataError
 from slimgpt.methods import slimgpt as slimgpt_method
 from slimgpt.methods.registry import make_method
 from slimgpt.models import device
@@ -388,6 +388,63 @@ def test_texts_give_equal_numbers_of_samples(
     assert seen[0].shape == (7, 16)
     assert (seen[0][3:, 0] == tokenizer.bos_token_id).all()
     assert result.report["calibration"]["data"].endswith(" + self")
+
+
+def test_answers_to_prompts_are_calibration_text(
+    tiny_checkpoint: Callable[[str], Path],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    embed = sequential.embed
+    monkeypatch.setattr(sequential, "embed", lambda *args: seen.append(args[1]) or embed(*args))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("One thing\n")
+    options = {"calibration": "pydocs,self", "prompts": str(prompts), "widths": "scheduled"}
+    model, output = str(tiny_checkpoint("llama")), tmp_path / "slim"
+    result = slimgpt.prune(model, output, nsamples=6, seqlen=32, **options)
+    asked = tokenizer("One thing").input_ids
+    answered = seen[0][3:].flatten().tolist()
+    places = [i for i in range(len(answered)) if answered[i : i + len(asked)] == asked]
+    assert len(places) > 2
+    assert result.report["config"]["prompts"] == "prompts.txt"
+    assert result.report["calibration"]["data"].endswith(" + answers to prompts.txt")
+    assert "answers to prompts.txt" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ("missing.txt", ConfigError, "no data file missing.txt"),
+        ("empty.txt", DataError, r"empty\.txt has no prompt of at most 16 tokens"),
+    ],
+)
+def test_bad_prompts_are_refused(
+    prompts: str,
+    error: type[Exception],
+    message: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    options = {"calibration": "self", "prompts": prompts, "nsamples": 3, "seqlen": 32}
+    with pytest.raises(error, match=message):
+        slimgpt.prune(str(tiny_checkpoint("llama")), "slim", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": "pydocs"}, "prompts are a file or data set for calibration='self'"),
+        ({"prompts": "self"}, "prompts are a file or data set for calibration='self'"),
+    ],
+)
+def test_prompts_need_text_of_the_model(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PruneConfig.create(**{"prompts": "prompts.txt"} | options)
 
 
 @pytest.mark.parametrize(

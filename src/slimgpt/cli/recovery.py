@@ -41,6 +41,7 @@ def recovery_options(model: str, pruning: PruneConfig, budget: str) -> dict[str,
         "text_field": pruning.text_field,
         "device": pruning.device,
         "seed": pruning.seed,
+        "prompts": pruning.prompts,
         **_parse(budget),
     }
     RecoverConfig.create(**options)

@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 
 # Options that may name a local file or folder.
-_PATHS = {"calibration", "data", "eval_data", "data_dir", "against", "teacher"}
+_PATHS = {"calibration", "data", "eval_data", "data_dir", "against", "teacher", "prompts"}
 
 # Suffixes of the files that define a model in its directory.
 _MODEL_FILES = {".json", ".safetensors", ".model", ".txt", ".jinja"}

@@ -128,7 +128,7 @@ def _other_phases(inputs: Inputs, measures: bool) -> tuple[int, int]:
     if config.drop_layers:
         phases.append(choice_bytes(skeleton, config.nsamples, inputs.seqlen))
     on_host = max(phases)  # a part of each
-    if not {SELF, PYDOCS}.issuperset(config.calibration):
+    if not {SELF, PYDOCS}.issuperset(config.sources):
         on_host = max(on_host, READING_BYTES)
     if measures and inputs.streamed.device.type == "cuda":
         # Of a batch of the gradient pass, see `repeatable_attention`.

@@ -15,8 +15,9 @@ from slimgpt.allocation.reallocation import samples_needed
 from slimgpt.allocation.shapes import BlockShape, BlockWidths, has_experts, removed_params
 from slimgpt.config import PruneConfig
 from slimgpt.data.datasets import SELF, check_dataset, dataset_files
+from slimgpt.data.prompts import read_prompts
 from slimgpt.data.samples import SampleOptions, calibration_tokens
-from slimgpt.data.self_generated import sample_from_model
+from slimgpt.data.self_generated import answer_prompts, sample_from_model
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
 from slimgpt.methods.base import Method
 from slimgpt.methods.registry import METHODS, make_method
@@ -56,7 +57,7 @@ log = logging.getLogger(__name__)
 
 def check_inputs(config: PruneConfig) -> None:
     """Check that the calibration data exists and the packages for the method are installed."""
-    for name in config.calibration:
+    for name in config.sources:
         check_dataset(name, "calibration")
     package = METHODS[config.method].package
     if package and find_spec(package) is None:
@@ -157,7 +158,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         "generation config": inputs.generation_config,
     }
     files = {
-        "calibration file": [f for name in config.calibration for f in dataset_files(name)],
+        "calibration file": [f for name in config.sources for f in dataset_files(name)],
         "tokenizer file": copied_files(weights.source).values(),
     }
     return {
@@ -225,7 +226,7 @@ def _warn_of_few_samples(inputs: Inputs, widths: Sequence[BlockWidths]) -> None:
 
 def _samples(inputs: Inputs, run: Run) -> Tensor:
     """Draw the calibration samples, as equally as possible from each data set."""
-    config, streamed = inputs.config, inputs.streamed
+    config = inputs.config
     num_texts, samples = len(config.calibration), []
     for index, name in enumerate(config.calibration):
         bounds = [config.nsamples * i // num_texts for i in (index, index + 1)]
@@ -235,8 +236,7 @@ def _samples(inputs: Inputs, run: Run) -> Tensor:
 
         def make(name: str = name, options: SampleOptions = options) -> bytes:
             if name == SELF:
-                with streamed.whole(fast_dtype(streamed.device, streamed.weights.dtype)) as model:
-                    drawn = sample_from_model(model, inputs.tokenizer, options)
+                drawn = _own_text(inputs, options)
             else:
                 drawn = calibration_tokens(name, inputs.tokenizer, options)
             return save({"tokens": drawn})
@@ -244,6 +244,16 @@ def _samples(inputs: Inputs, run: Run) -> Tensor:
         file = GENERATED_FILE if name == SELF else f"samples-{index}.safetensors"
         samples.append(read_tensor(run.cached(file, make), "tokens"))
     return torch.cat(samples)
+
+
+def _own_text(inputs: Inputs, options: SampleOptions) -> Tensor:
+    """Have the dense model write samples: from nothing, or answers with their prompts."""
+    streamed, tokenizer, name = inputs.streamed, inputs.tokenizer, inputs.config.prompts
+    prompts = name and read_prompts(name, tokenizer, options.seqlen, options.text_field)
+    with streamed.whole(fast_dtype(streamed.device, streamed.weights.dtype)) as model:
+        if prompts:
+            return answer_prompts(model, tokenizer, prompts, options).tokens
+        return sample_from_model(model, tokenizer, options)
 
 
 def _score(inputs: Inputs, run: Run, samples_NT: Tensor, widths: Sequence[BlockWidths]) -> None:

@@ -17,7 +17,7 @@ from slimgpt.pruning.decisions import BlockPlan
 from slimgpt.pruning.inputs import check_inputs, identity_of, make_job, open_inputs
 from slimgpt.pruning.job import Inputs
 from slimgpt.pruning.plan import PrunePlan
-from slimgpt.pruning.result import write_result
+from slimgpt.pruning.result import reported_options, write_result
 from slimgpt.pruning.sequential import sequential_pass
 from slimgpt.runtime.distributed import broadcast, is_main, process_group
 from slimgpt.runtime.progress import Progress, no_progress
@@ -134,8 +134,7 @@ def is_finished(run: Run, source: Source, config: PruneConfig) -> bool:
     if not broadcast(is_main() and run.is_complete and (run.output / REPORT_FILE).is_file()):
         return False
     report = read_result(run).report
-    asked = json.loads(config.model_dump_json()) | {"model": source.title}
-    asked["calibration"] = [Path(name).name for name in config.calibration]
+    asked = reported_options(config) | {"model": source.title}
     run.check_made_with(asked, report["config"] | {"model": report["base_model"]})
     return True
 

@@ -18,7 +18,8 @@ from slimgpt.checkpoint.card import write_card
 from slimgpt.checkpoint.results import REPORT_FILE
 from slimgpt.checkpoint.tokenizer import write_tokenizer
 from slimgpt.checkpoint.writer import add_older_keys, pruned_config, write_shards
-from slimgpt.data.datasets import describe_dataset
+from slimgpt.config import PruneConfig
+from slimgpt.data.datasets import SELF, describe_dataset
 from slimgpt.models.device import fast_dtype
 from slimgpt.models.layout import decoder_name, family_in
 from slimgpt.models.stored import read_tensor
@@ -166,6 +167,20 @@ def _what_was_measured(job: Job) -> dict[str, Any]:
     return found
 
 
+def reported_options(config: PruneConfig) -> dict[str, Any]:
+    """Options as JSON values. They go to the hub with the model, so they hold no local paths."""
+    options = config.model_dump(mode="json")
+    for name in ("latency_table", "prompts"):
+        options[name] = options[name] and Path(options[name]).name
+    return options | {"calibration": [Path(name).name for name in config.calibration]}
+
+
+def _described(name: str, config: PruneConfig) -> str:
+    if name == SELF and config.prompts:
+        return f"answers to {describe_dataset(config.prompts, 'calibration')}"
+    return describe_dataset(name, "calibration")
+
+
 def _report(
     job: Job, widths: Sequence[BlockWidths], metadata: Sequence[dict[str, str]]
 ) -> dict[str, Any]:
@@ -177,18 +192,13 @@ def _report(
         for index, shape in enumerate(job.shapes)
     ]
     return {
-        # The report goes to the hub with the model, so it holds no local paths.
         "base_model": streamed.weights.source.title,
-        "config": config.model_dump()
-        | {
-            "calibration": [Path(name).name for name in config.calibration],
-            "latency_table": config.latency_table and Path(config.latency_table).name,
-        },
+        "config": reported_options(config),
         "dtype": str(streamed.weights.dtype).removeprefix("torch."),
         "products": str(fast_dtype(streamed.device, streamed.weights.dtype)).removeprefix("torch."),
         "device": str(streamed.device),
         "calibration": {
-            "data": " + ".join(describe_dataset(n, "calibration") for n in config.calibration),
+            "data": " + ".join(_described(name, config) for name in config.calibration),
             "nsamples": config.nsamples,
             "seqlen": job.seqlen,
         },

@@ -206,7 +206,7 @@ def recover(
 
 def _checked(source: Source, config: RecoverConfig) -> tuple[RecoverConfig, PreTrainedConfig]:
     """Check data, packages and model; the options with those derived from the model."""
-    for name in _sources(config):
+    for name in config.sources:
         check_dataset(name, "calibration")
     check_dataset(config.eval_data, "evaluation")
     check_packages(config)
@@ -297,7 +297,7 @@ def _texts(job: Job) -> dict[str, Any]:
     """What determines the text or the examples."""
     if job.examples is not None:
         return {"examples_sha256": _sha256(job.examples)}
-    files = [file for name in _sources(job.config) for file in dataset_files(name)]
+    files = [file for name in job.config.sources for file in dataset_files(name)]
     return {f"text file {file}": describe_file(file) for file in files}
 
 
@@ -422,11 +422,6 @@ def _prompts(config: RecoverConfig, tokenizer: PreTrainedTokenizerBase) -> Promp
     if config.prompts is None:
         return None
     return read_prompts(config.prompts, tokenizer, config.seqlen, config.text_field)
-
-
-def _sources(config: RecoverConfig) -> list[str]:
-    """Names of the data sets to train on, and of the prompts."""
-    return [*config.data, *([config.prompts] if config.prompts else [])]
 
 
 def _is_left_out(config: RecoverConfig) -> bool:
