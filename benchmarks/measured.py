@@ -32,7 +32,7 @@ def is_complete(model: Path) -> bool:
     return (model / "config.json").exists()
 
 
-def measured(model: str, kind: str, file: Path, **options: Any) -> list[dict[str, Any]]:
+def measured(model: str, kind: str, place: Path, **options: Any) -> list[dict[str, Any]]:
     """Evaluate a model, or read what was stored.
 
     Parameters
@@ -41,11 +41,12 @@ def measured(model: str, kind: str, file: Path, **options: Any) -> list[dict[str
         The model.
     kind : {"perplexity", "tasks"}
         What is measured.
-    file : Path
-        Where the result is stored.
+    place : Path
+        Where the result is stored, without the suffix.
     **options
         Of `slimgpt.evaluate`.
     """
+    file = place.with_name(f"{place.name}.json")  # a ratio in the name has a point
     if not file.exists():
         result = asdict(slimgpt.evaluate(model, **options))[kind]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +64,8 @@ def perplexities(model: str, name: str, work: Path, args: argparse.Namespace) ->
     }
     if model != args.model:
         options["against"] = args.model
-    file = folder(work, f"perplexity-{name}", model=model, **options).with_suffix(".json")
-    return measured(model, "perplexity", file, **options)
+    place = folder(work, f"perplexity-{name}", model=model, **options)
+    return measured(model, "perplexity", place, **options)
 
 
 def loss_left(found: list[Any], reference: list[Any], dense: list[Any]) -> float:

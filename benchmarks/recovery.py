@@ -114,8 +114,8 @@ def measure(model: str, name: str, ratio: float, args: argparse.Namespace) -> di
     if args.data_dir:
         options = {"tasks": args.tasks, "data_dir": str(args.data_dir), "limit": args.limit}
         options["dtype"] = args.dtype
-        file = folder(args.work, f"tasks-{label}", model=model, **options).with_suffix(".json")
-        tasks = measured(model, "tasks", file, **options)
+        place = folder(args.work, f"tasks-{label}", model=model, **options)
+        tasks = measured(model, "tasks", place, **options)
     found = perplexities(model, label, args.work, args)
     return {"name": name, "ratio": ratio, "perplexity": found, "tasks": tasks}
 

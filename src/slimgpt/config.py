@@ -37,7 +37,7 @@ Preset = Literal["default", "exact", "paper"]
 Widths = Literal["measured", "searched", "scheduled"]
 
 Method = Literal[
-    "slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "random", "reap"
+    "slimgpt", "magnitude", "wanda_sp", "flap", "taylor", "loraprune", "compresso", "random", "reap"
 ]
 
 ExpertUnits = Literal["channels", "experts", "both"]

@@ -8,6 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from conftest import TEXT, WIDTHS, make_tiny_model, prune_blocks, sample_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from interruption import InterruptionError, fail_at_block, fingerprint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -17,7 +19,7 @@ from slimgpt.calibration.activations import Activations
 from slimgpt.config import Method, PruneConfig
 from slimgpt.data.samples import SampleOptions, calibration_tokens
 from slimgpt.errors import ConfigError, MissingDependencyError, UnsupportedModelError
-from slimgpt.methods import base, loraprune
+from slimgpt.methods import base, compresso, loraprune
 from slimgpt.methods.registry import METHODS as REGISTRY
 from slimgpt.methods.registry import make_method
 from slimgpt.models.blocks import bind
@@ -135,6 +137,40 @@ def test_first_lora_gradient_is_that_of_the_adapters() -> None:
     torch.testing.assert_close(found, total, rtol=0.01, atol=0)
 
 
+@given(log_alpha=st.floats(-4, 4))
+@settings(max_examples=20, deadline=None)
+def test_gates_are_open_as_often_as_they_say(log_alpha: float) -> None:
+    gates, generator = compresso.Gates(20_000), torch.Generator().manual_seed(0)
+    gates.log_alpha_U = torch.full((20_000,), log_alpha)
+    gates.draw(generator)
+    (open_U,) = gates(torch.nn.Identity(), (torch.ones(1, 1, 20_000),))
+    assert 0 <= open_U.min() <= open_U.max() <= 1
+    share = float((open_U > 0).float().mean())
+    assert share == pytest.approx(float(gates.open_probability()[0]), abs=0.015)
+
+
+def test_learnt_gates_keep_the_units_that_matter() -> None:
+    """Units whose columns are zero change no loss: only the constraint moves their gates."""
+    samples = sample_tokens(24)
+
+    def scores() -> list[Tensor]:
+        model = make_tiny_model("llama")
+        with torch.no_grad():
+            model.lm_head.weight.mul_(20)
+            for block in bind(model):
+                attention, ffn = block.sublayers
+                attention.output.weight[:, : attention.unit_size].zero_()
+                ffn.output.weight[:, :32].zero_()
+                ffn.output.weight[:, 32:].mul_(20)
+        return score_model("compresso", model, samples, [(2, 32)] * 4)
+
+    first, second = scores(), scores()
+    assert all(map(torch.equal, first, second))
+    assert all((scores_U < compresso.LOG_ALPHA).any() for scores_U in first)
+    for scores_U in first[1::2]:
+        assert scores_U[:32].mean() < scores_U[32:].mean()
+
+
 @pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("method", METHODS)
 def test_reported_error_is_the_change_of_the_output(method: str) -> None:
@@ -219,9 +255,13 @@ def test_methods_have_no_options_of_the_solver() -> None:
         PruneConfig.create(method="wanda-sp", preset="paper")
 
 
-def test_loraprune_needs_peft(
-    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["loraprune", "compresso"])
+def test_adapters_need_peft(
+    method: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inputs, "find_spec", lambda _: None)
-    with pytest.raises(MissingDependencyError, match="'loraprune' needs the package 'peft'"):
-        slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", method="loraprune")
+    with pytest.raises(MissingDependencyError, match=f"'{method}' needs the package 'peft'"):
+        slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", method=method)

@@ -21,7 +21,7 @@ from slimgpt.allocation.reallocation import Curve
 from slimgpt.allocation.shapes import BlockWidths, Width
 from slimgpt.calibration.activations import Activations, Stream
 from slimgpt.config import PruneConfig
-from slimgpt.models.blocks import bind
+from slimgpt.models.blocks import bind, linears_of
 from slimgpt.models.experts import Experts
 from slimgpt.models.sublayers import Sublayer
 from slimgpt.models.units import Kept
@@ -221,6 +221,27 @@ def unit_sums(sublayer: Sublayer, score: Callable[[Any], Tensor]) -> Tensor:
 def sublayers_of(model: PreTrainedModel) -> list[Sublayer]:
     """List the sublayers of all blocks."""
     return [sublayer for block in bind(model) for sublayer in block.sublayers]
+
+
+# Of LoRAPrune and Compresso.
+LORA_RANK, LORA_ALPHA = 8, 16
+
+
+def add_adapters(model: PreTrainedModel, seed: int) -> list[Tensor]:
+    """Add LoRA adapters to all projections, and return their weights; no other has a gradient."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=linears_of(model))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def scaled_units(input_NTI: Tensor, factor_U: Tensor) -> Tensor:
+    """Multiply the inputs of an output projection by a factor for each unit."""
+    factor_U1 = factor_U.to(input_NTI)[:, None]
+    return (input_NTI.unflatten(-1, (len(factor_U), -1)) * factor_U1).flatten(-2)
 
 
 def add_gradient(model: PreTrainedModel, sample_T: Tensor) -> None:

@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.allocation.shapes import BlockWidths
-from slimgpt.methods.base import ScoringMethod, add_gradient, sublayers_of, unit_sums
-from slimgpt.models.blocks import linears_of
+from slimgpt.methods.base import (
+    ScoringMethod,
+    add_adapters,
+    add_gradient,
+    scaled_units,
+    sublayers_of,
+    unit_sums,
+)
 from slimgpt.models.sublayers import Projection
 
-# Settings of LoRAPrune, except the last three, which are chosen for few calibration samples.
-LORA_RANK, LORA_ALPHA, LEARNING_RATE = 8, 16, 1e-4
-NUM_STEPS, MOVING_AVERAGE, FULLY_MASKED = 16, 0.9, 0.8
+# The first is LoRAPrune's; the others are chosen for few calibration samples.
+LEARNING_RATE, NUM_STEPS, MOVING_AVERAGE, FULLY_MASKED = 1e-4, 16, 0.9, 0.8
 
 
 class LoRAPrune(ScoringMethod):
@@ -43,16 +48,9 @@ class LoRAPrune(ScoringMethod):
         and keeps the adapters; here the adapters only give the scores, and recovery is a separate
         command. See `Method.score_model`.
         """
-        from peft import LoraConfig, inject_adapter_in_model
-
         sublayers = sublayers_of(model)
         kept = [number for width in widths for number in width]
-        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=linears_of(model))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            inject_adapter_in_model(config, model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, LEARNING_RATE)
+        optimizer = torch.optim.AdamW(add_adapters(model, self.config.seed), LEARNING_RATE)
         scores = {s.name: torch.zeros(s.num_units, dtype=torch.float64) for s in sublayers}
         for sublayer in sublayers:
             projection: Any = sublayer.module.get_submodule(sublayer.spec.output)
@@ -85,6 +83,4 @@ def _lora_gradient_squared(adapted: Any) -> Tensor:
 
 def _mask(scores_U: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Zero the inputs of an output projection that belong to units with score −inf."""
-    (hidden_NTI,) = args
-    mask_U1 = scores_U.isfinite().to(hidden_NTI)[:, None]
-    return ((hidden_NTI.unflatten(-1, (len(scores_U), -1)) * mask_U1).flatten(-2),)
+    return (scaled_units(args[0], scores_U.isfinite()),)

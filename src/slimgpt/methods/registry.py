@@ -2,6 +2,7 @@
 
 from slimgpt.config import PruneConfig
 from slimgpt.methods.base import Method
+from slimgpt.methods.compresso import Compresso
 from slimgpt.methods.flap import Flap
 from slimgpt.methods.loraprune import LoRAPrune
 from slimgpt.methods.magnitude import Magnitude
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "flap": Flap,
     "taylor": Taylor,
     "loraprune": LoRAPrune,
+    "compresso": Compresso,
     "random": Random,
     "reap": Reap,
 }

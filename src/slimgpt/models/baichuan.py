@@ -15,8 +15,9 @@ from transformers.utils import CONFIG_NAME
 
 from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.config_checks import read_object
+from slimgpt.models.matching import HEAD
 from slimgpt.models.source import Source, find_file
-from slimgpt.models.stored import HEAD, StoredTensor
+from slimgpt.models.stored import StoredTensor
 
 # The classes of Baichuan-7B, and of Baichuan-13B and both sizes of Baichuan2.
 _BAICHUAN1_7B, _OTHERS = "BaiChuanForCausalLM", "BaichuanForCausalLM"

@@ -36,18 +36,15 @@ from slimgpt.models.device import find_device
 from slimgpt.models.family import family_of
 from slimgpt.models.gguf_reading import BROKEN_GGUF, GGUFContent, complete_config, read_gguf
 from slimgpt.models.layout import auto_class_of, check_language_head, family_in
+from slimgpt.models.matching import fit_tensors, incomplete, match_config, unused
 from slimgpt.models.source import CONVERT_PICKLES, Source, adapter_error, find_file
 from slimgpt.models.stored import (
     LOAD_ERRORS,
     StoredTensor,
     cannot_load,
-    fit_tensors,
-    incomplete,
     loading,
-    match_config,
     read_headers,
     read_index,
-    unused,
 )
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from slimgpt.errors import UnsupportedModelError
 from slimgpt.models.layout import decoder_name
 from slimgpt.models.loading import load_model, read_stored, weight_files
 from slimgpt.models.mapping import allocate
+from slimgpt.models.matching import DTYPES, fit_tensors
 from slimgpt.models.source import Source
-from slimgpt.models.stored import DTYPES, StoredTensor, fit_tensors, loading
+from slimgpt.models.stored import StoredTensor, loading
 
 
 class Weights:
