@@ -4,8 +4,8 @@ Each model is pruned with the same calibration text. The speed-up of decoding (b
 measured beside the dense model in transformers and in llama.cpp. Models and measurements in the
 folder --work are reused, and an interrupted run goes on. Usage:
 
-    python benchmarks/depth.py --text c4.jsonl --texts wikitext.txt c4-heldout.jsonl pydocs \
-        --json depth.json
+    python benchmarks/depth.py --calibration c4.jsonl,self \
+        --texts wikitext.txt c4-heldout.jsonl pydocs --json depth.json
 """
 
 import argparse
@@ -38,7 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_texts(parser)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--text", required=True, help="plain text to calibrate on")
+    parser.add_argument("--calibration", required=True, help="texts, comma-separated")
+    parser.add_argument("--refit-epochs", type=int, default=1)
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--sample-length", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -54,7 +55,8 @@ def main() -> None:
 def pruned(case: str, args: argparse.Namespace) -> Path:
     """Prune the model, unless that was done before."""
     options = CASES[case] | {
-        "calibration": (args.text, "self"),
+        "calibration": args.calibration,
+        "refit_epochs": args.refit_epochs,
         "nsamples": args.nsamples,
         "seqlen": args.sample_length,
     }
@@ -67,14 +69,13 @@ def pruned(case: str, args: argparse.Namespace) -> Path:
 def measure(case: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Measure speed and perplexity."""
     speeds: dict[str, Any] = {}
-    for engine, options in ENGINES.items():
-        options = options | {"new_tokens": args.new_tokens, "repeats": args.repeats}
+    shared = {"prompt_length": (128,), "new_tokens": args.new_tokens, "repeats": args.repeats}
+    for engine, own in ENGINES.items():
+        options = shared | own
         place = folder(args.work, f"speed-{case}-{engine}", model=str(model), **options)
         file = place.with_name(f"{place.name}.json")
         if not file.exists():
-            found = slimgpt.bench(
-                str(model), against=args.model, engine=engine, prompt_length=(128,), **options
-            )
+            found = slimgpt.bench(str(model), against=args.model, engine=engine, **options)
             file.write_text(json.dumps(asdict(found)), encoding="utf-8")
         speeds[engine] = json.loads(file.read_text(encoding="utf-8"))
     report = json.loads((model / "pruning_report.json").read_text(encoding="utf-8"))
@@ -90,7 +91,8 @@ def measure(case: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
 def report(dense: list[Any], rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print one line for each model, and write all measurements as JSON."""
     title = (
-        f"{args.model}, {args.nsamples} × {args.sample_length} tokens; windows of {args.seqlen} "
+        f"{args.model}, {args.nsamples} × {args.sample_length} tokens, {args.refit_epochs} epochs "
+        f"of refit; windows of {args.seqlen} "
         f"tokens, first {args.max_tokens} tokens of each text, {args.dtype}; decoding "
         f"{args.new_tokens} tokens after 128, median of {args.repeats} (lowest to highest)"
     )

@@ -17,6 +17,8 @@ slimgpt. Usage:
 """
 
 import argparse
+import copy
+import itertools
 import json
 import math
 import subprocess
@@ -170,8 +172,6 @@ def with_torch_pruning(importance: str) -> Callable[..., PreTrainedModel]:
         gradients = [parameter.grad for parameter in model.parameters()]
 
         def at(ratio: float) -> Any:
-            import copy
-
             narrow = copy.deepcopy(model)
             for parameter, gradient in zip(narrow.parameters(), gradients, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
@@ -254,10 +254,9 @@ def by_block_influence(model: Any, samples_NT: Tensor, num_params: int) -> PreTr
     influence = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
     for sample_T in samples_NT:
         streams = model(sample_T[None], use_cache=False, output_hidden_states=True).hidden_states
-        # The last of these is after the final norm.
-        for index, pair in enumerate(zip(streams[:-2], streams[1:-1], strict=True)):
+        for index, pair in enumerate(itertools.pairwise(streams)):
             influence[index] += (1 - cosine_similarity(*pair, dim=-1)).mean().double()
-    influence[-1] = torch.inf
+    influence[-1] = torch.inf  # the last stream is after the final norm
     layers = model.model.layers
     of_layer = sum(parameter.numel() for parameter in layers[0].parameters())
     number = round((model.num_parameters() - num_params) / of_layer)

@@ -307,7 +307,7 @@ def _load_data(run: Run, job: Job, load_teacher: Teacher | None) -> Data:
     if job.examples is not None:
         return Data(job.examples, job.held_out)
     teacher = cache(load_teacher) if load_teacher else None  # loads it once
-    windows, seconds = draw_text(run, config, job.tokenizer, teacher, job.prompts, job.num_left_out)
+    windows, seconds = draw_text(run, job, teacher)
     if not job.method.distils or teacher is None:
         rows = [labelled(windows, index) for index in range(len(windows.tokens))]
         examples = [{name: row.tolist() for name, row in window.items()} for window in rows]

@@ -15,16 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from slimgpt.config import RecoverConfig
 from slimgpt.data.datasets import SELF, are_same_files
 from slimgpt.data.examples import IGNORED, training_windows
-from slimgpt.data.prompts import Prompts
 from slimgpt.data.samples import SampleOptions, Windows
 from slimgpt.data.self_generated import answer_prompts, sample_from_model
 from slimgpt.errors import NumericalError
 from slimgpt.models.stored import read_tensor
+from slimgpt.recovery.job import Job
 from slimgpt.runtime.distributed import training_together
 from slimgpt.runtime.files import reading
 from slimgpt.runtime.run_directory import GENERATED_FILE, LOGITS_FILE, Run
@@ -152,30 +152,17 @@ def text_options(
     )
 
 
-def draw_text(
-    run: Run,
-    config: RecoverConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: Teacher | None,
-    prompts: Prompts | None,
-    num_left_out: int,
-) -> tuple[Windows, float]:
+def draw_text(run: Run, job: Job, teacher: Teacher | None) -> tuple[Windows, float]:
     """Draw the text to train on, in equal parts from each source, or read what was drawn before.
 
     Parameters
     ----------
     run : Run
         Stores the text. All processes call this together.
-    config : RecoverConfig
-        With a number of tokens.
-    tokenizer : PreTrainedTokenizerBase
-        The model's tokenizer.
+    job : Job
+        Its options have a number of tokens.
     teacher : callable or None
         Loads the dense model; only for the source ``self``.
-    prompts : Prompts or None
-        What the dense model answers; if None, its texts begin with nothing.
-    num_left_out : int
-        As in `text_options`.
 
     Returns
     -------
@@ -187,11 +174,12 @@ def draw_text(
     DataError
         If a source has too few tokens.
     """
+    config, tokenizer, prompts = job.config, job.tokenizer, job.prompts
     num_windows, num_texts = (config.tokens or 0) // config.seqlen, len(config.data)
     texts, seconds = [], 0.0
     for index, name in enumerate(config.data):
         bounds = [num_windows * i // num_texts for i in (index, index + 1)]
-        options = text_options(config, name, bounds[1] - bounds[0], num_left_out)
+        options = text_options(config, name, bounds[1] - bounds[0], job.num_left_out)
 
         def make(name: str = name, options: SampleOptions = options) -> bytes:
             start = time.monotonic()
