@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
-from measured import add_texts, folder, is_complete, loss_left, perplexities
+from environment import write_json
+from measured import add_options, folder, is_complete, loss_left, perplexities
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -59,16 +59,12 @@ NUM_ROUNDS, PROBES = 4, 4  # rounds of a search; held-out samples that judge a c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_texts(parser)
+    add_options(parser)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.33, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--text", required=True, help="plain text to calibrate on")
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--sample-length", type=int, default=512)
     parser.add_argument("--tyr-minutes", type=float, default=15)
-    parser.add_argument("--work", type=Path, default=Path(".allocation"))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
     for ratio in args.ratios:
@@ -291,9 +287,7 @@ def report(dense: list[Any], rows: list[dict[str, Any]], args: argparse.Namespac
             *(f"{t['perplexity']:.2f} ({t['kl_divergence']:.3f})" for t in found["perplexity"]),
         )
     Console(width=180).print(table)
-    if args.json:
-        content = {"protocol": title, "environment": environment(), "dense": dense, "models": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, dense=dense, models=rows)
 
 
 if __name__ == "__main__":

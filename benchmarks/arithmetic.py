@@ -11,13 +11,12 @@ The second form writes questions of another seed, for `slimgpt recover --data se
 """
 
 import argparse
-import json
 import math
 import random
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,9 +53,7 @@ def main() -> None:
     for row in rows:
         table.add_row(row["model"], f"{row['accuracy']:.1%} ± {row['stderr']:.1%}")
     Console().print(table)
-    if args.json:
-        content = {"protocol": title, "environment": environment(), "models": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, models=rows)
 
 
 def draw(random_: random.Random, below: int, number: int) -> list[tuple[int, int]]:

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from environment import environment
-from measured import add_texts, folder, is_complete, perplexities
+from environment import write_json
+from measured import add_options, folder, is_complete, perplexities
 from rich.console import Console
 from rich.table import Table
 
@@ -36,16 +36,12 @@ ENGINES = {"transformers": {"dtype": "float32"}, "llamacpp": {}}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_texts(parser)
+    add_options(parser)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--calibration", required=True, help="texts, comma-separated")
     parser.add_argument("--refit-epochs", type=int, default=1)
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--sample-length", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--work", type=Path, default=Path(".depth"))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     models = {case: pruned(case, args) for case in args.cases}
     rows = [measure(case, model, args) for case, model in models.items()]
@@ -110,9 +106,7 @@ def report(dense: list[Any], rows: list[dict[str, Any]], args: argparse.Namespac
             *(f"{t['perplexity']:.2f} ({t['kl_divergence']:.3f})" for t in row["perplexity"]),
         )
     Console(width=180).print(table)
-    if args.json:
-        content = {"protocol": title, "environment": environment(), "dense": dense, "models": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, dense=dense, models=rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ reported as one phase. Usage:
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
+from environment import write_json
 from phases import PHASES, Clock, timed_phases
 from rich.console import Console
 from rich.table import Table
@@ -136,14 +135,7 @@ def main() -> None:
     console.print(table)
     peak = peak_memory()
     console.print(f"peak memory, with the dense model: {(peak or 0) / 2**30:.2f} GiB")
-    if args.json:
-        content = {
-            "protocol": title,
-            "environment": environment(),
-            "peak_memory_bytes": peak,
-            "rounds": rounds,
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, peak_memory_bytes=peak, rounds=rounds)
 
 
 if __name__ == "__main__":

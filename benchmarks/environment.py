@@ -1,9 +1,11 @@
 """The machine of a benchmark: its devices, and its description with the package versions."""
 
 import argparse
+import json
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -30,3 +32,10 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         **{package: version(package) for package in ("slimgpt", "torch", "transformers")},
     }
+
+
+def write_json(file: Path | None, **content: object) -> None:
+    """Write the measurements of a benchmark with the environment, if a file is named."""
+    if file:
+        text = json.dumps({"environment": environment(), **content}, indent=1) + "\n"
+        file.write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from environment import environment
+from environment import write_json
 from rich.console import Console
 from rich.table import Table
 from scale import write_tokenizer
@@ -158,10 +158,7 @@ def main() -> None:
         sizes = size(row["peak"]), size(row["anonymous"])
         table.add_row(row["units"], str(kept), *seconds, *sizes)
     Console(width=100).print(table)
-    if args.json:
-        content = {"protocol": title, "environment": environment(), "rows": rows}
-        content["check"] = checked
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, rows=rows, check=checked)
 
 
 if __name__ == "__main__":

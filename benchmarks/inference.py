@@ -9,7 +9,6 @@ width in every layer, because speed depends only on the shape. Usage:
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from environment import environment
+from environment import write_json
 from rich.console import Console
 from rich.table import Table
 from tokenizers import ByteLevelBPETokenizer
@@ -175,9 +174,7 @@ def main() -> None:
                 text = ", ".join(f"{n} {s}" for n, s in zip(names, shares, strict=True))
                 print(f"{title}: matrix products in a decoding step of transformers: {text}")
     Console(width=120).print(table)
-    if args.json:
-        content = {"environment": environment(), "results": results}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, results=results)
 
 
 if __name__ == "__main__":

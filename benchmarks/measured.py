@@ -12,13 +12,17 @@ from typing import Any
 import slimgpt
 
 
-def add_texts(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `measured`."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a benchmark that calibrates on text and evaluates on others."""
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--sample-length", type=int, default=512)
     parser.add_argument("--texts", nargs="+", required=True, help="held-out texts")
     parser.add_argument("--seqlen", nargs="+", type=int, default=[512], help="of these texts")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="of each of these texts")
     parser.add_argument("--dtype", default="bfloat16", help="of the measured models")
+    parser.add_argument("--work", type=Path, default=Path(".measured"), help="keeps the models")
+    parser.add_argument("--json", type=Path)
 
 
 def folder(work: Path, name: str, **settings: Any) -> Path:

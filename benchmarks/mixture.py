@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
+from environment import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -315,15 +315,8 @@ def report(
     print("load of each expert, mean of the layers:", *(f"{x:.3f}" for x in loads.mean(dim=0)))
     print(f"in one layer from {loads.min():.3f} to {loads.max():.3f}")
     print(f"training took {sum(step['seconds'] for step in history):.0f} s")
-    if args.json:
-        content = {
-            "protocol": title,
-            "environment": environment(),
-            "results": results,
-            "loads": loads.tolist(),
-            "steps": history,
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    found = {"results": results, "loads": loads.tolist(), "steps": history}
+    write_json(args.json, protocol=title, **found)
 
 
 if __name__ == "__main__":

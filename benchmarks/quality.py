@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from environment import environment
+from environment import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -174,13 +174,7 @@ def report(measurements: list[Measurement], args: argparse.Namespace) -> None:
             f"{statistics.median(relative):.3f} ({spread})" if relative else "",
         )
     Console(width=120).print(table)
-    if args.json:
-        content = {
-            "protocol": title,
-            "environment": environment(),
-            "measurements": [asdict(m) for m in measurements],
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, measurements=[asdict(m) for m in measurements])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from environment import environment
-from measured import add_texts, folder, is_complete, loss_left, measured, perplexities
+from environment import write_json
+from measured import add_options, folder, is_complete, loss_left, measured, perplexities
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +29,7 @@ WAYS = ("lora", "lora distil", "distil", "cross-entropy")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_texts(parser)
+    add_options(parser)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5])
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--tokens", type=int, default=100_000)
@@ -40,8 +40,6 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder with the data of the tasks to run")
     parser.add_argument("--tasks", default="commonsense")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--work", type=Path, default=Path(".recovery"))
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = [measure(args.model, "dense", 0.0, args)]
@@ -50,8 +48,8 @@ def main() -> None:
             "preset": args.preset,
             "ratio": ratio,
             "calibration": (args.text, "self") if args.preset == "default" else args.text,
-            "nsamples": 64,
-            "seqlen": 512,
+            "nsamples": args.nsamples,
+            "seqlen": args.sample_length,
         }
         pruned = folder(args.work, f"pruned-{ratio}", model=args.model, **pruning)
         if not is_complete(pruned):
@@ -150,9 +148,7 @@ def report_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             *(f"{task['value']:.3f}" for task in row["tasks"]),
         )
     Console(width=180).print(table)
-    if args.json:
-        content = {"protocol": title, "environment": environment(), "models": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, models=rows)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment
-from measured import add_texts, folder
+from environment import write_json
+from measured import add_options, folder
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -52,14 +52,10 @@ PROBE_TOKENS = 64  # whose logits are compared
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_texts(parser)
+    add_options(parser)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=RIVALS)
     parser.add_argument("--text", required=True, help="plain text to calibrate on")
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--sample-length", type=int, default=512)
-    parser.add_argument("--work", type=Path, default=Path(".rivals"))
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)  # what, rival, ratio
     args = parser.parse_args()
     if args.step:
@@ -302,9 +298,7 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             *(f"{text['perplexity']:.1f}" for text in row["perplexity"]),
         )
     Console(width=180).print(table)
-    if args.json:
-        content = {"protocol": title, "environment": environment(), "models": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, models=rows)
 
 
 if __name__ == "__main__":

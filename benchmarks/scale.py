@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import write_json
 from phases import PHASES, timed_phases
 from rich.console import Console
 from rich.table import Table
@@ -128,9 +128,7 @@ def main() -> None:
         growth = f"{row['peak'] / rows[0]['peak']:.3f}"
         table.add_row(str(row["blocks"]), size(row["size"]), *seconds, size(row["peak"]), growth)
     Console(width=100).print(table)
-    if args.json:
-        content = {"protocol": title, "environment": environment(), "rows": rows}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(args.json, protocol=title, rows=rows)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Shape suffixes as in `slimgpt.solver.elimination`: ``O`` out features, ``I`` in 
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from environment import environment
+from environment import write_json
 from phases import now
 from rich.console import Console
 from rich.table import Table
@@ -347,15 +346,13 @@ def main() -> None:
     for name in QUICK if args.quick else args.shapes:
         repeats = args.repeats or (3 if SHAPES[name].num_in <= 8192 else 2)
         results += measure(name, args.ratios, repeats, args.seed)
-    if args.json:
-        content = {
-            "environment": environment(),
-            "damping": DAMPING,
-            "seed": args.seed,
-            "shapes": {name: shape._asdict() for name, shape in SHAPES.items()},
-            "measurements": [asdict(row) | {"median": row.median} for row in results],
-        }
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(
+        args.json,
+        damping=DAMPING,
+        seed=args.seed,
+        shapes={name: shape._asdict() for name, shape in SHAPES.items()},
+        measurements=[asdict(row) | {"median": row.median} for row in results],
+    )
 
 
 if __name__ == "__main__":

@@ -371,15 +371,20 @@ def test_calibration_on_text_sampled_from_the_model(
     assert first.blocks == second.blocks
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The samples of each sequential pass."""
+    samples, embed = list[torch.Tensor](), sequential.embed
+    monkeypatch.setattr(sequential, "embed", lambda *args: samples.append(args[1]) or embed(*args))
+    return samples
+
+
 def test_texts_give_equal_numbers_of_samples(
     tiny_checkpoint: Callable[[str], Path],
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    seen: list[torch.Tensor],
 ) -> None:
-    seen = []
-    embed = sequential.embed
-    monkeypatch.setattr(sequential, "embed", lambda *args: seen.append(args[1]) or embed(*args))
     options = {"calibration": "pydocs,self", "nsamples": 7, "seqlen": 16}
     options["widths"] = "scheduled"
     result = slimgpt.prune(str(tiny_checkpoint("llama")), tmp_path / "slim", **options)
@@ -394,11 +399,8 @@ def test_answers_to_prompts_are_calibration_text(
     tiny_checkpoint: Callable[[str], Path],
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    seen: list[torch.Tensor],
 ) -> None:
-    seen = []
-    embed = sequential.embed
-    monkeypatch.setattr(sequential, "embed", lambda *args: seen.append(args[1]) or embed(*args))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("One thing\n")
     options = {"calibration": "pydocs,self", "prompts": str(prompts), "widths": "scheduled"}
