@@ -373,3 +373,24 @@ def test_a_damaged_file_on_the_command_line(command: str, tmp_path: Path, run: R
     assert code == 2
     assert f"error: cannot load {file}: GGUF magic invalid" in err
     assert "hint: the file is damaged or is no GGUF file" in err
+
+
+def test_the_quick_loader_reads_what_transformers_reads(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, find_names = [], gguf.get_tensor_name_map
+    reader = gguf.GGUFReader
+
+    def counted(*args: Any) -> Any:
+        tables.append(args)
+        return find_names(*args)
+
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
+    quick = load_model(find_model(str(base)))
+    assert len(tables) == 1
+    assert gguf.GGUFReader is reader
+    assert gguf.get_tensor_name_map is counted
+    slow = AutoModelForCausalLM.from_pretrained(base.parent, gguf_file=base.name)
+    assert len(tables) > 10
+    for name, parameter in slow.named_parameters():
+        assert torch.equal(quick.get_parameter(name), parameter)

@@ -5,7 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,13 @@ from slimgpt.models.baichuan import llama_config, llama_tensors, read_baichuan
 from slimgpt.models.config_checks import check_generation_config, check_model_config, read_object
 from slimgpt.models.device import find_device
 from slimgpt.models.family import family_of
-from slimgpt.models.gguf_reading import BROKEN_GGUF, GGUFContent, complete_config, read_gguf
+from slimgpt.models.gguf_reading import (
+    BROKEN_GGUF,
+    GGUFContent,
+    complete_config,
+    quick_loading,
+    read_gguf,
+)
 from slimgpt.models.layout import auto_class_of, check_language_head, family_in
 from slimgpt.models.matching import fit_tensors, incomplete, match_config, unused
 from slimgpt.models.source import CONVERT_PICKLES, Source, adapter_error, find_file
@@ -70,13 +76,14 @@ def load_config(source: Source) -> PreTrainedConfig:
                 translated = llama_config(source.name, baichuan)
             check_model_config(source.name, translated or read_object(file))
     try:
-        config = (
-            LlamaConfig.from_dict(translated)
-            if translated
-            else AutoConfig.from_pretrained(
-                source.location, trust_remote_code=False, **source.kwargs
+        with quick_loading() if content else nullcontext():
+            config = (
+                LlamaConfig.from_dict(translated)
+                if translated
+                else AutoConfig.from_pretrained(
+                    source.location, trust_remote_code=False, **source.kwargs
+                )
             )
-        )
     except LOAD_ERRORS as err:
         found = re.search(r"GGUF model with architecture (\S+) is", str(err))
         if found:
@@ -175,7 +182,8 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     log.info("loading %s", source.name)
     wanted: str | torch.dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     loaded: Any
-    with loading(f"the weights of {source.name}"):
+    quick = quick_loading() if source.gguf_file else nullcontext()
+    with loading(f"the weights of {source.name}"), quick:
         loaded = _loader(source, config, stored)(
             config=config,
             dtype=torch.float32 if source.gguf_file else wanted,
