@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def folder(work: Path, name: str, **settings: Any) -> Path:
     """Folder of a model; its name depends on the settings."""
-    name = name.replace(" ", "-")
+    name = name.replace(" ", "-").replace("/", "-")
     return work / f"{name}-{sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
 
