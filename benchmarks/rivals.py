@@ -5,7 +5,8 @@ Each rival prunes the same model on the same calibration tokens to about as many
 with transformers and compares its logits with those before it was written.
 
 - torch-pruning: its recipe for language models, as in its examples: the same fraction of heads, FFN
-  channels and hidden dimensions goes, by the norm of the weights or by first-order importance.
+  channels and hidden dimensions goes, by the norm of the weights or by first-order importance. The
+  fraction is found by trials, which count in its time and memory.
 - optipfair: FFN channels alone, by its default score, with and without calibration data.
 - block influence (ShortGPT, arXiv 2403.03853): whole layers that change the residual stream least.
 
@@ -79,12 +80,13 @@ def measure(rival: str, ratio: float, args: argparse.Namespace) -> dict[str, Any
     if not file.exists():
         command = [sys.executable, *sys.argv, "--step"]
         subprocess.run([*command, "prune", rival, str(ratio)], check=True)
-        done = subprocess.run(
-            [*command, "reload", rival, str(ratio)], capture_output=True, text=True, check=False
-        )
         found = json.loads(file.with_suffix(".pruned").read_text())
-        lines = done.stderr.strip().splitlines() or [""]
-        found["reloads"] = done.stdout.strip() if not done.returncode else f"no: {lines[-1]}"
+        if "reloads" not in found:
+            done = subprocess.run(
+                [*command, "reload", rival, str(ratio)], capture_output=True, text=True, check=False
+            )
+            lines = done.stderr.strip().splitlines() or [""]
+            found["reloads"] = done.stdout.strip() if not done.returncode else f"no: {lines[-1]}"
         file.write_text(json.dumps(found))
     return json.loads(file.read_text())
 
@@ -103,14 +105,11 @@ def prune(rival: str, ratio: float, args: argparse.Namespace) -> None:
                 Path(scratch) / "slim", trust_remote_code=True, dtype=torch.float32
             )
     else:
-        model = load_model(find_model(args.model), "float32", "cpu")
+        model = load_model(find_model(args.model), "float32", "cpu").requires_grad_()
         num_params = slimgpt.plan(args.model, ratio=ratio, widths="scheduled").params_after
         model = RIVALS[rival](model, samples_NT, num_params)
     seconds, memory = time.monotonic() - start, peak_memory()
-    model.eval().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    torch.save(logits(model, samples_NT), directory / "logits.pt")
-    found = {
+    found: dict[str, Any] = {
         "rival": rival,
         "ratio": ratio,
         "params": model.num_parameters(),
@@ -122,8 +121,14 @@ def prune(rival: str, ratio: float, args: argparse.Namespace) -> None:
         tokens_T = evaluation_tokens(name, tokenizer, args.max_tokens)
         (length,) = args.seqlen
         windows_NT = tokens_T[: len(tokens_T) // length * length].view(-1, length)
-        nll = mean_losses(model, None, windows_NT).nll
+        nll = mean_losses(model.eval(), None, windows_NT).nll
         found["perplexity"].append({"data": Path(name).name, "perplexity": math.exp(nll)})
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(logits(model, samples_NT), directory / "logits.pt")
+    try:
+        model.save_pretrained(directory)
+    except Exception as err:  # whatever a rival's model raises is its result
+        found["reloads"] = "cannot be saved: " + " ".join(str(err.__cause__ or err).split())
     (directory / "rival.pruned").write_text(json.dumps(found))
 
 
@@ -184,6 +189,7 @@ def remove_groups(model: Any, importance: str, ratio: float) -> None:
     import torch_pruning
 
     config = model.config
+    model.set_attn_implementation("eager")  # which repeats the kv heads where they can be traced
     attentions = [block.self_attn for block in model.model.layers]
     heads = {a.q_proj: config.num_attention_heads for a in attentions}
     for a in attentions:
@@ -195,6 +201,7 @@ def remove_groups(model: Any, importance: str, ratio: float) -> None:
     pruner = torch_pruning.pruner.BasePruner(
         model,
         example_inputs=torch.arange(8)[None],
+        forward_fn=lambda model, ids: model(ids, use_cache=False).logits,
         importance=score[importance](),
         pruning_ratio=ratio,
         ignored_layers=[model.lm_head],
@@ -238,7 +245,8 @@ def with_optipfair(has_data: bool) -> Callable[..., PreTrainedModel]:
 
         width, per_channel = model.config.intermediate_size, 3 * model.config.hidden_size
         gone = (model.num_parameters() - num_params) / model.config.num_hidden_layers / per_channel
-        data = {"dataloader": samples_NT.split(1)} if has_data else {}
+        batches = [{"input_ids": sample_T[None]} for sample_T in samples_NT]
+        data = {"dataloader": batches} if has_data else {}
         return prune_model(model, pruning_percentage=100 * gone / width, **data)
 
     return prune_to
