@@ -20,7 +20,7 @@ from slimgpt.errors import ConfigError, DataError, RunStateError
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import find_model
 from slimgpt.models.tokenizer import load_tokenizer
-from slimgpt.recovery import recover, teacher
+from slimgpt.recovery import recover, text
 from slimgpt.runtime.run_directory import STATE_DIR
 
 OPTIONS: dict[str, Any] = {
@@ -166,7 +166,7 @@ def test_answers_to_prompts_are_the_text(
     assert tokens_NT.shape == (2, 48)
     assert 0.2 < is_learned_NT.float().mean() < 0.95
     assert windows(tmp_path / "out")[1].all()
-    monkeypatch.setattr(teacher, "answer_prompts", interrupt)
+    monkeypatch.setattr(text, "answer_prompts", interrupt)
     resumed = recovered(**options)
     assert (resumed["train_loss"], resumed["held_out_kl"]) == (
         whole["train_loss"],

@@ -28,8 +28,8 @@ from slimgpt.recovery.teacher import (
     Teacher,
     all_learned,
     store_predictions,
-    text_options,
 )
+from slimgpt.recovery.text import text_options
 from slimgpt.recovery.trainer import EVALUATIONS
 from slimgpt.runtime.distributed import broadcast, is_main, num_processes, training_together
 from slimgpt.runtime.environment import free_memory

@@ -65,11 +65,10 @@ from slimgpt.recovery.methods.registry import RECOVERY_METHODS
 from slimgpt.recovery.teacher import (
     Teacher,
     all_learned,
-    draw_text,
     labelled,
     store_predictions,
-    text_options,
 )
+from slimgpt.recovery.text import draw_text, text_options
 from slimgpt.recovery.trainer import (
     DERIVED,
     TENSORBOARD_DIR,
