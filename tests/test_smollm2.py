@@ -58,7 +58,7 @@ def dense_directory(
 @pytest.fixture(scope="module")
 def result(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> slimgpt.PruneResult:
     output = tmp_path_factory.mktemp("smollm2") / "slim"
-    return slimgpt.prune(smollm2, output, ratio=0.3, calibration="pydocs", nsamples=8, seqlen=256)
+    return slimgpt.prune(smollm2, output, ratio=0.3, calibration="pydocs", nsamples=16, seqlen=256)
 
 
 def perplexity(model: PreTrainedModel, tokens: torch.Tensor) -> float:
@@ -109,7 +109,7 @@ def test_compensation_beats_slicing(result: slimgpt.PruneResult, dense: PreTrain
     tokenizer = AutoTokenizer.from_pretrained(result.output)
     tokens = evaluation_tokens("pydocs", tokenizer, max_tokens=1024).view(-1, 512)
     ours = perplexity(AutoModelForCausalLM.from_pretrained(result.output), tokens)
-    assert perplexity(dense, tokens) < ours < 0.8 * perplexity(sliced, tokens)
+    assert perplexity(dense, tokens) < ours < 0.75 * perplexity(sliced, tokens)
 
 
 def test_eval_equals_the_loss_of_transformers(

@@ -568,7 +568,7 @@ def test_recipes_in_the_package(file: Path, small: bool) -> None:
     assert cells
     if small:
         assert {cell.model for cell in cells} <= EMBEDDED_MODELS.keys()
-        assert len(cells) <= 30
+        assert len(cells) <= 25
     shown = {runner.SHOWN[name].verb for name in (*config.table, *config.figure)}
     asked = {
         verb for verb in ("recover", "evaluate", "bench") if any(getattr(c, verb) for c in cells)

@@ -238,7 +238,7 @@ def _check(recipe: RecipeConfig, cells: list[Cell]) -> None:
         if cell.recover is not None:
             recovery = RecoverConfig.create(**cell.recover)
             check_packages(recovery)
-            for name in recovery.data:
+            for name in recovery.sources:
                 check_dataset(name, "calibration")
             check_dataset(recovery.eval_data, "evaluation")
     options = (cell.evaluate for cell in cells if cell.evaluate is not None)
